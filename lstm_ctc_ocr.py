@@ -19,8 +19,10 @@ Dimensions: B batch, H height, W width, T time steps (= W), N LSTM cells, C clas
 import argparse
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -47,8 +49,13 @@ from werkzeug.exceptions import HTTPException
 HOME = Path(__file__).resolve().parent
 MODELS = HOME / "my-model"
 MODEL_FORMAT = 1  # what config.json must say; raised when older folders can no longer be read
-ARCHITECTURE = ("net", "n_hidden", "words", "words_max_num", "im_width", "im_height")  # what a model folder fixes
-NETS = ("lstm",)
+# What a model folder fixes:
+ARCHITECTURE = ("net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height")
+NETS = ("lstm", "cnn_lstm")
+CONVOLUTIONS = ((32, 5, 4, 2), (48, 3, 2, 2), (96, 3, 2, 1), (128, 3, 2, 1))  # channels, size, strides down, across
+PROJECTION = 128  # features that each step hands to the LSTM
+STATISTICS = "statistics"  # the graph's collection of batch normalisation's (variable, value of it in a batch)
+CTCS = ("tensorflow", "warp")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
 
@@ -81,9 +88,13 @@ class LstmCtcOcr:
     train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (100,000 take 1.6 GB of memory)")
     val_num: int = setting(2000, "images held out to validate on, at most a tenth of the folder")
     # --- the network
-    net: str = setting("lstm", "the network: " + ", ".join(NETS))
-    n_hidden: int = setting(256, "LSTM cells")
+    net: str = setting("", "lstm, the article's, or cnn_lstm, with convolutions in front; empty: train lstm, read with "
+                           "what was trained last or else with the shipped cnn_lstm")
+    n_hidden: int = setting(256, "LSTM cells; cnn_lstm has half of them each way")
+    label_parts: int = setting(1, "classes a letter: 3 splits it in left, middle and right, so that no blank has to "
+                                  "stand between equal letters")
     # --- training
+    ctc: str = setting("tensorflow", "CTC loss: tensorflow, or Baidu's warp (pip install --no-deps paddlepaddle)")
     batch_size: int = setting(32, "images a step")
     epoch_max: float = setting(9, "passes over the images; 9 of 100,000 took 80 minutes on 2 cores")
     lr: float = setting(4e-3, "learning rate at the start; it falls as lr * (1 - (epoch / epoch_max) ** 2)")
@@ -102,8 +113,8 @@ class LstmCtcOcr:
 
     def __post_init__(self):
         """Raises `Error` for settings that cannot work."""
-        positive = ("words_max_num", "im_width", "im_height", "im_total_num", "n_hidden", "batch_size", "epoch_max",
-                    "lr", "save_epoch", "val_num")
+        positive = ("words_max_num", "im_width", "im_height", "im_total_num", "n_hidden", "label_parts", "batch_size",
+                    "epoch_max", "lr", "save_epoch", "val_num")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise self.Error(f"{_flag(name)} must be above 0, not {getattr(self, name)}")
@@ -114,26 +125,43 @@ class LstmCtcOcr:
             raise self.Error(f"--words needs at least one letter and each of them once, not {self.words!r}")
         if unfit := set(self.words) & set("/\\\0\n"):
             raise self.Error(f"--words cannot hold {sorted(unfit)}: labels are part of file names")
-        if 2 * self.words_max_num - 1 > self.im_width:  # equal neighbours need a blank step between them
-            raise self.Error(f"CTC cannot align {self.words_max_num} letters in {self.im_width} steps: lower "
-                             f"--words-max-num to {(self.im_width + 1) // 2} or widen --im-width")
+        # equal neighbours need a blank step between them, unless a letter begins and ends with classes of its own
+        needed = self.label_parts * self.words_max_num if self.label_parts > 1 else 2 * self.words_max_num - 1
+        if needed > self.steps:
+            raise self.Error(f"CTC cannot align {self.words_max_num} letters, {needed} steps, in {self.steps}: lower "
+                             "--words-max-num, or widen --im-width")
         if not 1 <= self.beam_width <= 100:
             raise self.Error(f"--beam-width must be 1 to 100, not {self.beam_width}")
-        if self.net not in NETS:
-            raise self.Error(f"--net must be one of {', '.join(NETS)}, not {self.net}")
+        for name, choices in ("net", ("", *NETS)), ("ctc", CTCS):
+            if getattr(self, name) not in choices:
+                raise self.Error(f"{_flag(name)} must be one of {', '.join(filter(None, choices))}, not "
+                                 f"{getattr(self, name)}")
+
+    @property
+    def steps(self):
+        """Time steps T that the network makes of an image: its width, over the strides of the convolutions."""
+        strides = [across for *_, across in CONVOLUTIONS] if self.net == "cnn_lstm" else []
+        return functools.reduce(lambda width, stride: -(-width // stride), strides, self.im_width)
 
     # ------------------------------------------------------------------ text, sequences, sparse tensors
 
     def text_to_sequence(self, text):
-        """Returns the class numbers of a text's letters; raises `Error` for a letter outside `words`."""
+        """Returns the classes of a text, `label_parts` a letter; raises `Error` for a letter outside `words`."""
         try:
-            return [self._class_of[letter] for letter in text]
+            return [self._class_of[letter] * self.label_parts + part
+                    for letter in text for part in range(self.label_parts)]
         except KeyError as error:
             raise self.Error(f"{text!r} holds {error}, which is not in --words {self.words}") from None
 
     def sequence_to_text(self, sequence):
-        """Undoes `text_to_sequence`."""
-        return "".join(self.words[number] for number in sequence)
+        """Undoes `text_to_sequence`; a letter counts once the most of its parts are there, in their order."""
+        text, last, seen = "", None, 0
+        for letter, part in (divmod(number, self.label_parts) for number in sequence):
+            seen = seen + 1 if last and letter == last[0] and part > last[1] else 1
+            if seen == self.label_parts // 2 + 1:
+                text += self.words[letter]
+            last = letter, part
+        return text
 
     @functools.cached_property
     def _class_of(self):
@@ -292,31 +320,71 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ the network
 
-    def logits(self, images):
-        """The forward pass, the same in training and in reading: (B, H, W) uint8 -> (T, B, C) float32."""
-        tf = _tensorflow()
-        columns = tf.transpose(tf.cast(images, tf.float32) * (3 / 255), [2, 0, 1])  # (T, B, H)
-        return self.dense(self.lstm(columns), len(self.words) + 1)
-
-    def dense(self, x, classes):
-        """Projects every step alike: (T, B, N) -> (T, B, classes)."""
-        tf = _tensorflow()
-        kernel = tf.get_variable("dense/kernel", [x.shape[2], classes])
-        bias = tf.get_variable("dense/bias", [classes], initializer=tf.zeros_initializer())
-        return tf.einsum("tbn,nc->tbc", x, kernel) + bias
-
-    def lstm(self, x):
-        """One layer of `n_hidden` cells over x (T, B, I) float32: returns its outputs, (T, B, N).
+    def logits(self, images, training=False):
+        """The forward pass, the same in training and in reading: (B, H, W) uint8 -> (T, B, C) float32.
 
         A batch of known size is split over the cores: a step's matrix product is too small to be shared by them, and
         one half of the batch on each runs half again as fast.
         """
         tf = _tensorflow()
-        kernel = tf.get_variable("lstm/kernel", [x.shape[2] + self.n_hidden, 4 * self.n_hidden])
-        bias = tf.get_variable("lstm/bias", [4 * self.n_hidden], initializer=tf.zeros_initializer())
-        layer = self._lstm_layer()
-        parts = next(n for n in range(_cores(), 0, -1) if n == 1 or x.shape[1] and x.shape[1] % n == 0)
-        return tf.concat([layer(part, kernel, bias) for part in tf.split(x, parts, axis=1)], axis=1)
+        parts = next(n for n in range(_cores(), 0, -1) if n == 1 or images.shape[0] and images.shape[0] % n == 0)
+        with tf.variable_scope("", reuse=tf.AUTO_REUSE):
+            return tf.concat([self._logits(part, training) for part in tf.split(images, parts)], axis=1)
+
+    def _logits(self, images, training):
+        tf = _tensorflow()
+        ink = tf.cast(images, tf.float32) * (3 / 255)
+        if self.net == "cnn_lstm":
+            x = tf.nn.relu(self.dense(self.convolutions(ink, training), PROJECTION, "projection"))
+            x = tf.concat([self.lstm(x, "forward"), tf.reverse(self.lstm(tf.reverse(x, [0]), "backward"), [0])], axis=2)
+        else:
+            x = self.lstm(tf.transpose(ink, [2, 0, 1]))  # columns (T, B, H) -> (T, B, N)
+        return self.dense(x, len(self.words) * self.label_parts + 1)
+
+    def convolutions(self, ink, training):
+        """Features of an image's columns: ink (B, H, W) -> (T, B, F); T is W over the strides, F all that is above."""
+        tf = _tensorflow()
+        x = ink[..., None]  # (B, H, W, 1)
+        for number, (channels, size, down, across) in enumerate(CONVOLUTIONS, 1):
+            with tf.variable_scope(f"convolution{number}"):
+                kernel = tf.get_variable("kernel", [size, size, x.shape[3], channels])
+                x = tf.nn.conv2d(x, kernel, [1, down, across, 1], "SAME")
+                x = tf.nn.relu(self.batch_norm(x, training))
+        _, height, steps, channels = x.shape
+        return tf.reshape(tf.transpose(x, [2, 0, 1, 3]), [steps, -1, height * channels])
+
+    @staticmethod
+    def batch_norm(x, training):
+        """Batch normalisation (Ioffe and Szegedy, 2015) of x (B, H, W, C), each channel alike.
+
+        Training takes mean and variance from its batch. They are kept in variables too, so that reading takes them from
+        moving averages of those, as it takes the weights.
+        """
+        tf = _tensorflow()
+        scale = tf.get_variable("scale", x.shape[3], initializer=tf.ones_initializer())
+        offset = tf.get_variable("offset", x.shape[3], initializer=tf.zeros_initializer())
+        known = [tf.get_variable(name, x.shape[3], initializer=initializer(), trainable=False)
+                 for name, initializer in (("mean", tf.zeros_initializer), ("variance", tf.ones_initializer))]
+        if not training:
+            return tf.nn.fused_batch_norm(x, scale, offset, *known, epsilon=1e-3, is_training=False)[0]
+        x, *batch = tf.nn.fused_batch_norm(x, scale, offset, epsilon=1e-3)
+        tf.get_collection_ref(STATISTICS).extend(zip(known, batch))
+        return x
+
+    def dense(self, x, units, name="dense"):
+        """Projects every step alike: (T, B, N) -> (T, B, units)."""
+        tf = _tensorflow()
+        kernel = tf.get_variable(f"{name}/kernel", [x.shape[2], units])
+        bias = tf.get_variable(f"{name}/bias", [units], initializer=tf.zeros_initializer())
+        return tf.einsum("tbn,nc->tbc", x, kernel) + bias
+
+    def lstm(self, x, name="lstm"):
+        """One layer over x (T, B, I) float32: returns its outputs, (T, B, N)."""
+        tf = _tensorflow()
+        cells = self.n_hidden // 2 if self.net == "cnn_lstm" else self.n_hidden
+        kernel = tf.get_variable(f"{name}/kernel", [x.shape[2] + cells, 4 * cells])
+        bias = tf.get_variable(f"{name}/bias", [4 * cells], initializer=tf.zeros_initializer())
+        return self._lstm_layer()(x, kernel, bias)
 
     @staticmethod
     def _lstm_layer():
@@ -374,11 +442,22 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ loss, training step, decoding
 
-    @staticmethod
-    def ctc_loss(sequences, logits):
+    def ctc_loss(self, sequences, logits):
         """CTC loss (Graves et al., 2006): sequences (B, .) sparse int32, logits (T, B, C), blank last -> (B,)."""
         tf = _tensorflow()
-        return tf.nn.ctc_loss(sequences, logits, tf.fill([tf.shape(logits)[1]], tf.shape(logits)[0]))
+        if self.ctc == "tensorflow":
+            return tf.nn.ctc_loss(sequences, logits, tf.fill([tf.shape(logits)[1]], tf.shape(logits)[0]))
+        _warp_library()  # now, so that it is missed before anything is trained
+        lengths = tf.math.bincount(tf.cast(sequences.indices[:, 0], tf.int32), minlength=tf.shape(logits)[1])
+
+        @tf.custom_gradient
+        def warp(logits):
+            losses, d_logits = tf.numpy_function(_warp_ctc, [logits, sequences.values, lengths], [tf.float32] * 2)
+            losses.set_shape([logits.shape[1]])
+            d_logits.set_shape(logits.shape)
+            return losses, lambda d_losses: d_losses[:, None] * d_logits
+
+        return warp(logits)
 
     def decode(self, logits):
         """Beam search over logits (T, B, C), blank last.
@@ -393,18 +472,18 @@ class LstmCtcOcr:
             logits, steps, self.beam_width, top_paths=1, merge_repeated=False)
         return sparse, log_probability[:, 0]
 
-    def _build(self, batch_size=None):
-        """Builds the graph from images to texts in the default graph; returns its tensors by name."""
+    def _build_input(self, batch_size=None):
+        """Begins a network in the default graph: its tensors by name, so far the images alone."""
         tf = _tensorflow()
         tf.set_random_seed(self.seed)
-        images = tf.placeholder(tf.uint8, [batch_size, self.im_height, self.im_width], "images")
-        return self._build_reading(types.SimpleNamespace(images=images), self.logits(images))
+        return types.SimpleNamespace(
+            images=tf.placeholder(tf.uint8, [batch_size, self.im_height, self.im_width], "images"))
 
-    def _build_reading(self, net, logits):
-        """Adds to the tensors `net` what reading takes from logits (T, B, C)."""
+    def _build_reading(self, net):
+        """Adds to the tensors `net` all that leads from images to texts."""
         tf = _tensorflow()
-        net.logits = logits
-        net.sparse, log_probability = self.decode(logits)
+        net.logits = self.logits(net.images)
+        net.sparse, log_probability = self.decode(net.logits)
         net.confidence = tf.exp(log_probability)
         return net
 
@@ -415,24 +494,26 @@ class LstmCtcOcr:
         Juditsky, 1992): 88 % of 1,984 strings rather than 82 % after 236,000 images.
         """
         tf = _tensorflow()
-        tf.set_random_seed(self.seed)
-        net = types.SimpleNamespace(
-            images=tf.placeholder(tf.uint8, [self.batch_size, self.im_height, self.im_width], "images"),
-            sequences=tf.sparse_placeholder(tf.int32, [self.batch_size, None], "sequences"),
-            lr=tf.placeholder(tf.float32, [], "lr"), step=tf.train.get_or_create_global_step())
-        net.loss = tf.reduce_mean(self.ctc_loss(net.sequences, self.logits(net.images)))
+        net = self._build_input(self.batch_size)
+        net.sequences = tf.sparse_placeholder(tf.int32, [self.batch_size, None], "sequences")
+        net.lr, net.step = tf.placeholder(tf.float32, [], "lr"), tf.train.get_or_create_global_step()
+        net.loss = tf.reduce_mean(self.ctc_loss(net.sequences, self.logits(net.images, training=True)))
+        # Of the batch's parts, one on each core, the last one's statistics will do.
+        statistics = {variable.name: (variable, value) for variable, value in tf.get_collection(STATISTICS)}.values()
         variables = tf.trainable_variables()
         gradients, net.gradient_norm = tf.clip_by_global_norm(tf.gradients(net.loss, variables), MAX_GRADIENT_NORM)
         optimizer = tf.train.AdamOptimizer(net.lr).apply_gradients(zip(gradients, variables), global_step=net.step)
         averages = tf.train.ExponentialMovingAverage(AVERAGE_DECAY, num_updates=net.step)
-        with tf.control_dependencies([optimizer]), tf.control_dependencies([averages.apply(variables)]):
+        with tf.control_dependencies([optimizer] + [tf.assign(*pair) for pair in statistics]):
+            averaging = averages.apply(variables + [variable for variable, _ in statistics])
+        with tf.control_dependencies([averaging]):
             net.train = net.step.read_value()  # running it trains, and tells the step that it has reached
 
         def averaged(getter, *args, **kwargs):
             return averages.average(getter(*args, **kwargs))
 
         with tf.variable_scope("", reuse=True, custom_getter=averaged):
-            self._build_reading(net, self.logits(net.images))
+            self._build_reading(net)
         net.losses = self.ctc_loss(net.sequences, net.logits)
         return net
 
@@ -441,7 +522,7 @@ class LstmCtcOcr:
         """Saves and restores what reading needs, the averaged weights, into the variables of the default graph."""
         tf = _tensorflow()
         averages = tf.train.ExponentialMovingAverage(AVERAGE_DECAY)
-        return tf.train.Saver({averages.average_name(variable): variable for variable in tf.trainable_variables()},
+        return tf.train.Saver({averages.average_name(variable): variable for variable in tf.global_variables()},
                               save_relative_paths=True)
 
     def _learning_rate(self, epoch):
@@ -451,9 +532,12 @@ class LstmCtcOcr:
     # ------------------------------------------------------------------ model folders
 
     def _model_to_read(self):
-        """The folder that `test` and `start` read with: the user's own once it holds a checkpoint, else the shipped."""
-        own = Path(self.model or MODELS / self.net)
-        return own if self.model or (own / "checkpoint").exists() else MODELS / "pretrained" / self.net
+        """The folder that `test` and `start` read with: what the user has trained last, else what ships."""
+        if self.model:
+            return Path(self.model)
+        own = [MODELS / net / "checkpoint" for net in NETS if net == (self.net or net)]
+        trained = max((path for path in own if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
+        return trained.parent if trained else MODELS / "pretrained" / (self.net or "cnn_lstm")
 
     def _load_config(self, folder):
         """Returns a model folder's config.json; raises `Error` if it is missing, torn or of another version."""
@@ -501,7 +585,7 @@ class LstmCtcOcr:
         self.__post_init__()
         tf = _tensorflow()
         with tf.Graph().as_default() as graph:
-            net = self._build()
+            net = self._build_reading(self._build_input())
             net.saver = self._reading_saver()
             session = tf.Session(config=_session_config())
             self._restore(session, net.saver, folder, config.get("best_step"))
@@ -527,6 +611,7 @@ class LstmCtcOcr:
 
         Returns 0 when `epoch_max` is reached, 128 + the signal's number when it was told to stop (and has saved).
         """
+        self.net = self.net or "lstm"
         folder = Path(self.model or MODELS / self.net)
         config = self._training_config(folder)
         files = self._labelled_files(Path(self.dataset))
@@ -571,6 +656,7 @@ class LstmCtcOcr:
         save_steps = max(1, round(self.save_epoch * run.steps_per_epoch))
         run.saved, run.losses, run.since = run.step, [], (time.monotonic(), run.step)
         run.begun, run.validating, run.validation = time.monotonic(), 0.0, None
+        run.cpu_before = run.config.get("cpu_minutes", 0) - time.process_time() / 60
         batches = _one_ahead(itertools.islice(self._batches(run), max(0, last - run.step)))
         with _deferred_stop() as stop, tqdm(
                 total=last * self.batch_size, initial=run.step * self.batch_size, unit="img", disable=None) as bar:
@@ -631,7 +717,7 @@ class LstmCtcOcr:
         figures = {"lr": self._learning_rate(run.step / run.steps_per_epoch), "images_per_second": speed,
                    "train/loss": float(np.mean(run.losses[last_step - run.step:])), "train/edit_distance": train["cer"],
                    "validation/loss": loss, "validation/edit_distance": held["cer"],
-                   "validation/accuracy": held["accuracy"]}
+                   "validation/accuracy": held["accuracy"], "cpu_minutes": self._cpu_minutes(run)}
         lines = [f"epoch {epoch}  batch {batch} of {run.steps_per_epoch}  step {run.step}  lr {figures['lr']:.2e}  "
                  f"{speed:.0f} images/s",
                  f"train       loss {figures['train/loss']:.3f}  edit distance {train['cer']:.4f}",
@@ -646,6 +732,11 @@ class LstmCtcOcr:
         run.since = time.monotonic(), run.step
         run.validation = run.since[0] - begun
         run.validating += run.validation
+
+    @staticmethod
+    def _cpu_minutes(run):
+        """What all cores together have spent on the training, its earlier parts and its validations included."""
+        return run.cpu_before + time.process_time() / 60
 
     def _validate(self, run):
         """Returns the held-out texts, their readings and the mean loss over them."""
@@ -673,7 +764,8 @@ class LstmCtcOcr:
         run.saved = run.step
         run.config.update(step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
                           images_seen=run.step * self.batch_size, images=len(run.images), epoch_max=self.epoch_max,
-                          lr=self.lr, tensorflow=_tensorflow().__version__)
+                          lr=self.lr, cpu_minutes=round(self._cpu_minutes(run), 2),
+                          tensorflow=_tensorflow().__version__)
         self._save_config(run.folder, run.config)
         kept = {f"LstmCtcOcr-{step}" for step in (run.step, run.config.get("best_step"))}
         for path in run.folder.glob("LstmCtcOcr-*"):
@@ -819,6 +911,55 @@ class LstmCtcOcr:
         except (OSError, *([tf.errors.OpError] if tf else [])) as error:
             raise self.Error(f"cannot write to {folder} ({getattr(error, 'strerror', None) or error}); run the same "
                              "command again once that is mended") from None
+
+
+# ---------------------------------------------------------------------- Baidu's Warp-CTC
+
+@functools.cache
+def _warp_library():
+    """The library as the paddlepaddle wheel carries it, loaded without importing that package.
+
+    Its `options` makes a `ctcOptions` of ctc.h; the union in there, thread count or GPU stream, has a pointer's size.
+    """
+    package = importlib.util.find_spec("paddle")
+    try:
+        library = ctypes.CDLL(str(Path(package.origin).parent / "libs" / "libwarpctc.so"))
+    except (AttributeError, OSError) as error:
+        reason = "" if package is None else f" ({error})"
+        raise LstmCtcOcr.Error("--ctc warp needs Baidu's library, which is not here: pip install --no-deps "
+                               f"paddlepaddle==3.3.1{reason}") from None
+    library.options = type("ctcOptions", (ctypes.Structure,), {"_fields_": [
+        ("location", ctypes.c_int), ("threads", ctypes.c_size_t), ("blank", ctypes.c_int)]})
+    return library
+
+
+def _warp_ctc(logits, labels, lengths):
+    """logits (T, B, C) float32, blank last; labels: all texts' classes (n,) int32; lengths (B,) int32, summing to n.
+
+    Returns losses (B,) and their gradients at the logits (T, B, C). Raises `LstmCtcOcr.Error` for a label that cannot
+    be aligned in T steps: the library would say that all is well, and leave the gradient unwritten.
+    """
+    library = _warp_library()
+    steps, batch, classes = logits.shape
+    for label in np.split(labels, np.cumsum(lengths)[:-1]):
+        if (needed := len(label) + np.count_nonzero(label[1:] == label[:-1])) > steps:
+            raise LstmCtcOcr.Error(f"CTC cannot align a label that takes {needed} steps in {steps}")
+
+    def pointer(array):
+        return array.ctypes.data_as(ctypes.c_void_p)
+
+    logits, labels, lengths = (np.ascontiguousarray(a, d) for a, d in ((logits, np.float32), (labels, np.int32),
+                                                                       (lengths, np.int32)))
+    inputs, losses, gradients = np.full(batch, steps, np.int32), np.empty(batch, np.float32), np.zeros_like(logits)
+    options, size = library.options(0, _cores(), classes - 1), ctypes.c_size_t()
+    status = library.get_workspace_size(pointer(lengths), pointer(inputs), classes, batch, options, ctypes.byref(size))
+    workspace = np.empty(size.value, np.uint8)
+    status = status or library.compute_ctc_loss(pointer(logits), pointer(gradients), pointer(labels), pointer(lengths),
+                                                pointer(inputs), classes, batch, pointer(losses), pointer(workspace),
+                                                options)
+    if status:
+        raise LstmCtcOcr.Error(f"warp-ctc failed with status {status}")
+    return losses, gradients
 
 
 # ---------------------------------------------------------------------- accuracy
@@ -999,7 +1140,7 @@ COMMANDS = {
                        "dataset im_total_num words words_max_num im_width im_height seed workers"),
     "train": ("train on the rendered captchas, or go on from the last checkpoint",
               "dataset model net words words_max_num im_width im_height train_max_num val_num n_hidden batch_size "
-              "epoch_max lr save_epoch seed beam_width"),
+              "epoch_max lr save_epoch seed beam_width label_parts ctc"),
     "test": ("read images: one line each", "model net beam_width"),
     "start": ("serve GET /captchaOcr?img_path=", "model net beam_width host port image_root"),
 }

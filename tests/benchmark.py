@@ -93,14 +93,29 @@ def matrix_product():
     return lambda: session.run(product), 2 * 2048 ** 3
 
 
+def multiplications(ocr):
+    """Of a training step, an image: forward, and two as large backward, but none is passed back into the image."""
+    def lstm(inputs, cells, passed_back):
+        return ocr.steps * 4 * cells * ((2 + passed_back) * inputs + 3 * cells)
+
+    classes = len(ocr.words) * ocr.label_parts + 1
+    dense = 3 * ocr.steps * ocr.n_hidden * classes
+    if ocr.net != "cnn_lstm":
+        return lstm(ocr.im_height, ocr.n_hidden, False) + dense
+    height, width, channels, total = ocr.im_height, ocr.im_width, 1, dense
+    for number, (outputs, size, down, across) in enumerate(lstm_ctc_ocr.CONVOLUTIONS):
+        height, width = -(-height // down), -(-width // across)
+        total += (3 if number else 2) * height * width * size ** 2 * channels * outputs
+        channels = outputs
+    total += 3 * ocr.steps * height * channels * lstm_ctc_ocr.PROJECTION
+    return total + 2 * lstm(lstm_ctc_ocr.PROJECTION, ocr.n_hidden // 2, True)
+
+
 def benchmark_train(ocr, folder):
     images, texts = ocr.load_images(rendered(ocr, max(16, ocr.batch_size), folder))
     product, operations = matrix_product()
     theirs, ours, peak = take_turns(article_step(ocr, 16, images, texts), our_step(ocr, images, texts), product)
-    # forward and backward are three products of the same size a step; nothing is propagated back into the image
-    inputs, cells, classes = ocr.im_height, ocr.n_hidden, len(ocr.words) + 1
-    multiplications = ocr.im_width * (4 * cells * (2 * inputs + 3 * cells) + 3 * cells * classes)
-    rate = 2 * multiplications * ocr.batch_size / ours
+    rate = 2 * multiplications(ocr) * ocr.batch_size / ours
     return {"train_images_per_second": ocr.batch_size / ours, "article_images_per_second": 16 / theirs,
             "train_vs_article": ocr.batch_size / ours / (16 / theirs), "train_gflops": rate / 1e9,
             "peak_gflops": operations / peak / 1e9, "train_share_of_peak": rate / (operations / peak)}

@@ -9,10 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "lstm_ctc_ocr.py"
-SHIPPED = ROOT / "my-model" / "pretrained" / "lstm"
+PRETRAINED = ROOT / "my-model" / "pretrained"
+SHIPPED = PRETRAINED / "cnn_lstm"  # what reads by default
 sys.path.insert(0, str(ROOT))
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # as the program sets it, which some tests come before
 
+import lstm_ctc_ocr  # noqa: E402
 from lstm_ctc_ocr import LstmCtcOcr, main  # noqa: E402
 
 # One to three letters out of two: everything that the real task has, repeats above all.
@@ -30,6 +32,16 @@ def spawn(*arguments, **kwargs):
     """The real program as a process of its own, its output piped and read as text."""
     return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **kwargs)
+
+
+def needs_warp():
+    """Skips what needs Baidu's library where it is not installed."""
+    try:
+        lstm_ctc_ocr._warp_library()
+        missing = ""
+    except LstmCtcOcr.Error as error:
+        missing = str(error)
+    return pytest.mark.skipif(bool(missing), reason=missing)
 
 
 @pytest.fixture

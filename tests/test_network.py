@@ -1,11 +1,14 @@
 """The network, its gradient, CTC and the beam search against oracles that share no code with them."""
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
+from conftest import needs_warp
 
+import lstm_ctc_ocr
 from lstm_ctc_ocr import LstmCtcOcr
 
 
@@ -80,20 +83,21 @@ def test_lstm_gradient_is_tensorflows_own(lstm):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_batch_gives_what_its_images_give_alone():
+@pytest.mark.parametrize("net, steps", [("lstm", 16), ("cnn_lstm", 4)])
+def test_a_batch_gives_what_its_images_give_alone(net, steps):
     """No image's answer depends on its neighbours, nor on how the batch is split over the cores."""
-    ocr = LstmCtcOcr(words="ABC", words_max_num=2, im_width=12, im_height=8, n_hidden=6)
-    images = np.random.default_rng(0).integers(0, 256, (4, 8, 12), np.uint8)
+    ocr = LstmCtcOcr(words="ABC", words_max_num=2, im_width=16, im_height=8, n_hidden=6, net=net)
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 16), np.uint8)
 
     def logits(batch):
         with tf.Graph().as_default(), tf.Session() as session:
             tf.set_random_seed(0)
-            net = ocr._build(batch)
+            net = ocr._build_reading(ocr._build_input(batch))
             session.run(tf.global_variables_initializer())
             return [session.run(net.logits, {net.images: part}) for part in np.split(images, 4 // (batch or 4))]
 
     whole, alone, unknown = logits(4), logits(1), logits(None)
-    assert whole[0].shape == (12, 4, 4)  # (T, B, C), the width is T and the blank is the fourth class
+    assert whole[0].shape == (steps, 4, 4) and ocr.steps == steps  # (T, B, C), the blank is the fourth class
     np.testing.assert_allclose(whole[0], np.concatenate(alone, axis=1), atol=1e-5)
     np.testing.assert_allclose(whole[0], unknown[0], atol=1e-5)
 
@@ -111,15 +115,45 @@ def enumerate_paths(logits):
 LOGITS = np.random.default_rng(0).normal(scale=2, size=(5, 3, 3)).astype(np.float32)  # (T, B, C): 243 paths an image
 
 
-def test_ctc_loss_is_the_sum_over_all_paths():
+ctcs = pytest.mark.parametrize("ctc", ["tensorflow", pytest.param("warp", marks=needs_warp())])
+
+
+@ctcs
+def test_ctc_loss_is_the_sum_over_all_paths(ctc):
+    ocr = LstmCtcOcr(ctc=ctc)
     for image in range(LOGITS.shape[1]):
         labels = enumerate_paths(LOGITS[:, image].astype(np.float64))
         assert sum(labels.values()) == pytest.approx(1)
         labels = {label: p for label, p in labels.items() if label}
         logits = np.repeat(LOGITS[:, image:image + 1], len(labels), axis=1)
-        losses = evaluate(lambda logits: LstmCtcOcr.ctc_loss(
-            tf.SparseTensor(*LstmCtcOcr.sequences_to_sparse(list(labels))), logits), logits)
+        losses = evaluate(lambda logits: ocr.ctc_loss(
+            tf.SparseTensor(*ocr.sequences_to_sparse(list(labels))), logits), logits)
         np.testing.assert_allclose(losses, -np.log(list(labels.values())), rtol=1e-4)
+
+
+@needs_warp()
+def test_warp_ctc_is_tensorflows_loss_and_gradient():
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        logits = rng.normal(scale=3, size=(20, 6, 5)).astype(np.float32)
+        labels = [rng.integers(0, 4, rng.integers(1, 10)).tolist() for _ in range(6)]  # at most 9 + 8 steps
+        weights = rng.normal(size=6).astype(np.float32)  # an upstream gradient that differs from image to image
+
+        def build(logits, weights, ctc):
+            losses = LstmCtcOcr(ctc=ctc).ctc_loss(tf.SparseTensor(*LstmCtcOcr.sequences_to_sparse(labels)), logits)
+            return [losses, *tf.gradients(tf.reduce_sum(losses * weights), [logits])]
+
+        theirs, ours = (evaluate(functools.partial(build, ctc=ctc), logits, weights) for ctc in ("tensorflow", "warp"))
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-4)
+        np.testing.assert_allclose(ours[1], theirs[1], atol=1e-4)
+
+
+@needs_warp()
+def test_warp_ctc_refuses_what_cannot_be_aligned():
+    """The library itself answers success, loss 0 and a gradient that it never wrote."""
+    logits = np.zeros((5, 2, 3), np.float32)
+    with pytest.raises(LstmCtcOcr.Error, match="6 steps in 5"):
+        lstm_ctc_ocr._warp_ctc(logits, np.array([0, 1, 0, 0, 1, 1], np.int32), np.array([2, 4], np.int32))
 
 
 def test_a_wide_beam_finds_the_most_probable_label_and_its_probability():

@@ -10,11 +10,31 @@ ocr = LstmCtcOcr()
 texts = st.text(alphabet=ocr.words, max_size=10)
 
 
+in_parts = LstmCtcOcr(label_parts=3)
+
+
+@given(texts, st.sampled_from([ocr, in_parts]))
+@example("", in_parts)
+@example("AAA", ocr)
+@example("AAA", in_parts)
+def test_text_and_sequence_are_inverse(text, ocr):
+    sequence = ocr.text_to_sequence(text)
+    assert ocr.sequence_to_text(sequence) == text and len(sequence) == len(text) * ocr.label_parts
+
+
 @given(texts)
-@example("")
-@example("AAA")
-def test_text_and_sequence_are_inverse(text):
-    assert ocr.sequence_to_text(ocr.text_to_sequence(text)) == text
+def test_in_parts_no_class_follows_itself(text):
+    """So that CTC never needs a blank between two of them."""
+    sequence = in_parts.text_to_sequence(text)
+    assert all(a != b for a, b in zip(sequence, sequence[1:]))
+
+
+@pytest.mark.parametrize("sequence, text", [
+    ([0, 2], "A"), ([1, 2], "A"), ([0, 1], "A"),  # a part was missed
+    ([0], ""), ([0, 4, 5], "B"),  # one part alone is no letter
+    ([0, 2, 0, 1], "AA"), ([0, 1, 2, 3, 4, 5, 4], "AB")])
+def test_a_letter_counts_once_most_of_its_parts_are_there(sequence, text):
+    assert in_parts.sequence_to_text(sequence) == text
 
 
 @given(st.lists(texts, min_size=1, max_size=8))
@@ -38,7 +58,11 @@ def test_a_letter_outside_the_alphabet_is_named():
     (dict(words="AAB"), "each of them once"),
     (dict(words=""), "at least one letter"),
     (dict(words="A/"), "file names"),
-    (dict(words_max_num=129), "lower --words-max-num to 128"),  # 129 equal letters need 257 steps, there are 256
+    (dict(words_max_num=129), "257 steps, in 256: lower --words-max-num"),  # 129 equal letters and 128 blanks
+    (dict(words_max_num=33, net="cnn_lstm"), "65 steps, in 64"),
+    (dict(words_max_num=22, net="cnn_lstm", label_parts=3), "66 steps, in 64"),
+    (dict(label_parts=0), "--label-parts must be above 0"),
+    (dict(ctc="baidu"), "--ctc must be one of"),
     (dict(im_width=0), "--im-width must be above 0"),
     (dict(batch_size=-1), "--batch-size must be above 0"),
     (dict(lr=0.0), "--lr must be above 0"),
@@ -53,8 +77,11 @@ def test_impossible_settings_are_refused_at_once(settings, complaint):
     assert "\n" not in str(caught.value)
 
 
-def test_the_longest_text_that_ctc_can_align_is_allowed():
-    assert LstmCtcOcr(words_max_num=128).words_max_num == 128
+@pytest.mark.parametrize("settings", [
+    dict(words_max_num=128), dict(words_max_num=32, net="cnn_lstm"),
+    dict(words_max_num=21, net="cnn_lstm", label_parts=3)])
+def test_the_longest_text_that_ctc_can_align_is_allowed(settings):
+    assert LstmCtcOcr(**settings).words_max_num == settings["words_max_num"]
 
 
 @pytest.mark.parametrize("a, b, distance", [

@@ -8,8 +8,9 @@ import signal
 
 import pytest
 import tensorflow.compat.v1 as tf
-from conftest import NET, TASK, flags, spawn
+from conftest import NET, TASK, flags, needs_warp, spawn
 
+import lstm_ctc_ocr
 from lstm_ctc_ocr import main
 
 
@@ -37,6 +38,25 @@ def until(process, pattern):
 def test_it_learns(trained):
     """Chance is one in seven, and the field's usual fault, stuck on all blanks, reads nothing at all."""
     assert config_of(trained)["accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(label_parts=3), pytest.param(dict(ctc="warp"), marks=needs_warp())], ids=str)
+def test_convolutions_learn_sooner(settings, dataset, tmp_path, capfd):
+    """The article's follow-ups: convolutions, and with them letters in three parts, and Baidu's CTC."""
+    assert main(train(dataset, tmp_path, net="cnn_lstm", epoch_max=6, **settings)) == 0
+    assert config_of(tmp_path)["accuracy"] > 0.8
+    assert main(["test", "--model", str(tmp_path), str(dataset)]) == 0
+    right, count = re.search(r"\((\d+) of (\d+)\)", capfd.readouterr().out).groups()
+    assert int(right) > 0.8 * int(count)
+
+
+def test_a_missing_warp_ctc_is_said_before_anything_is_trained(dataset, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("lstm_ctc_ocr.importlib.util.find_spec", lambda name: None)
+    lstm_ctc_ocr._warp_library.cache_clear()
+    assert main(train(dataset, tmp_path / "model", ctc="warp")) == 2
+    assert "pip install --no-deps paddlepaddle" in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_model_folder_says_what_it_is_and_where_it_came_from(trained):
@@ -141,7 +161,8 @@ def test_what_cannot_be_trained_is_one_line(dataset, tmp_path, capfd, settings, 
 
 
 def test_a_model_of_other_settings_is_not_trained_on(trained, dataset, capfd):
-    for settings in (dict(n_hidden=8), dict(seed=1), dict(words="AXY"), dict(batch_size=8)):
+    for settings in (dict(n_hidden=8), dict(net="cnn_lstm"), dict(label_parts=3), dict(seed=1), dict(words="AXY"),
+                     dict(batch_size=8)):
         before = (trained / "config.json").read_bytes()
         assert main(train(dataset, trained, **settings)) == 2
         assert "another folder with --model" in capfd.readouterr().err
