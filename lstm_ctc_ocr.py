@@ -17,12 +17,15 @@ Dimensions: B batch, H height, W width, T time steps (= W), N LSTM cells, C clas
 """
 
 import argparse
+import base64
 import collections
 import contextlib
 import ctypes
 import dataclasses
 import functools
+import hmac
 import importlib.util
+import ipaddress
 import itertools
 import json
 import math
@@ -30,22 +33,31 @@ import multiprocessing
 import os
 import random
 import re
+import secrets
 import signal
+import socket
 import sys
+import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import cv2
+MAX_PIXELS = 4_000_000  # of an image file; OpenCV takes this from the environment when it is imported
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # what is wrong with an image is said by `load_image`
+
+import cv2  # noqa: E402
 import flask
 import numpy as np
 import waitress
 from captcha.image import ImageCaptcha
 from tqdm import tqdm
-from werkzeug.exceptions import HTTPException
+from werkzeug.datastructures import WWWAuthenticate
+from werkzeug.exceptions import HTTPException, ServiceUnavailable, Unauthorized
 
+VERSION = "1.0.0"
 HOME = Path(__file__).resolve().parent
 MODELS = HOME / "my-model"
 MODEL_FORMAT = 1  # what config.json must say; raised when older folders can no longer be read
@@ -65,6 +77,13 @@ MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than st
 READ_BATCH = 64  # images a step in reading files
 REPORT_STEPS = 100  # between reports, as in the article
 VALIDATION_SHARE = 0.05  # the most of training's time that validating may take; a report waits until it fits in
+
+TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
+MAX_BODY = 8_000_000  # bytes of a request, and of a file that it names
+MAX_IMAGES = 64  # in a request
+QUEUE = 64  # images that may wait for their reading; whoever comes then is told to come again
+SERVE_BATCH, BATCH_WAIT = 16, 2000  # images read at once, and the microseconds that the first of them waits for others
+SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of what is served
 
 
 def setting(default, text):
@@ -107,14 +126,21 @@ class LstmCtcOcr:
     host: str = setting("127.0.0.1", "address to serve on")
     port: int = setting(5050, "port to serve on")
     image_root: str = setting(str(HOME / "dataset"), "only images under this folder can be asked for by path")
+    token: str = setting("", "what clients must show, as a bearer token or as HTTP Basic's password; better given in "
+                             f"the environment, as {TOKEN_VARIABLE}")
 
     class Error(ValueError):
         """Something that the user can mend, in one line that says what to do."""
+        status = 422  # of the service's answer
+
+    class TooLarge(Error):
+        """An image of more pixels than `MAX_PIXELS`."""
+        status = 413
 
     def __post_init__(self):
         """Raises `Error` for settings that cannot work."""
-        positive = ("words_max_num", "im_width", "im_height", "im_total_num", "n_hidden", "label_parts", "batch_size",
-                    "epoch_max", "lr", "save_epoch", "val_num")
+        positive = ("words_max_num", "im_width", "im_height", "im_total_num", "n_hidden", "batch_size", "epoch_max",
+                    "lr", "save_epoch", "val_num")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise self.Error(f"{_flag(name)} must be above 0, not {getattr(self, name)}")
@@ -132,9 +158,9 @@ class LstmCtcOcr:
                              "--words-max-num, or widen --im-width")
         if not 1 <= self.beam_width <= 100:
             raise self.Error(f"--beam-width must be 1 to 100, not {self.beam_width}")
-        for name, choices in ("net", ("", *NETS)), ("ctc", CTCS):
+        for name, choices in ("net", ("", *NETS)), ("ctc", CTCS), ("label_parts", (1, 3)):
             if getattr(self, name) not in choices:
-                raise self.Error(f"{_flag(name)} must be one of {', '.join(filter(None, choices))}, not "
+                raise self.Error(f"{_flag(name)} must be one of {', '.join(map(str, filter(None, choices)))}, not "
                                  f"{getattr(self, name)}")
 
     @property
@@ -261,8 +287,12 @@ class LstmCtcOcr:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
         except OSError as error:
             raise self.Error(f"{name}: {error.strerror}") from None
-        except (cv2.error, ValueError) as error:  # ValueError: a NUL in the path
-            raise self.Error(f"{name}: {getattr(error, 'err', None) or error}") from None
+        except cv2.error as error:
+            if "IMAGE_PIXELS" in str(error):  # from the header alone, before anything is decoded
+                raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels") from None
+            raise self.Error(f"{name}: {error.err or error}") from None
+        except ValueError as error:  # a NUL in the path
+            raise self.Error(f"{name}: {error}") from None
         if pixels is None:
             raise self.Error(f"{name}: not a whole image of a kind that OpenCV reads")
         return self._ink(_grey(pixels))
@@ -487,6 +517,23 @@ class LstmCtcOcr:
         net.confidence = tf.exp(log_probability)
         return net
 
+    def _build_batching(self, images):
+        """Reads images (b, H, W) that several threads ask for at once as one batch of the graph.
+
+        Returns sequences (b, T), filled up with -1, and confidences (b,).
+        """
+        tf = _tensorflow()
+
+        @tf.nondifferentiable_batch_function(
+            num_batch_threads=_cores(), max_batch_size=MAX_IMAGES, allowed_batch_sizes=[*range(1, SERVE_BATCH + 1)],
+            batch_timeout_micros=BATCH_WAIT, max_enqueued_batches=QUEUE, enable_large_batch_splitting=True)
+        def read(images):
+            net = self._build_reading(types.SimpleNamespace(images=images))
+            sparse = tf.sparse.reset_shape(net.sparse, [tf.shape(images, out_type=tf.int64)[0], self.steps])
+            return tf.sparse.to_dense(sparse, default_value=-1), net.confidence
+
+        return read(images)
+
     def _build_training(self):
         """Builds a training step too, and reads with the moving averages of the weights that it trains.
 
@@ -555,6 +602,14 @@ class LstmCtcOcr:
                              "another folder with --model")
         return config
 
+    def _adopt(self, folder):
+        """Takes the architecture from the model in a folder."""
+        config = self._load_config(folder)
+        for name in ARCHITECTURE:
+            setattr(self, name, config[name])
+        self.__dict__.pop("_class_of", None)
+        self.__post_init__()
+
     def _save_config(self, folder, config):
         part = folder / ".config.json.part"
         with self._writing(folder):
@@ -577,18 +632,14 @@ class LstmCtcOcr:
     @functools.cached_property
     def _reader(self):
         """The session that reads and its tensors, built once; the architecture comes from the model folder."""
-        folder = self._model_to_read()
-        config = self._load_config(folder)
-        for name in ARCHITECTURE:
-            setattr(self, name, config[name])
-        self.__dict__.pop("_class_of", None)
-        self.__post_init__()
-        tf = _tensorflow()
+        tf, folder = _tensorflow(), self._model_to_read()
+        self._adopt(folder)
         with tf.Graph().as_default() as graph:
             net = self._build_reading(self._build_input())
+            net.batched = self._build_batching(net.images)
             net.saver = self._reading_saver()
             session = tf.Session(config=_session_config())
-            self._restore(session, net.saver, folder, config.get("best_step"))
+            self._restore(session, net.saver, folder, self._load_config(folder).get("best_step"))
             graph.finalize()  # nothing may be added to it per request
         return session, net
 
@@ -699,9 +750,9 @@ class LstmCtcOcr:
             yield run.images[rows], self.sequences_to_sparse([self.text_to_sequence(run.texts[row]) for row in rows])
 
     def _validation_is_due(self, run):
-        """Whether one more validation stays under its share of the time; training's own pace is the first estimate."""
+        """Whether one more validation stays under its share of the time; the first one's cost is a guess."""
         elapsed = time.monotonic() - run.begun
-        cost = run.validation or elapsed / len(run.losses) / self.batch_size * len(run.held[0])
+        cost = run.validation or elapsed / len(run.losses) / self.batch_size * len(run.held[0]) / 3
         return run.validating + cost <= VALIDATION_SHARE * elapsed
 
     def _report(self, run, images, sequences):
@@ -848,29 +899,141 @@ class LstmCtcOcr:
     # ------------------------------------------------------------------ service
 
     def create_app(self):
-        """Returns the Flask application, its model loaded."""
-        self._reader
+        """Returns the Flask application, its model loaded and asked once."""
+        self._service.model = {name: value for name, value in self._load_config(self._model_to_read()).items()
+                               if name in ("net", "words", "words_max_num", "step", "accuracy")}
+        self._read_in_batches(np.zeros((1, self.im_height, self.im_width), np.uint8))
+        self._service.token = self.token or os.environ.get(TOKEN_VARIABLE, "")
         app = flask.Flask(__name__, static_folder=None)
         app.json.sort_keys = False
-
-        @app.get("/captchaOcr")
-        def captcha_ocr():
-            img_path = flask.request.args.get("img_path")
-            if not img_path:
-                flask.abort(400, "say which image: /captchaOcr?img_path=./dataset/test/0_PIY.png")
-            if not (path := self._servable(img_path)):
-                flask.abort(404, "no such image under the image root")
-            try:
-                (text, confidence), = self.recognise([path])
-            except self.Error:  # it names the file as the server sees it
-                flask.abort(400, "that file is not an image that can be read")
-            return {"img_path": img_path, "ocr_ret": text, "confidence": confidence}
-
-        @app.errorhandler(HTTPException)
-        def say_no(error):
-            return {"error": error.description}, error.code
-
+        app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+        app.before_request(self._admit)
+        app.after_request(self._account)
+        app.register_error_handler(HTTPException, _json_error)
+        for path, method, answer in (
+                ("/captchaOcr", "GET", self._answer_path), ("/captchaOcr", "POST", self._answer_post),
+                ("/healthz", "GET", self._answer_health), ("/", "GET", self._answer_page),
+                ("/openapi.json", "GET", describe_service)):
+            app.add_url_rule(path, answer.__name__, answer, methods=[method], provide_automatic_options=False)
         return app
+
+    @functools.cached_property
+    def _service(self):
+        """What requests share: counters, the latest latencies in seconds, and the right to decode an image."""
+        return types.SimpleNamespace(
+            images_read=0, errors=0, waiting=0, latencies=collections.deque(maxlen=1000), stopping=False,
+            lock=threading.Lock(), decoding=threading.BoundedSemaphore(_cores()))
+
+    def _admit(self):
+        """Refuses strangers, and whoever comes when the service is about to stop."""
+        flask.g.begun = time.perf_counter()
+        given = flask.request.authorization
+        shown = (given.token if given.type == "bearer" else given.get("password", "")) if given else ""
+        if self._service.token and flask.request.path != "/healthz" and not hmac.compare_digest(
+                (shown or "").encode(), self._service.token.encode()):
+            raise Unauthorized("this service wants its token", www_authenticate=WWWAuthenticate("basic", {
+                "realm": "lstm_ctc_ocr"}))
+        if self._service.stopping:
+            raise ServiceUnavailable("the service is stopping", retry_after=1)
+
+    def _account(self, response):
+        """Counts and logs a request; sets the headers that every answer has."""
+        seconds = time.perf_counter() - flask.g.begun
+        with self._service.lock:
+            self._service.errors += response.status_code >= 400
+            self._service.latencies.append(seconds)
+        response.headers.update({"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                                 "X-Frame-Options": "DENY", "Cache-Control": "no-store"})
+        response.headers.setdefault("Content-Security-Policy", "default-src 'none'")
+        target = ascii(flask.request.full_path.rstrip("?"))[1:-1]
+        print(f'{flask.request.remote_addr} "{flask.request.method} {target}" {response.status_code} '
+              f"{seconds * 1e3:.1f} ms", file=sys.stderr, flush=True)
+        return response
+
+    def _answer_path(self):
+        """GET /captchaOcr?img_path="""
+        img_path = flask.request.args.get("img_path")
+        if not img_path:
+            flask.abort(400, "say which image: /captchaOcr?img_path=./dataset/test/0_PIY.png")
+        path = self._servable(img_path)
+        try:
+            data = path and path.stat().st_size <= MAX_BODY and path.read_bytes()
+        except OSError:
+            path = None
+        if not path:
+            flask.abort(404, "no such image under the image root")
+        if data is False:
+            flask.abort(413, f"the file has more than {MAX_BODY:,} bytes")
+        return {"img_path": img_path, **self._answer([data])[0]}
+
+    def _answer_post(self):
+        """POST /captchaOcr: one image as the body, or as JSON, or one or several as a form's files."""
+        kind = flask.request.mimetype
+        if kind == "multipart/form-data":
+            datas = [file.read() for file in flask.request.files.getlist("image")]
+        elif kind == "application/json":
+            datas = [_base64_image(flask.request.get_json(silent=True))]
+        elif kind.startswith("image/"):
+            datas = [flask.request.get_data()]
+        else:
+            flask.abort(415, "send an image/* body, JSON with the image as base64, or a form with files named image")
+        if not 1 <= len(datas) <= MAX_IMAGES:
+            flask.abort(400, f"send 1 to {MAX_IMAGES} images, as files named image")
+        answers = self._answer(datas)
+        return answers[0] if len(answers) == 1 else {"results": answers}
+
+    def _answer(self, datas):
+        """Reads files' bytes; returns for each what the service says about it, or ends the request with an error."""
+        service = self._service
+        with service.lock:
+            if service.waiting and service.waiting + len(datas) > QUEUE:
+                raise ServiceUnavailable("too many images are waiting; try again soon", retry_after=1)
+            service.waiting += len(datas)
+        try:
+            images = np.stack([self._load_sent(data) for data in datas])
+            readings = self._read_in_batches(images)
+        except self.Error as error:
+            flask.abort(error.status, str(error))
+        finally:
+            with service.lock:
+                service.waiting -= len(datas)
+        with service.lock:
+            service.images_read += len(datas)
+        return [{"ocr_ret": text, "confidence": confidence} for text, confidence in readings]
+
+    def _load_sent(self, data):
+        """`load_image` for strangers: known types alone, and no more at once than there are cores."""
+        if not data.startswith(SIGNATURES):
+            flask.abort(415, "that is no PNG, JPEG, GIF, BMP, WebP or TIFF image")
+        with self._service.decoding:  # OpenCV decodes outside the interpreter's lock
+            return self.load_image(data)
+
+    def _read_in_batches(self, images):
+        """`_read` for many threads at once: the graph itself makes batches of what they ask for."""
+        session, net = self._reader
+        rows, confidence = session.run(net.batched, {net.images: images})
+        return [(self.sequence_to_text([number for number in row if number >= 0]), float(probability))
+                for row, probability in zip(rows, confidence)]
+
+    def _answer_health(self):
+        """GET /healthz"""
+        service = self._service
+        with service.lock:
+            milliseconds = np.array(service.latencies or [0]) * 1e3
+            read, errors = service.images_read, service.errors
+        return {"status": "stopping" if service.stopping else "ok", "version": VERSION, "model": service.model,
+                "waiting": service.waiting, "images_read": read, "errors": errors,
+                "latency_ms": {f"p{p}": round(float(np.percentile(milliseconds, p)), 2) for p in (50, 95, 99)}}
+
+    def _answer_page(self):
+        """GET /"""
+        nonce = secrets.token_urlsafe(16)
+        samples = "".join(SAMPLE.format(name=path.stem.split("_")[1], data=base64.b64encode(path.read_bytes()).decode())
+                          for path in sorted((HOME / "dataset" / "test").glob("*.png"))[:3])
+        page = PAGE.replace("$nonce", nonce).replace("$samples", samples).replace("$net", self._service.model["net"])
+        return page, {"Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
+                      f"'nonce-{nonce}'; img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+                      "frame-ancestors 'none'"}
 
     def _servable(self, img_path):
         """The regular file that a client names, links resolved, if it is under the image root; else None.
@@ -887,20 +1050,95 @@ class LstmCtcOcr:
                 return None
 
     def start(self):
-        """Serves until it is told to stop."""
+        """Serves until it is told to stop; then it finishes what is under way."""
         if not Path(self.image_root).is_dir():
             raise self.Error(f"--image-root {self.image_root} is not a folder")
-        app = self.create_app()
+        server = self._listen()
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        threading.Thread(target=server.run, daemon=True).start()
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        print(f"http://{host}:{server.effective_port}/captchaOcr?img_path=./dataset/test/0_PIY.png", file=sys.stderr,
+              flush=True)
+        stop.wait()
+        self._drain(server)
+        return 0
+
+    def _listen(self):
+        """Returns the server, ready to run; raises `Error` if the address cannot be had."""
         try:
-            server = waitress.create_server(app, host=self.host, port=self.port, threads=2 * _cores())
-        except (OSError, OverflowError, ValueError) as error:
+            family, *_, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            listening = socket.create_server(address[:2], family=family, backlog=1024)
+        except (OSError, OverflowError, UnicodeError) as error:
             raise self.Error(f"cannot serve on {self.host}:{self.port} ({error}); choose another --port or "
                              "--host") from None
-        print(f"http://{self.host}:{server.effective_port}/captchaOcr?img_path=./dataset/test/0_PIY.png",
-              file=sys.stderr, flush=True)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        server.run()
-        return 0
+        if not ipaddress.ip_address(address[0]).is_loopback:
+            print(f"other machines can reach this: posted images are read, and every image under {self.image_root}; "
+                  f"a token is {'' if self.token or os.environ.get(TOKEN_VARIABLE) else 'not '}asked for",
+                  file=sys.stderr)
+        waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
+        # More threads than may wait for an answer, so that there is always one to say that too many wait.
+        return waitress.create_server(self.create_app(), sockets=[listening], threads=QUEUE + 8, ident=None,
+                                      max_request_body_size=4 * MAX_BODY, connection_limit=1000)
+
+    def _drain(self, server):
+        """Takes no more connections, and waits until every request under way is answered, 4 seconds at most."""
+        self._service.stopping, server.accepting = True, False
+        deadline = time.monotonic() + 4
+        while time.monotonic() < deadline and any(
+                channel.requests or channel.total_outbufs_len for channel in list(server.active_channels.values())):
+            time.sleep(0.01)
+
+    # ------------------------------------------------------------------ export
+
+    def export(self, directory):
+        """Writes a SavedModel for TensorFlow Serving: encoded images (B,) string -> text (B,), confidence (B,).
+
+        PNG, JPEG, GIF and BMP of any size, prepared as by `load_image`. Raises `Error` if the folder is there already.
+        """
+        if Path(directory).exists():
+            raise self.Error(f"{directory} is there already: name a new folder")
+        tf, folder = _tensorflow(), self._model_to_read()
+        self._adopt(folder)
+        with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, self._writing(directory):
+            encoded = tf.placeholder(tf.string, [None], "images")
+            net = self._build_reading(types.SimpleNamespace(images=tf.map_fn(self._load_in_graph, encoded, tf.uint8)))
+            self._restore(session, self._reading_saver(), folder, self._load_config(folder).get("best_step"))
+            tf.saved_model.simple_save(session, str(directory), {"images": encoded},
+                                       {"text": self._texts_in_graph(net.sparse), "confidence": net.confidence})
+        print(f"{directory} takes {{'images': [encoded, ...]}} and gives text and confidence", file=sys.stderr)
+
+    def _load_in_graph(self, encoded):
+        """`load_image` as TensorFlow operations: the bytes of a file () string -> (H, W) uint8."""
+        tf = _tensorflow()
+        pixels = tf.cast(tf.io.decode_image(encoded, expand_animations=False), tf.float32) / 255  # (h, w, channels)
+        channels = tf.shape(pixels)[2]
+        alpha = tf.cond(channels % 2 < 1, lambda: pixels[..., -1:], lambda: tf.ones_like(pixels[..., :1]))
+        grey = tf.cond(channels < 3, lambda: pixels[..., :1],
+                       lambda: tf.tensordot(pixels[..., :3], [[0.299], [0.587], [0.114]], 1))
+        grey = grey * alpha + 1 - alpha
+        height, width = tf.shape(grey)[0], tf.shape(grey)[1]
+        fitted = tf.clip_by_value(tf.cast(tf.round(width * self.im_height / height), tf.int32), 1, self.im_width)
+        size = [self.im_height, fitted]
+        grey = tf.case([(tf.reduce_all(tf.equal([height, width], size)), lambda: grey),
+                        (height > self.im_height, lambda: tf.image.resize_area(grey[None], size)[0])],
+                       lambda: tf.image.resize_bilinear(grey[None], size, half_pixel_centers=True)[0])[..., 0]
+        ink = tf.reduce_max(grey) - grey
+        image = tf.round(ink * (255 / tf.maximum(tf.reduce_max(ink), MIN_CONTRAST)))
+        image = tf.pad(image, [[0, 0], [0, self.im_width - fitted]])
+        return tf.ensure_shape(tf.cast(image, tf.uint8), [self.im_height, self.im_width])
+
+    def _texts_in_graph(self, sparse):
+        """`sequence_to_text` as TensorFlow operations: sparse sequences (B, .) -> (B,) string."""
+        tf = _tensorflow()
+        numbers = tf.sparse.to_dense(sparse, default_value=-1)
+        letters, parts = numbers // self.label_parts, numbers % self.label_parts
+        goes_on = tf.pad(tf.equal(letters[:, 1:], letters[:, :-1]) & (parts[:, 1:] > parts[:, :-1]), [[0, 0], [1, 0]])
+        # Of one part, each is a letter. Of three, a letter counts at its second: where one goes on that did not before.
+        counts = goes_on & ~tf.pad(goes_on[:, :-1], [[0, 0], [1, 0]]) if self.label_parts > 1 else numbers >= 0
+        return tf.strings.reduce_join(tf.where(counts, tf.gather([*self.words], tf.maximum(letters, 0)),
+                                               tf.fill(tf.shape(letters), "")), axis=1)
 
     @contextlib.contextmanager
     def _writing(self, folder):
@@ -1072,6 +1310,146 @@ def _renderer(width, height):
     return ImageCaptcha(width, height)
 
 
+# ---------------------------------------------------------------------- HTTP
+
+def _json_error(error):
+    """Turns an HTTP error into JSON; headers such as Allow and Retry-After stay."""
+    response = error.get_response()
+    response.data = json.dumps({"error": error.description})
+    response.content_type = "application/json"
+    return response
+
+
+def _json_parse_error(error, ident=None):
+    """The same for what waitress refuses by itself, such as a request that is no HTTP."""
+    return (f"{error.code} {error.reason}", [("Content-Type", "application/json")],
+            json.dumps({"error": f"{error.reason}: {error.body}"}).encode())
+
+
+def _base64_image(body):
+    """The image in the JSON body {"image": base64}."""
+    try:
+        return base64.b64decode(body["image"], validate=True)
+    except (KeyError, TypeError, ValueError):
+        flask.abort(400, 'send {"image": base64 of the file}')
+
+
+def describe_service():
+    """The service's OpenAPI description."""
+    def content(schema, kind="application/json"):
+        return {kind: {"schema": schema}}
+
+    def answers(good, *codes):
+        return {"200": good, **{str(code): {"$ref": "#/components/responses/Error"} for code in (401, 503, *codes)}}
+
+    def record(**properties):
+        return {"type": "object", "required": list(properties), "properties": properties}
+
+    binary, text, number = {"type": "string", "format": "binary"}, {"type": "string"}, {"type": "number", "minimum": 0}
+    reading = record(ocr_ret=text, confidence=number)
+    readings = {"anyOf": [reading, record(results={"type": "array", "items": reading})]}
+    body = {**content(binary, "image/*"),
+            **content(record(image={"type": "string", "format": "byte"})),
+            **content(record(image={"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": binary}),
+                      "multipart/form-data")}
+    return {
+        "openapi": "3.1.0", "info": {"title": "lstm_ctc_ocr", "version": VERSION},
+        "paths": {
+            "/captchaOcr": {
+                "get": {"summary": "Reads an image under the image root", "parameters": [
+                    {"name": "img_path", "in": "query", "required": True, "schema": {**text, "minLength": 1}}],
+                    "responses": answers({"description": "its text", "content": content(
+                        record(img_path=text, ocr_ret=text, confidence=number))}, 400, 404, 413, 415, 422)},
+                "post": {"summary": "Reads one image, or several files of a form",
+                         "requestBody": {"required": True, "content": body},
+                         "responses": answers({"description": "its text, or theirs in order",
+                                               "content": content(readings)}, 400, 413, 415, 422)}},
+            "/healthz": {"get": {"summary": "Model, version, counters, latency", "responses": answers(
+                {"description": "it is up", "content": content(record(
+                    status=text, version=text, model={"type": "object"}, waiting=number, images_read=number,
+                    errors=number, latency_ms=record(p50=number, p95=number, p99=number)))})}},
+            "/openapi.json": {"get": {"summary": "This description", "responses": answers(
+                {"description": "OpenAPI", "content": content({"type": "object"})})}},
+            "/": {"get": {"summary": "The page", "responses": answers(
+                {"description": "HTML", "content": content(text, "text/html")})}}},
+        "components": {"responses": {
+            "Error": {"description": "what is wrong", "content": content(record(error=text))}}}}
+
+
+SAMPLE = """<button class="sample"><img alt="sample {name}" src="data:image/png;base64,{data}"></button>"""
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Captcha reader</title>
+<style nonce="$nonce">
+  :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+  body { max-width: 40rem; margin: 0 auto; padding: 1.5rem 1rem }
+  h1 { font-size: 1.4rem }
+  #drop { display: block; padding: 2rem 1rem; border: 2px dashed GrayText; border-radius: .75rem }
+  #drop { text-align: center; cursor: pointer }
+  #drop.over, #drop:focus-within { border-color: Highlight }
+  #drop input { display: block; margin: .75rem auto 0; max-width: 100% }
+  .sample { padding: .25rem; margin: .25rem .5rem .25rem 0; cursor: pointer }
+  .sample img { display: block; height: 2.5rem }
+  figure { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; margin: 1rem 0 }
+  figure img { max-width: min(256px, 100%); max-height: 8rem; background: #fff; border-radius: .25rem }
+  output { font: 600 1.6rem ui-monospace, monospace; letter-spacing: .1em; overflow-wrap: anywhere }
+  small { display: block; font: .85rem system-ui, sans-serif; letter-spacing: 0; opacity: .75 }
+</style>
+<h1>Captcha reader</h1>
+<label id="drop">Drop a captcha here, paste one, or choose a file
+  <input type="file" accept="image/*" multiple>
+</label>
+<p>Or try a sample:<br>$samples</p>
+<main id="results" aria-live="polite"></main>
+<footer><small>Read by $net. <a href="openapi.json">OpenAPI</a> · <a href="healthz">health</a></small></footer>
+<noscript>Without JavaScript: <code>curl -F image=@captcha.png …/captchaOcr</code></noscript>
+<script nonce="$nonce">
+  const drop = document.querySelector("#drop"), input = drop.querySelector("input");
+
+  async function read(blob) {
+    const figure = document.createElement("figure"), image = new Image(), output = document.createElement("output");
+    const note = document.createElement("small");
+    image.src = URL.createObjectURL(blob);
+    image.alt = "the image that was read";
+    output.textContent = "…";
+    figure.append(image, output);
+    document.querySelector("#results").prepend(figure);
+    const begun = performance.now();
+    try {
+      const headers = {"Content-Type": blob.type.startsWith("image/") ? blob.type : "image/unknown"};
+      const response = await fetch("captchaOcr", {method: "POST", headers, body: blob});
+      const answer = await response.json();
+      if (!response.ok) throw new Error(answer.error);
+      output.textContent = answer.ocr_ret || "(no letter)";
+      const milliseconds = Math.round(performance.now() - begun);
+      note.textContent = `confidence ${(100 * answer.confidence).toFixed(1)} %, ${milliseconds} ms`;
+    } catch (error) {
+      output.textContent = "not read";
+      note.textContent = error.message;
+    }
+    output.append(note);
+  }
+
+  function readAll(files) { for (const file of files) read(file); }
+
+  input.addEventListener("change", () => { readAll(input.files); input.value = ""; });
+  document.addEventListener("paste", event => readAll(event.clipboardData.files));
+  for (const name of ["dragover", "dragleave", "drop"]) document.addEventListener(name, event => {
+    event.preventDefault();
+    drop.classList.toggle("over", name === "dragover");
+    if (name === "drop") readAll(event.dataTransfer.files);
+  });
+  for (const sample of document.querySelectorAll(".sample")) sample.addEventListener("click", () => {
+    const bytes = Uint8Array.from(atob(sample.firstChild.src.split(",")[1]), letter => letter.charCodeAt());
+    read(new Blob([bytes], {type: "image/png"}));
+  });
+</script>
+</html>
+"""
+
+
 # ---------------------------------------------------------------------- the machine
 
 @functools.cache
@@ -1142,7 +1520,9 @@ COMMANDS = {
               "dataset model net words words_max_num im_width im_height train_max_num val_num n_hidden batch_size "
               "epoch_max lr save_epoch seed beam_width label_parts ctc"),
     "test": ("read images: one line each", "model net beam_width"),
-    "start": ("serve GET /captchaOcr?img_path=", "model net beam_width host port image_root"),
+    "start": ("serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
+              "model net beam_width host port image_root token"),
+    "export": ("write a SavedModel for TensorFlow Serving", "model net beam_width"),
 }
 
 
@@ -1159,6 +1539,8 @@ def _parser():
         for field in map(fields.get, names.split()):
             sub.add_argument(_flag(field.name), type=field.type, default=field.default, metavar=field.type.__name__,
                              help=field.metadata["help"] + " (%(default)s)" * (field.default != ""))
+        if command == "export":
+            sub.add_argument("directory", metavar="DIR", help="a new folder; TensorFlow Serving wants <name>/<number>")
         if command == "test":
             sub.add_argument("paths", nargs="*", metavar="PATH", help="images and folders of images (dataset/test)")
             sub.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an image")
@@ -1169,7 +1551,7 @@ def main(argv=None):
     """Runs one command; returns its exit code (0 done, 1 some images could not be read, 2 wrong use)."""
     settings = vars(_parser().parse_args(argv))
     command = settings.pop("command")
-    arguments = {name: settings.pop(name) for name in ("paths", "as_json") if name in settings}
+    arguments = {name: settings.pop(name) for name in ("paths", "as_json", "directory") if name in settings}
     try:
         return getattr(LstmCtcOcr(**settings), command)(**arguments) or 0
     except KeyboardInterrupt:

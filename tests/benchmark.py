@@ -1,18 +1,28 @@
-"""Measures this project's speed as ratios of figures taken in one run: python tests/benchmark.py [train|read|render].
+"""Measures this project's speed as ratios of figures taken in one run.
+
+    python tests/benchmark.py [train|read|render|serve|soak] [--net lstm|cnn_lstm] [--json]
 
 Machines differ, and one machine differs from hour to hour; a ratio of two things that took turns does not. Run it on an
 otherwise idle machine.
 """
 
 import argparse
+import collections
+import contextlib
+import http.client
 import json
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import tensorflow.compat.v1 as tf  # noqa: E402
 
@@ -145,19 +155,99 @@ def benchmark_render(_, folder):
             "render_speedup": speeds[2] / speeds[1]}
 
 
-BENCHMARKS = {"train": benchmark_train, "read": benchmark_read, "render": benchmark_render}
+@contextlib.contextmanager
+def serving(ocr, batch):
+    """A server in a process of its own that reads at most `batch` images at once; yields its process and port."""
+    code = f"import lstm_ctc_ocr; lstm_ctc_ocr.SERVE_BATCH = {batch}; lstm_ctc_ocr.main(['start', '--port', '0'"
+    code += f", '--net', {ocr.net!r}])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    port = int(re.search(r":(\d+)/", process.stderr.readline())[1])
+    threading.Thread(target=lambda: collections.deque(process.stderr, 0), daemon=True).start()
+    yield process, port
+    process.terminate()
+    process.wait()
+
+
+def client(port, bodies):
+    """Posts (body, expected text or None if it must be refused) one after the other; returns each one's seconds.
+
+    Raises AssertionError for an answer that is not the expected one.
+    """
+    connection, taken = http.client.HTTPConnection("127.0.0.1", port), []
+    for body, text in bodies:
+        begun = time.perf_counter()
+        connection.request("POST", "/captchaOcr", body, {"Content-Type": "image/png"})
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        taken.append(time.perf_counter() - begun)
+        if text is None:
+            assert 400 <= response.status < 500 and list(answer) == ["error"], answer
+        else:
+            assert response.status == 200 and answer["ocr_ret"] == text, answer
+    return taken
+
+
+def load(port, bodies, clients=16):
+    """Shares the bodies among clients that ask at the same time; returns requests a second and all latencies."""
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        latencies = list(pool.map(client, [port] * clients, (bodies[part::clients] for part in range(clients))))
+    return len(bodies) / (time.perf_counter() - begun), [seconds for part in latencies for seconds in part]
+
+
+def posted(ocr, folder, count):
+    """(PNG, what the model reads in it alone) of `count` captchas."""
+    paths = [path for path, _ in rendered(ocr, count, folder)]
+    return [(path.read_bytes(), text) for path, text, *_ in ocr.recognise_files(paths)]
+
+
+def benchmark_serve(ocr, folder):
+    """16 clients, each with one PNG at a time, against a server that reads in batches and one that does not."""
+    bodies, speeds, latencies = posted(ocr, folder, 128), {16: [], 1: []}, []
+    with serving(ocr, 16) as (_, batched), serving(ocr, 1) as (_, unbatched), ProcessPoolExecutor(1) as other:
+        for port in (batched, unbatched):
+            other.submit(load, port, bodies).result()
+        for _ in range(3):
+            for batch, port in ((16, batched), (1, unbatched)):
+                speed, taken = other.submit(load, port, bodies * 10).result()
+                speeds[batch].append(speed)
+                latencies += taken if batch == 16 else []
+    speeds = {batch: statistics.median(values) for batch, values in speeds.items()}
+    return {"serve_requests_per_second": speeds[16], "serve_requests_per_second_unbatched": speeds[1],
+            "serve_vs_unbatched": speeds[16] / speeds[1],
+            "serve_p99_ms": statistics.quantiles(latencies, n=100)[98] * 1e3}
+
+
+def benchmark_soak(ocr, folder):
+    """20,000 requests, a fifth of them bad: the memory of the server after the first 2,000 and after the last."""
+    bodies = posted(ocr, folder, 128)
+    bodies += [(body[:draw], None) for draw, (body, _) in enumerate(bodies[:32], 20)]
+    with serving(ocr, 16) as (process, port), ProcessPoolExecutor(1) as other:
+        def resident():
+            return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+
+        memory = []
+        for requests in (2000, 18000):
+            other.submit(load, port, (bodies * (requests // len(bodies) + 1))[:requests]).result()
+            memory.append(resident())
+    return {"soak_mb_after_2000": memory[0], "soak_mb_after_20000": memory[1], "soak_growth": memory[1] / memory[0] - 1}
+
+
+BENCHMARKS = {"train": benchmark_train, "read": benchmark_read, "render": benchmark_render, "serve": benchmark_serve}
+ON_REQUEST = {"soak": benchmark_soak}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("which", nargs="?", choices=BENCHMARKS, help="one of them; all by default")
-    parser.add_argument("--net", default="lstm")
+    parser.add_argument("which", nargs="?", choices=[*BENCHMARKS, *ON_REQUEST],
+                        help="one of them; by default all but soak")
+    parser.add_argument("--net", default="lstm", choices=lstm_ctc_ocr.NETS)
     parser.add_argument("--json", action="store_true", help="print one object, last")
     arguments = parser.parse_args()
     figures = {}
     for name in [arguments.which] if arguments.which else BENCHMARKS:
         with tempfile.TemporaryDirectory() as folder:
-            figures.update(BENCHMARKS[name](LstmCtcOcr(net=arguments.net), folder))
+            figures.update({**BENCHMARKS, **ON_REQUEST}[name](LstmCtcOcr(net=arguments.net), folder))
     if arguments.json:
         print(json.dumps({key: round(value, 3) for key, value in figures.items()}))
     else:

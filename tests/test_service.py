@@ -1,50 +1,109 @@
-"""The real server, over a socket."""
+"""The real server, over a socket; what would be slow there, through Flask's client."""
 
+import base64
+import contextlib
+import functools
 import http.client
+import io
 import json
 import os
+import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
+import cv2
+import numpy as np
 import pytest
+import schemathesis
 from conftest import ROOT, SHIPPED, spawn
+from hypothesis import HealthCheck, given, settings
+from PIL import Image
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+import lstm_ctc_ocr
 from lstm_ctc_ocr import LstmCtcOcr
+
+SAMPLES = {path.stem.split("_")[1]: path.read_bytes() for path in (ROOT / "dataset" / "test").glob("*.png")}
+PNG = {"Content-Type": "image/png"}
+
+
+@contextlib.contextmanager
+def serving(*flags, **kwargs):
+    """A server as a process; yields it and its port, once it says that it is ready."""
+    process = spawn("start", "--port", 0, "--model", SHIPPED, *flags, **kwargs)
+    for line in process.stderr:
+        if ready := re.match(r"http://.*:(\d+)/captchaOcr", line):
+            break
+    yield process, int(ready[1])
+    threading.Thread(target=process.stderr.read).start()  # so that it cannot block on a full pipe
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 0
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """The port of a server of the shipped model, started from another folder than the script's."""
-    process = spawn("start", "--port", 0, "--model", SHIPPED, cwd=tmp_path_factory.mktemp("elsewhere"))
-    yield int(re.match(r"http://127\.0\.0\.1:(\d+)/captchaOcr", process.stderr.readline())[1])
-    process.send_signal(signal.SIGTERM)
-    assert "Traceback" not in process.communicate()[1] and process.returncode == 0
+    with serving(cwd=tmp_path_factory.mktemp("elsewhere")) as (_, port):
+        yield port
 
 
-def get(port, target, method="GET"):
+def ask(port, method, target, body=None, headers=()):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(method, target)
+    connection.request(method, target, body, dict(headers))
     response = connection.getresponse()
     return response.status, json.loads(response.read())
 
 
+def get(port, img_path):
+    return ask(port, "GET", "/captchaOcr?img_path=" + quote(img_path))
+
+
+def as_form(*images):
+    """A multipart body and its headers."""
+    part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n%s\r\n'
+    body = b"".join(part % image for image in images) + b"--b--\r\n"
+    return body, {"Content-Type": "multipart/form-data; boundary=b"}
+
+
+# ---------------------------------------------------------------------- ways in
+
 def test_it_answers_as_in_the_article(server):
     for text, path in [("PIY", "./dataset/test/0_PIY.png"), ("BCAVDPXT", "dataset/test/1_BCAVDPXT.png"),
                        ("N", "test/2_N.png"), ("PIY", str(ROOT / "dataset" / "test" / "0_PIY.png"))]:
-        status, answer = get(server, f"/captchaOcr?img_path={quote(path)}")
+        status, answer = get(server, path)
         assert status == 200 and list(answer) == ["img_path", "ocr_ret", "confidence"]
         assert answer["img_path"] == path and answer["ocr_ret"] == text and 0.5 < answer["confidence"] <= 1
 
 
+def test_an_image_can_be_posted_in_three_ways(server):
+    for text, data in SAMPLES.items():
+        encoded = json.dumps({"image": base64.b64encode(data).decode()})
+        for body, headers in [(data, PNG), (encoded, {"Content-Type": "application/json"}), as_form(data)]:
+            status, answer = ask(server, "POST", "/captchaOcr", body, headers)
+            assert status == 200 and list(answer) == ["ocr_ret", "confidence"] and answer["ocr_ret"] == text
+
+
+def test_several_images_are_answered_in_order(server):
+    texts = [*SAMPLES] * 20  # more than are read at once
+    status, answer = ask(server, "POST", "/captchaOcr", *as_form(*(SAMPLES[text] for text in texts)))
+    assert status == 200 and [reading["ocr_ret"] for reading in answer["results"]] == texts
+
+
 def test_concurrent_requests_are_not_mixed_up(server):
-    texts = ["PIY", "BCAVDPXT", "N"] * 20
-    files = {"PIY": "0_PIY", "BCAVDPXT": "1_BCAVDPXT", "N": "2_N"}
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda text: get(server, f"/captchaOcr?img_path=test/{files[text]}.png"), texts))
+    texts = [*SAMPLES] * 40
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda text: ask(server, "POST", "/captchaOcr", SAMPLES[text], PNG), texts))
     assert [answer["ocr_ret"] for _, answer in answers] == texts
 
+
+# ---------------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("img_path", [
     "../lstm_ctc_ocr.py", "./dataset/../README.md", "/etc/passwd", "dataset/test/../../../etc/passwd", "/dev/zero",
@@ -52,34 +111,80 @@ def test_concurrent_requests_are_not_mixed_up(server):
     "file:///etc/passwd", "a\0b", "x" * 5000, "..", "/", " "])
 def test_nothing_outside_the_image_root_can_be_named(server, img_path):
     """The same answer for what is forbidden and for what does not exist, so that nobody learns which it is."""
-    status, answer = get(server, "/captchaOcr?img_path=" + quote(img_path))
-    assert (status, answer) == (404, {"error": "no such image under the image root"})
+    assert get(server, img_path) == (404, {"error": "no such image under the image root"})
 
 
-@pytest.mark.parametrize("target, method, status", [
-    ("/captchaOcr", "GET", 400), ("/captchaOcr?img_path=", "GET", 400), ("/nothing", "GET", 404),
-    ("/captchaOcr?img_path=test/2_N.png", "DELETE", 405)])
-def test_wrong_requests_get_a_json_error(server, target, method, status):
-    code, answer = get(server, target, method)
-    assert code == status and list(answer) == ["error"]
+def header_of_a_bomb():
+    """A PNG of a few hundred bytes that claims 60,000 x 60,000 pixels."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    data[16:24] = (60000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("method, target, body, kind, status", [
+    ("GET", "/captchaOcr", None, None, 400), ("GET", "/captchaOcr?img_path=", None, None, 400),
+    ("GET", "/nothing", None, None, 404), ("DELETE", "/captchaOcr", None, None, 405),
+    ("OPTIONS", "/captchaOcr", None, None, 405), ("POST", "/healthz", b"", None, 405),
+    ("POST", "/captchaOcr", b"a captcha", "text/plain", 415), ("POST", "/captchaOcr", b"", None, 415),
+    ("POST", "/captchaOcr", b"<svg/>", "image/svg+xml", 415), ("POST", "/captchaOcr", b"", "image/png", 415),
+    ("POST", "/captchaOcr", SAMPLES["PIY"][:3000], "image/png", 422),
+    ("POST", "/captchaOcr", header_of_a_bomb(), "image/png", 413),
+    ("POST", "/captchaOcr", bytes(lstm_ctc_ocr.MAX_BODY + 1), "image/png", 413),
+    ("POST", "/captchaOcr", b"{", "application/json", 400), ("POST", "/captchaOcr", b"[]", "application/json", 400),
+    ("POST", "/captchaOcr", b'{"image": 7}', "application/json", 400),
+    ("POST", "/captchaOcr", b'{"image": "?"}', "application/json", 400),
+    ("POST", "/captchaOcr", b"--b--", "multipart/form-data; boundary=b", 400),
+    ("POST", "/captchaOcr", as_form(*[SAMPLES["N"]] * 65)[0], "multipart/form-data; boundary=b", 400),
+])
+def test_a_wrong_request_is_a_json_error_and_the_next_one_works(server, method, target, body, kind, status):
+    code, answer = ask(server, method, target, body, {"Content-Type": kind} if kind else {})
+    assert code == status and list(answer) == ["error"] and str(ROOT) not in answer["error"]
+    assert get(server, "test/2_N.png")[1]["ocr_ret"] == "N"
+
+
+def test_what_is_no_http_is_a_json_error_too(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server, timeout=60)
+    connection.putrequest("GET", "/healthz")
+    connection.putheader("Content-Length", "many")
+    connection.endheaders()
+    response = connection.getresponse()
+    assert response.status == 400 and list(json.loads(response.read())) == ["error"]
+
+
+@functools.cache
+def application(root, **settings):
+    ocr = LstmCtcOcr(model=str(SHIPPED), image_root=str(root), **settings)
+    return ocr, ocr.create_app()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder to serve, with things in and beside it that must not be served."""
+    parent = tmp_path_factory.mktemp("served")
+    root = parent / "root"
+    root.mkdir()
+    (root / "good.png").write_bytes(SAMPLES["PIY"])
+    (root / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n not really")
+    (root / "secret.txt").write_text("nothing to see")
+    (root / "large.png").write_bytes(SAMPLES["PIY"] + bytes(lstm_ctc_ocr.MAX_BODY))
+    (parent / "outside.png").write_bytes(SAMPLES["PIY"])
+    (root / "link.png").symlink_to(parent / "outside.png")
+    (root / "inner.png").symlink_to(root / "good.png")
+    os.mkfifo(root / "fifo.png")
+    return root
 
 
 @pytest.fixture
-def client(tmp_path):
-    """The application over a folder of its own, with things in it that must not be served."""
-    root = tmp_path / "root"
-    root.mkdir()
-    (root / "good.png").write_bytes((ROOT / "dataset" / "test" / "0_PIY.png").read_bytes())
-    (root / "broken.png").write_bytes(b"\x89PNG not really")
-    (tmp_path / "outside.png").write_bytes((root / "good.png").read_bytes())
-    (root / "link.png").symlink_to(tmp_path / "outside.png")
-    (root / "inner.png").symlink_to(root / "good.png")
-    os.mkfifo(root / "fifo.png")
-    return LstmCtcOcr(model=str(SHIPPED), image_root=str(root)).create_app().test_client()
+def client(root):
+    return application(root)[1].test_client()
 
 
-@pytest.mark.parametrize("name, status", [("good.png", 200), ("inner.png", 200), ("broken.png", 400), ("link.png", 404),
-                                          ("fifo.png", 404), ("root/good.png", 200), ("root/../outside.png", 404)])
+@pytest.mark.parametrize("name, status", [
+    ("good.png", 200), ("inner.png", 200), ("root/good.png", 200), ("broken.png", 422), ("secret.txt", 415),
+    ("large.png", 413), ("link.png", 404), ("fifo.png", 404), ("root/../outside.png", 404)])
 def test_links_are_resolved_and_only_regular_files_opened(client, name, status):
     response = client.get("/captchaOcr", query_string={"img_path": name})
     assert response.status_code == status
@@ -87,7 +192,179 @@ def test_links_are_resolved_and_only_regular_files_opened(client, name, status):
     assert str(ROOT) not in response.text and "tmp" not in response.text
 
 
+def test_fuzzed_images_and_paths_are_answered_or_refused(client):
+    """1,000 of each: never a 500, and no word of what is outside the image root."""
+    draw = random.Random(0)
+    files = [*SAMPLES.values(), *(cv2.imencode(kind, np.zeros((40, 160, 3), np.uint8))[1].tobytes()
+                                  for kind in (".jpg", ".bmp", ".webp", ".tiff", ".gif"))]
+    words = ["..", ".", "/", "//", "good.png", "root", "outside.png", "etc", "passwd", "~", "\\", "%2e", "\0", "é",
+             "\n", "link.png", "proc", "self", "root/..", "C:", "file:"]
+    for _ in range(1000):
+        data = bytearray(draw.choice(files))
+        for _ in range(draw.randint(1, 8)):
+            data[draw.randrange(min(len(data), draw.choice((32, 200, len(data)))))] = draw.randrange(256)
+        data = bytes(data[:draw.choice((None, draw.randrange(len(data))))])
+        response = client.post("/captchaOcr", data=data, headers=PNG)
+        assert response.status_code in (200, 413, 415, 422), response.text
+        path = "/".join(draw.choices(words, k=draw.randint(1, 6)))
+        response = client.get("/captchaOcr", query_string={"img_path": path})
+        assert response.status_code == (200 if "ocr_ret" in response.json else 404), path
+        assert response.status_code == 404 or "good.png" in path  # the one image that these words can name
+
+
+def test_the_queue_is_bounded(root):
+    ocr, app = application(root)
+    ocr._service.waiting = lstm_ctc_ocr.QUEUE
+    try:
+        response = app.test_client().post("/captchaOcr", data=SAMPLES["N"], headers=PNG)
+    finally:
+        ocr._service.waiting = 0
+    assert response.status_code == 503 and response.headers["Retry-After"] == "1" and response.json["error"]
+    assert app.test_client().post("/captchaOcr", data=SAMPLES["N"], headers=PNG).status_code == 200
+
+
+def test_a_token_guards_everything_but_health(root):
+    client = application(root, token="open sesame")[1].test_client()
+    basic = base64.b64encode(b"anybody:open sesame").decode()
+    for path in ("/", "/openapi.json", "/captchaOcr?img_path=good.png", "/captchaOcr?img_path=none.png"):
+        response = client.get(path)
+        assert response.status_code == 401 and response.headers["WWW-Authenticate"].startswith("Basic")
+        assert client.get(path, headers={"Authorization": "Bearer open"}).status_code == 401
+        assert client.get(path, headers={"Authorization": "Bearer open sesame"}).status_code in (200, 404)
+        assert client.get(path, headers={"Authorization": f"Basic {basic}"}).status_code in (200, 404)
+    assert client.get("/healthz").status_code == 200
+
+
+# ---------------------------------------------------------------------- description, health, page
+
+@pytest.mark.parametrize("method, path", [("GET", "/captchaOcr"), ("POST", "/captchaOcr"), ("GET", "/healthz"),
+                                          ("GET", "/openapi.json"), ("GET", "/")])
+def test_the_description_is_true(root, method, path):
+    """Whatever schemathesis makes of the OpenAPI description, the answers are those that it promises."""
+    operation = schemathesis.openapi.from_wsgi("/openapi.json", application(root)[1])[path][method]
+
+    @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy())
+    def promises(case):
+        case.call_and_validate(excluded_checks=[positive_data_acceptance])  # no schema tells an image from other bytes
+
+    promises()
+
+
+def test_health_counts(root):
+    client = application(root)[1].test_client()
+    before = client.get("/healthz").json
+    client.get("/captchaOcr?img_path=good.png")
+    client.get("/captchaOcr?img_path=none.png")
+    after = client.get("/healthz").json
+    assert after["images_read"] == before["images_read"] + 1 and after["errors"] == before["errors"] + 1
+    assert after["status"] == "ok" and after["model"]["net"] == "cnn_lstm"
+    assert 0 < after["latency_ms"]["p50"] <= after["latency_ms"]["p99"]
+
+
+def test_the_page_takes_nothing_from_elsewhere(client):
+    response = client.get("/")
+    assert response.mimetype == "text/html" and not re.search(r"(src|href)=\"?(https?:)?//", response.text)
+    assert re.search(r"script-src 'nonce-[\w-]{20,}';", response.headers["Content-Security-Policy"])
+    assert response.headers["X-Frame-Options"] == "DENY" and response.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_a_browser_reads_what_is_dropped_chosen_and_clicked(server, tmp_path):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromedriver (Debian: chromium chromium-driver)")
+    from selenium import webdriver
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        driver.get(f"http://127.0.0.1:{server}/")
+
+        def newest(text, count):
+            WebDriverWait(driver, 30).until(lambda _: len(driver.find_elements(By.TAG_NAME, "output")) == count and (
+                driver.find_element(By.TAG_NAME, "output").text.startswith(text)))
+
+        driver.find_element(By.CSS_SELECTOR, ".sample").click()
+        newest("PIY", 1)
+        driver.find_element(By.TAG_NAME, "input").send_keys(str(ROOT / "dataset" / "test" / "2_N.png"))
+        newest("N", 2)
+        driver.execute_script("""
+            const bytes = Uint8Array.from(atob(arguments[0]), letter => letter.charCodeAt()), data = new DataTransfer();
+            data.items.add(new File([bytes], "captcha.png", {type: "image/png"}));
+            document.querySelector("#drop").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
+        """, base64.b64encode(SAMPLES["BCAVDPXT"]).decode())
+        newest("BCAVDPXT", 3)
+        assert "confidence" in driver.find_element(By.TAG_NAME, "output").text
+        complaints = [entry for entry in driver.get_log("browser") if "favicon" not in entry["message"]]
+        assert not complaints  # such as of the content security policy
+    finally:
+        driver.quit()
+
+
+# ---------------------------------------------------------------------- life
+
+def test_what_is_under_way_is_finished_before_it_stops():
+    """SIGTERM while a request of 64 images is being read: the answer is whole, the exit code 0."""
+    with serving() as (process, port), ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, port, "POST", "/captchaOcr", *as_form(*[SAMPLES["PIY"]] * 64))
+        while not answer.done() and not ask(port, "GET", "/healthz")[1]["waiting"]:
+            pass
+        process.send_signal(signal.SIGTERM)
+        status, body = answer.result()
+    assert status == 200 and [reading["ocr_ret"] for reading in body["results"]] == ["PIY"] * 64
+
+
 def test_a_port_in_use_is_one_line(server):
     process = spawn("start", "--port", server, "--model", SHIPPED)
     _, messages = process.communicate()
     assert process.returncode == 2 and len(messages.splitlines()) == 1 and "choose another --port" in messages
+
+
+def test_requests_are_logged_and_a_public_address_is_announced():
+    with serving("--host", "0.0.0.0", env={**os.environ, "LSTM_CTC_OCR_TOKEN": "x"}) as (process, port):
+        assert get(port, "no\nsuch\x1b[31m.png")[0] == 401
+        assert re.fullmatch(r'127\.0\.0\.1 "GET /captchaOcr\?[ -~]+" 401 [\d.]+ ms\n', process.stderr.readline())
+
+
+# ---------------------------------------------------------------------- export
+
+def test_the_export_reads_without_this_project(tmp_path):
+    """Plain TensorFlow in a fresh process, image bytes in, the same texts and confidences out."""
+    images = {**{f"{text}.png": data for text, data in SAMPLES.items()}}
+    grey = cv2.imdecode(np.frombuffer(SAMPLES["PIY"], np.uint8), cv2.IMREAD_GRAYSCALE)
+    faded = np.dstack([np.zeros_like(grey)] * 3 + [255 - grey])  # black ink on nothing
+    for name, pixels in {"large.png": cv2.resize(grey, (512, 128)), "small.bmp": cv2.resize(grey, (128, 32)),
+                         "grey.jpg": grey, "faded.png": faded, "narrow.png": grey[:, :100]}.items():
+        images[name] = cv2.imencode(os.path.splitext(name)[1], pixels)[1].tobytes()
+    for name, data in images.items():
+        (tmp_path / name).write_bytes(data)
+    assert lstm_ctc_ocr.main(["export", str(tmp_path / "exported"), "--model", str(SHIPPED)]) == 0
+    code = ("import sys, json, tensorflow as tf\n"
+            "read = tf.saved_model.load(sys.argv[1]).signatures['serving_default']\n"
+            "answer = read(images=tf.constant([open(path, 'rb').read() for path in sys.argv[2:]]))\n"
+            "print(json.dumps([[text.decode() for text in answer['text'].numpy()],\n"
+            "                  answer['confidence'].numpy().tolist()]))")
+    paths = [str(tmp_path / name) for name in images]
+    output = subprocess.run([sys.executable, "-c", code, str(tmp_path / "exported"), *paths], cwd=tmp_path, text=True,
+                            capture_output=True, check=True).stdout
+    texts, confidences = json.loads(output.splitlines()[-1])
+    ours = LstmCtcOcr(model=str(SHIPPED)).recognise(paths)
+    assert texts == [text for text, _ in ours] and texts[:3] == [*SAMPLES]
+    assert confidences == pytest.approx([confidence for _, confidence in ours], abs=0.02)
+    assert lstm_ctc_ocr.main(["export", str(tmp_path / "exported")]) == 2  # nothing is overwritten
+
+
+@pytest.mark.parametrize("label_parts", [1, 3])
+def test_texts_are_made_in_the_graph_as_outside_it(label_parts):
+    tf = lstm_ctc_ocr._tensorflow()
+    ocr, rng = LstmCtcOcr(words="AB", label_parts=label_parts), np.random.default_rng(0)
+    sequences = [rng.integers(0, 2 * label_parts, rng.integers(0, 12)).tolist() for _ in range(200)]
+    with tf.Graph().as_default(), tf.Session() as session:
+        indices, values, shape = ocr.sequences_to_sparse(sequences)
+        texts = session.run(ocr._texts_in_graph(tf.SparseTensor(indices, values.astype(np.int64), shape)))
+    assert [text.decode() for text in texts] == [ocr.sequence_to_text(sequence) for sequence in sequences]
