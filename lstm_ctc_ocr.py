@@ -3,7 +3,8 @@
     python lstm_ctc_ocr.py create_dataset     renders dataset/train/<i>_<LABEL>.png
     python lstm_ctc_ocr.py train              learns from them, saves to my-model/lstm; run again, it resumes
     python lstm_ctc_ocr.py test [PATH...]     reads images, dataset/test by default
-    python lstm_ctc_ocr.py start              serves GET /captchaOcr?img_path=./dataset/test/0_PIY.png
+    python lstm_ctc_ocr.py start              serves GET /captchaOcr?img_path=./dataset/test/0_PIY.png, and a page
+    python lstm_ctc_ocr.py export DIR         writes a SavedModel
 
 The idea: the columns of an image are the time steps of an LSTM. At each of them it says which letter it has just seen,
 or none (the blank); CTC adds up every way in which those steps can spell the label, so nobody has to say where in the
@@ -13,7 +14,10 @@ image a letter stands.
     image (B, H, W) -> columns (T, B, H) -> LSTM (T, B, N) -> logits (T, B, C) +-> CTC loss
                                                                                '-> beam search -> sequence -> text
 
-Dimensions: B batch, H height, W width, T time steps (= W), N LSTM cells, C classes (the letters, the blank last).
+The network cnn_lstm puts convolutions between the image and the LSTM, and reads in both directions.
+
+Dimensions: B batch, H height, W width, T time steps (W; W / 4 behind convolutions), F features, N LSTM cells, C classes
+(the letters, the blank last).
 """
 
 import argparse
@@ -520,12 +524,13 @@ class LstmCtcOcr:
     def _build_batching(self, images):
         """Reads images (b, H, W) that several threads ask for at once as one batch of the graph.
 
-        Returns sequences (b, T), filled up with -1, and confidences (b,).
+        One batch at a time: while it is read, the next one fills up. Returns sequences (b, T), filled up with -1, and
+        confidences (b,).
         """
         tf = _tensorflow()
 
         @tf.nondifferentiable_batch_function(
-            num_batch_threads=_cores(), max_batch_size=MAX_IMAGES, allowed_batch_sizes=[*range(1, SERVE_BATCH + 1)],
+            num_batch_threads=1, max_batch_size=MAX_IMAGES, allowed_batch_sizes=[*range(1, SERVE_BATCH + 1)],
             batch_timeout_micros=BATCH_WAIT, max_enqueued_batches=QUEUE, enable_large_batch_splitting=True)
         def read(images):
             net = self._build_reading(types.SimpleNamespace(images=images))
@@ -900,6 +905,7 @@ class LstmCtcOcr:
 
     def create_app(self):
         """Returns the Flask application, its model loaded and asked once."""
+        self._reader  # first, because the model says how large an image is
         self._service.model = {name: value for name, value in self._load_config(self._model_to_read()).items()
                                if name in ("net", "words", "words_max_num", "step", "accuracy")}
         self._read_in_batches(np.zeros((1, self.im_height, self.im_width), np.uint8))
@@ -927,8 +933,8 @@ class LstmCtcOcr:
     def _admit(self):
         """Refuses strangers, and whoever comes when the service is about to stop."""
         flask.g.begun = time.perf_counter()
-        given = flask.request.authorization
-        shown = (given.token if given.type == "bearer" else given.get("password", "")) if given else ""
+        basic, header = flask.request.authorization, flask.request.headers.get("Authorization", "")
+        shown = basic.password if basic and basic.type == "basic" else header.partition(" ")[2]
         if self._service.token and flask.request.path != "/healthz" and not hmac.compare_digest(
                 (shown or "").encode(), self._service.token.encode()):
             raise Unauthorized("this service wants its token", www_authenticate=WWWAuthenticate("basic", {
@@ -1311,6 +1317,11 @@ def _renderer(width, height):
 
 
 # ---------------------------------------------------------------------- HTTP
+
+def create_app(**settings):
+    """The application for other WSGI servers: gunicorn 'lstm_ctc_ocr:create_app()'."""
+    return LstmCtcOcr(**settings).create_app()
+
 
 def _json_error(error):
     """Turns an HTTP error into JSON; headers such as Allow and Retry-After stay."""
