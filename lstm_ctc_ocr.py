@@ -952,8 +952,9 @@ class LstmCtcOcr:
                                  "X-Frame-Options": "DENY", "Cache-Control": "no-store"})
         response.headers.setdefault("Content-Security-Policy", "default-src 'none'")
         target = ascii(flask.request.full_path.rstrip("?"))[1:-1]
-        print(f'{flask.request.remote_addr} "{flask.request.method} {target}" {response.status_code} '
-              f"{seconds * 1e3:.1f} ms", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may be reading the log
+            print(f'{flask.request.remote_addr} "{flask.request.method} {target}" {response.status_code} '
+                  f"{seconds * 1e3:.1f} ms", file=sys.stderr, flush=True)
         return response
 
     def _answer_path(self):
@@ -1086,7 +1087,8 @@ class LstmCtcOcr:
         waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
         # More threads than may wait for an answer, so that there is always one to say that too many wait.
         return waitress.create_server(self.create_app(), sockets=[listening], threads=QUEUE + 8, ident=None,
-                                      max_request_body_size=4 * MAX_BODY, connection_limit=1000)
+                                      max_request_body_size=4 * MAX_BODY, connection_limit=1000,
+                                      asyncore_use_poll=True)
 
     def _drain(self, server):
         """Takes no more connections, and waits until every request under way is answered, 4 seconds at most."""
