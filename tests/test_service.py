@@ -323,6 +323,7 @@ def test_what_is_under_way_is_finished_before_it_stops():
             pass
         process.send_signal(signal.SIGTERM)
         status, body = answer.result()
+        assert process.wait(5) == 0
     assert status == 200 and [reading["ocr_ret"] for reading in body["results"]] == ["PIY"] * 64
 
 

@@ -61,7 +61,7 @@ def test_a_letter_outside_the_alphabet_is_named():
     (dict(words_max_num=129), "257 steps, in 256: lower --words-max-num"),  # 129 equal letters and 128 blanks
     (dict(words_max_num=33, net="cnn_lstm"), "65 steps, in 64"),
     (dict(words_max_num=22, net="cnn_lstm", label_parts=3), "66 steps, in 64"),
-    (dict(label_parts=0), "--label-parts must be above 0"),
+    (dict(label_parts=2), "--label-parts must be one of 1, 3"),
     (dict(ctc="baidu"), "--ctc must be one of"),
     (dict(im_width=0), "--im-width must be above 0"),
     (dict(batch_size=-1), "--batch-size must be above 0"),

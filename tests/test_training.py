@@ -41,9 +41,9 @@ def test_it_learns(trained):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(label_parts=3), pytest.param(dict(ctc="warp"), marks=needs_warp())], ids=str)
+    dict(label_parts=3), pytest.param(dict(ctc="warp"), marks=needs_warp())], ids=str)
 def test_convolutions_learn_sooner(settings, dataset, tmp_path, capfd):
-    """The article's follow-ups: convolutions, and with them letters in three parts, and Baidu's CTC."""
+    """The article's follow-ups: convolutions, and with them letters in three parts, or Baidu's CTC."""
     assert main(train(dataset, tmp_path, net="cnn_lstm", epoch_max=6, **settings)) == 0
     assert config_of(tmp_path)["accuracy"] > 0.8
     assert main(["test", "--model", str(tmp_path), str(dataset)]) == 0
