@@ -23,6 +23,7 @@ Dimensions: B batch, H height, W width, T time steps (W; W / 4 behind convolutio
 import argparse
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -44,7 +45,6 @@ import sys
 import threading
 import time
 import types
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -71,6 +71,7 @@ NETS = ("lstm", "cnn_lstm")
 CONVOLUTIONS = ((32, 5, 4, 2), (48, 3, 2, 2), (96, 3, 2, 1), (128, 3, 2, 1))  # channels, size, strides down, across
 PROJECTION = 128  # features that each step hands to the LSTM
 STATISTICS = "statistics"  # the graph's collection of batch normalisation's (variable, value of it in a batch)
+PLAN = "plan"  # the collection of a variable by which the chief tells the workers how it trains; never saved
 CTCS = ("tensorflow", "warp")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
@@ -81,6 +82,10 @@ MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than st
 READ_BATCH = 64  # images a step in reading files
 REPORT_STEPS = 100  # between reports, as in the article
 VALIDATION_SHARE = 0.05  # the most of training's time that validating may take; a report waits until it fits in
+
+# A process's place among those that train together, see `_join_cluster`; this one trains by itself.
+ALONE = types.SimpleNamespace(job="chief", index=0, chief=True, number=0, workers=1, servers=0, target="", device=None,
+                              sees=())
 
 TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
 MAX_BODY = 8_000_000  # bytes of a request, and of a file that it names
@@ -334,8 +339,10 @@ class LstmCtcOcr:
         good = [row for row, fault in enumerate(faults) if not fault]
         return images if len(good) == len(files) else images[good], [files[row][1] for row in good]
 
-    def _labelled_files(self, folder):
+    def _labelled_files(self, folder, place=ALONE):
         """Returns the (path, text) of every labelled image, in an order that the seed and the names fix.
+
+        Of several workers, number n of N gets the images i with i % N == n, what `create_dataset --shard` renders.
 
         Raises `Error` if there is none, or one with a label that no network of these settings could learn.
         """
@@ -345,6 +352,7 @@ class LstmCtcOcr:
             if not 0 < len(named[2]) <= self.words_max_num:
                 raise self.Error(f"{folder / named[0]}: a label needs 1 to {self.words_max_num} letters "
                                  "(--words-max-num)")
+        names = [named for named in names if int(named[1]) % place.workers == place.number]
         if not names:
             raise self.Error(f"no images <i>_<LABEL>.png in {folder}: render some with `python lstm_ctc_ocr.py "
                              "create_dataset`, or name another folder with --dataset")
@@ -539,7 +547,7 @@ class LstmCtcOcr:
 
         return read(images)
 
-    def _build_training(self):
+    def _build_training(self, steps_per_epoch, place):
         """Builds a training step too, and reads with the moving averages of the weights that it trains.
 
         The averages read far better than the weights of the moment while the learning rate is high (Polyak and
@@ -548,17 +556,27 @@ class LstmCtcOcr:
         tf = _tensorflow()
         net = self._build_input(self.batch_size)
         net.sequences = tf.sparse_placeholder(tf.int32, [self.batch_size, None], "sequences")
-        net.lr, net.step = tf.placeholder(tf.float32, [], "lr"), tf.train.get_or_create_global_step()
+        net.step = tf.train.get_or_create_global_step()
         net.loss = tf.reduce_mean(self.ctc_loss(net.sequences, self.logits(net.images, training=True)))
         # Of the batch's parts, one on each core, the last one's statistics will do.
         statistics = {variable.name: (variable, value) for variable, value in tf.get_collection(STATISTICS)}.values()
         variables = tf.trainable_variables()
         gradients, net.gradient_norm = tf.clip_by_global_norm(tf.gradients(net.loss, variables), MAX_GRADIENT_NORM)
-        optimizer = tf.train.AdamOptimizer(net.lr).apply_gradients(zip(gradients, variables), global_step=net.step)
         averages = tf.train.ExponentialMovingAverage(AVERAGE_DECAY, num_updates=net.step)
-        with tf.control_dependencies([optimizer] + [tf.assign(*pair) for pair in statistics]):
-            averaging = averages.apply(variables + [variable for variable, _ in statistics])
-        with tf.control_dependencies([averaging]):
+        optimizer = tf.train.AdamOptimizer(self._learning_rate(tf.cast(net.step, tf.float32) / steps_per_epoch))
+        if place.servers:  # the chief averages the gradients of all workers, applies them, and lets all go on
+            optimizer = net.replicas = tf.train.SyncReplicasOptimizer(
+                optimizer, place.workers, variable_averages=averages,
+                variables_to_average=variables + [variable for variable, _ in statistics])
+            plan = json.dumps({**self._plan(), "last": math.ceil(self.epoch_max * steps_per_epoch)})
+            net.plan = tf.get_variable("plan", initializer=plan, trainable=False, collections=[PLAN])
+            net.finished = [_finished_queue(server, place.workers).enqueue(True) for server in range(place.servers)]
+        with tf.control_dependencies([tf.assign(*pair) for pair in statistics]):
+            train = optimizer.apply_gradients(zip(gradients, variables), global_step=net.step)
+        if not place.servers:
+            with tf.control_dependencies([train]):
+                train = averages.apply(variables + [variable for variable, _ in statistics])
+        with tf.control_dependencies([train]):
             net.train = net.step.read_value()  # running it trains, and tells the step that it has reached
 
         def averaged(getter, *args, **kwargs):
@@ -630,7 +648,9 @@ class LstmCtcOcr:
             raise self.Error(f"no checkpoint in {folder}: train it further, or name another folder with --model")
         try:
             saver.restore(session, prefix)
-        except (tf.errors.OpError, ValueError):
+        except (tf.errors.OpError, ValueError) as error:
+            if _is_lost_server(error):
+                raise
             raise self.Error(f"the checkpoint {prefix} is missing, torn or of another network: restore it, or name "
                              "another folder with --model") from None
 
@@ -665,38 +685,106 @@ class LstmCtcOcr:
     def train(self):
         """Trains on the folder `dataset`, saves to the model folder and goes on from what is there.
 
+        With TF_CONFIG set, this process is one task of the cluster that it describes (see `_join_cluster`): the chief
+        saves, validates and reports, the workers add their gradients, the parameter servers hold the weights.
         Returns 0 when `epoch_max` is reached, 128 + the signal's number when it was told to stop (and has saved).
         """
         self.net = self.net or "lstm"
+        place = _join_cluster()
+        if place.job == "ps":
+            return self._serve_parameters(place)
         folder = Path(self.model or MODELS / self.net)
-        config = self._training_config(folder)
-        files = self._labelled_files(Path(self.dataset))
-        held = max(1, min(self.val_num, len(files) // 10))
-        images, texts = self.load_images(files[:held + (self.train_max_num or len(files))])
+        config = self._training_config(folder) if place.chief else {}
+        files = self._labelled_files(Path(self.dataset), place)
+        held = max(1, min(self.val_num, len(files) // 10)) if place.chief else 0
+        images, texts = self.load_images(files[:held + (self.train_max_num // place.workers or len(files))])
         if len(images) - held < self.batch_size:
             raise self.Error(f"{self.dataset} leaves {len(images) - held} images to train on, fewer than one batch of "
                              f"{self.batch_size}: render more, or lower --batch-size")
+        run = types.SimpleNamespace(
+            place=place, folder=folder, config=config, held=(images[:held], texts[:held]), images=images[held:],
+            texts=texts[held:], steps_per_epoch=(len(images) - held) // self.batch_size)
+        run.last = math.ceil(self.epoch_max * run.steps_per_epoch)
         tf = _tensorflow()
-        with tf.Graph().as_default():
-            net = self._build_training()
-            saver = tf.train.Saver(max_to_keep=0, save_relative_paths=True)  # `_save` itself keeps the best and newest
-            self._save_config(folder, config)
-            with self._writing(folder):
-                writer = tf.summary.FileWriter(str(folder / "events"))
-            with tf.Session(config=_session_config()) as session:
-                session.run(tf.global_variables_initializer())
-                if (folder / "checkpoint").exists():
-                    self._restore(session, saver, folder)
-                run = types.SimpleNamespace(
-                    folder=folder, config=config, net=net, saver=saver, writer=writer, session=session,
-                    held=(images[:held], texts[:held]), images=images[held:], texts=texts[held:],
-                    steps_per_epoch=(len(images) - held) // self.batch_size, step=int(session.run(net.step)))
-                return self._train_loop(run)
+        with tf.Graph().as_default(), tf.device(place.device):
+            run.net = self._build_training(run.steps_per_epoch, place)
+            run.saver = tf.train.Saver(max_to_keep=0, save_relative_paths=True)  # `_save` keeps the best and newest
+            if place.chief:
+                self._save_config(folder, config)
+                with self._writing(folder):
+                    run.writer = tf.summary.FileWriter(str(folder / "events"))
+            return self._train_loop(run)
+
+    @contextlib.contextmanager
+    def _session(self, run):
+        """Opens the session that trains; one that loses its parameter servers waits for them, and goes on."""
+        tf, place, net, graph = _tensorflow(), run.place, run.net, run.net.loss.graph
+        config, init_op, run.opened = _session_config(place), tf.global_variables_initializer(), 0
+        manager = tf.train.SessionManager(tf.local_variables_initializer(), recovery_wait_secs=1, ready_op=(
+            None if place.chief else tf.report_uninitialized_variables([net.plan])))
+
+        def restore(session):
+            if (run.folder / "checkpoint").exists():
+                self._restore(session, run.saver, run.folder)
+
+        class Creator(tf.train.SessionCreator):
+            def create_session(self):
+                with graph.as_default():  # it may be opened again by the thread that runs the steps
+                    if place.chief:
+                        return manager.prepare_session(place.target, init_op, init_fn=restore, config=config)
+                    return manager.wait_for_session(place.target, config)
+
+        class Begun(tf.train.SessionRunHook):
+            def after_create_session(self, session, coord):
+                run.opened += 1
+                run.session = session  # what may be asked from several threads, and be saved from
+                if run.opened > 1:
+                    print(f"lost a parameter server; going on from step {session.run(net.step)}", file=sys.stderr)
+                if place.chief and place.servers:
+                    session.run(net.plan.initializer)  # now the weights are ready for the workers, who wait for it
+
+        hooks = [net.replicas.make_session_run_hook(place.chief, num_tokens=0)] if place.servers else []
+        session, run.finished = tf.train.MonitoredSession(Creator(), [*hooks, Begun()], stop_grace_period_secs=1), False
+        try:
+            if not place.chief:
+                plan = json.loads(run.session.run(net.plan))
+                run.last = plan.pop("last")
+                self._require_agreement(plan)
+            yield session
+        except tf.errors.OutOfRangeError:  # the chief is done, and has closed the queue that the workers wait at
+            run.finished = True
+        if place.servers and run.finished:
+            run.session.run(net.finished)
+            threading.excepthook = lambda _: None  # closing cancels TensorFlow's thread that applies gradients
+        # Closing all of it closes that queue, so that a chief who leaves too early must not.
+        (session if run.finished or not place.servers else run.session).close()
+
+    def _require_agreement(self, plan):
+        """Raises `Error` if the chief trains with other settings than this worker."""
+        for name, value in plan.items():
+            if self._plan()[name] != value:
+                raise self.Error(f"the chief trains with {_flag(name)} {value}, not {self._plan()[name]}: give the same "
+                                 "to every task of the cluster")
+
+    def _plan(self):
+        """What a model folder, and all of a cluster, must agree on."""
+        return {"format": MODEL_FORMAT, **{name: getattr(self, name) for name in (*ARCHITECTURE, "seed", "batch_size")}}
+
+    def _serve_parameters(self, place):
+        """Holds a share of the weights for the workers until they are done."""
+        tf = _tensorflow()
+        with tf.Graph().as_default(), tf.Session(place.target, config=_session_config(place)) as session:
+            finished = _finished_queue(place.index, place.workers).dequeue()
+            print(f"holds weights for {place.workers} workers", file=sys.stderr)
+            session.run(finished)
+            with contextlib.suppress(tf.errors.DeadlineExceededError):  # of one that has died there is no word
+                for _ in range(place.workers - 1):
+                    session.run(finished, options=tf.RunOptions(timeout_in_ms=10_000))
+        return 0
 
     def _training_config(self, folder):
         """Returns the folder's config, or a new one; raises `Error` if the folder was trained with other settings."""
-        config = {"format": MODEL_FORMAT,
-                  **{name: getattr(self, name) for name in (*ARCHITECTURE, "seed", "batch_size")}}
+        config = self._plan()
         if not (folder / "config.json").exists():
             return config
         known = self._load_config(folder)
@@ -707,38 +795,61 @@ class LstmCtcOcr:
         return known
 
     def _train_loop(self, run):
-        """One pass of the loop is one step; whatever happens between steps happens here."""
-        last = math.ceil(self.epoch_max * run.steps_per_epoch)
-        save_steps = max(1, round(self.save_epoch * run.steps_per_epoch))
-        run.saved, run.losses, run.since = run.step, [], (time.monotonic(), run.step)
-        run.begun, run.validating, run.validation = time.monotonic(), 0.0, None
-        run.cpu_before = run.config.get("cpu_minutes", 0) - time.process_time() / 60
-        batches = _one_ahead(itertools.islice(self._batches(run), max(0, last - run.step)))
-        with _deferred_stop() as stop, tqdm(
-                total=last * self.batch_size, initial=run.step * self.batch_size, unit="img", disable=None) as bar:
-            bar.write(f"{len(run.images)} images to train on, {len(run.held[0])} held out; from step {run.step} "
-                      f"to {last}", file=sys.stderr)
-            for images, sequences in batches:
-                feeds = {run.net.images: images, run.net.sequences: sequences,
-                         run.net.lr: self._learning_rate(run.step / run.steps_per_epoch)}
-                loss, norm, step = run.session.run([run.net.loss, run.net.gradient_norm, run.net.train], feeds)
-                self._require_finite(run, loss, norm)
-                run.losses.append(float(loss))
-                run.step = int(step)
-                bar.update(self.batch_size)
-                bar.set_postfix(loss=f"{np.mean(run.losses[-100:]):.3f}", accuracy=run.config.get("accuracy"))
-                report = run.step == last or run.step % REPORT_STEPS == 0 and self._validation_is_due(run)
-                if report or stop or run.step % save_steps == 0:
-                    self._require_finite(run, run.session.run(run.net.loss, feeds))  # of the weights to be saved
-                    if report:
-                        self._report(run, images, sequences)
-                    self._save(run)
-                if stop:
-                    print(f"stopped and saved at step {run.step} of {last}; the same command goes on from there",
-                          file=sys.stderr)
-                    return 128 + stop[0]
-        print(f"{run.step} steps done; best accuracy {run.config.get('accuracy')} in {run.folder}", file=sys.stderr)
+        """One pass of the loop is one step; what happens between steps is in `_between_steps`."""
+        chief, tf = run.place.chief, _tensorflow()
+        with concurrent.futures.ThreadPoolExecutor(1) as run.stepping, \
+                _deferred_stop() if chief else contextlib.nullcontext([]) as run.stop, self._session(run) as session:
+            run.step = run.saved = int(run.session.run(run.net.step))
+            run.losses, run.since = [], (time.monotonic(), run.step)
+            run.begun, run.validating, run.validation = time.monotonic(), 0.0, None
+            run.cpu_before = run.config.get("cpu_minutes", 0) - time.process_time() / 60
+            with tqdm(total=run.last * self.batch_size, initial=run.step * self.batch_size, unit="img",
+                      disable=None) as run.bar:
+                run.bar.write(f"{len(run.images)} images to train on, {len(run.held[0])} held out; from step {run.step} "
+                              f"to {run.last}", file=sys.stderr)
+                for images, sequences in _one_ahead(self._batches(run)):
+                    if chief and run.step >= run.last:
+                        break
+                    feeds, before = {run.net.images: images, run.net.sequences: sequences}, run.step
+                    self._step(run, session, feeds)
+                    if chief:
+                        try:
+                            self._between_steps(run, before, feeds)
+                        except tf.errors.OpError as error:  # of a lost server the next step will hear, and wait for it
+                            if not _is_lost_server(error):
+                                raise
+                    if run.stop:
+                        print(f"stopped and saved at step {run.step} of {run.last}; the same command goes on from "
+                              "there", file=sys.stderr)
+                        return 128 + run.stop[0]
+            run.finished = True
+        if chief:
+            print(f"{run.step} steps done; best accuracy {run.config.get('accuracy')} in {run.folder}", file=sys.stderr)
         return 0
+
+    def _step(self, run, session, feeds):
+        """Runs one training step. A chief who is told to stop while a worker is missing gives up the step."""
+        waiting = run.stepping.submit(session.run, [run.net.loss, run.net.gradient_norm, run.net.train], feeds)
+        while not waiting.done() and not (run.stop and run.place.servers):
+            concurrent.futures.wait([waiting], timeout=5)  # in this thread signals are heard
+        if not waiting.done():
+            return
+        loss, norm, step = waiting.result()
+        self._require_finite(run, loss, norm)
+        run.losses.append(float(loss))
+        run.bar.update((int(step) - run.step) * self.batch_size)
+        run.bar.set_postfix(loss=f"{np.mean(run.losses[-100:]):.3f}", accuracy=run.config.get("accuracy"))
+        run.step = int(step)
+
+    def _between_steps(self, run, before, feeds):
+        """Reports and saves where it is time for it, after the step that followed step `before`."""
+        due = run.step // REPORT_STEPS > before // REPORT_STEPS and self._validation_is_due(run)
+        report, save_steps = run.step >= run.last or due, max(1, round(self.save_epoch * run.steps_per_epoch))
+        if report or run.stop or run.step // save_steps > before // save_steps:
+            self._require_finite(run, run.session.run(run.net.loss, feeds))  # of the weights to be saved
+            if report:
+                self._report(run, feeds)
+            self._save(run)
 
     def _require_finite(self, run, *values):
         if not np.isfinite(values).all():
@@ -760,11 +871,12 @@ class LstmCtcOcr:
         cost = run.validation or elapsed / len(run.losses) / self.batch_size * len(run.held[0]) / 3
         return run.validating + cost <= VALIDATION_SHARE * elapsed
 
-    def _report(self, run, images, sequences):
+    def _report(self, run, feeds):
         """Validates on every held-out image; prints the article's figures and writes them for TensorBoard."""
         begun, (last_time, last_step) = time.monotonic(), run.since
         epoch, batch = divmod(run.step, run.steps_per_epoch)
         speed = (run.step - last_step) * self.batch_size / (begun - last_time)
+        images, sequences = feeds.values()
         train = score([self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sequences)],
                       [text for text, _ in self._read(run.session, run.net, images)])
         truths, readings, loss = self._validate(run)
@@ -819,7 +931,8 @@ class LstmCtcOcr:
             run.saver.save(run.session, str(run.folder / "LstmCtcOcr"), run.step, write_meta_graph=False)
         run.saved = run.step
         run.config.update(step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
-                          images_seen=run.step * self.batch_size, images=len(run.images), epoch_max=self.epoch_max,
+                          images_seen=run.step * self.batch_size * run.place.workers,
+                          images=len(run.images) * run.place.workers, epoch_max=self.epoch_max,
                           lr=self.lr, cpu_minutes=round(self._cpu_minutes(run), 2),
                           tensorflow=_tensorflow().__version__)
         self._save_config(run.folder, run.config)
@@ -1155,6 +1268,8 @@ class LstmCtcOcr:
         try:
             yield
         except (OSError, *([tf.errors.OpError] if tf else [])) as error:
+            if _is_lost_server(error):
+                raise
             raise self.Error(f"cannot write to {folder} ({getattr(error, 'strerror', None) or error}); run the same "
                              "command again once that is mended") from None
 
@@ -1471,7 +1586,7 @@ def _tensorflow():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with _quiet_stderr():  # no setting stops the lines that it prints while it is loaded
         import tensorflow.compat.v1 as tf
-    tf.logging.set_verbosity(tf.logging.ERROR)
+    tf.logging.set_verbosity(tf.logging.FATAL)
     return tf
 
 
@@ -1488,9 +1603,56 @@ def _quiet_stderr():
         os.close(null)
 
 
-def _session_config():
+def _session_config(place=ALONE):
     """One core an operation, as many operations at once as there are cores: see `LstmCtcOcr.lstm`."""
-    return _tensorflow().ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=_cores())
+    return _tensorflow().ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=_cores(),
+                                     device_filters=place.sees)
+
+
+def _join_cluster():
+    """Returns this process's place in the cluster that TF_CONFIG describes, its server started; without it, `ALONE`.
+
+    TF_CONFIG is as TensorFlow documents it: {"cluster": {"chief": [address], "worker": [...], "ps": [...]}, "task":
+    {"type": ..., "index": ...}}; without a chief, the first worker is it. Raises `LstmCtcOcr.Error` if it is not.
+    """
+    if not os.environ.get("TF_CONFIG"):
+        return ALONE
+    tf = _tensorflow()
+    try:
+        resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+        cluster, job, index = resolver.cluster_spec(), resolver.task_type, int(resolver.task_id or 0)
+        tasks = [(job, index) for job in ("chief", "worker", "ps") if job in cluster.jobs
+                 for index in cluster.task_indices(job)]
+        servers = [task for task in tasks if task[0] == "ps"]
+        workers = tasks[:len(tasks) - len(servers)]
+        if (job, index) not in tasks or not workers or len(workers) > 1 > len(servers):
+            raise ValueError("it must name a chief or worker, a ps if they are several, and a task that is one of them")
+        if tasks == workers:
+            return ALONE
+        with _quiet_stderr():
+            server = tf.train.Server(cluster, job, index, config=_session_config())
+    except (ValueError, TypeError, AttributeError, KeyError, tf.errors.OpError) as error:
+        raise LstmCtcOcr.Error(f"TF_CONFIG: {str(error).splitlines()[0]}") from None
+    here, number = f"/job:{job}/task:{index}", workers.index((job, index)) if (job, index) in workers else None
+    if number != 0:  # the chief saves first; who waits for others inside TensorFlow would not hear of a signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return types.SimpleNamespace(
+        job=job, index=index, chief=number == 0, number=number, workers=len(workers), servers=len(servers),
+        target=server.target, device=tf.train.replica_device_setter(cluster=cluster, worker_device=here),
+        sees=["/job:ps", here])
+
+
+def _is_lost_server(error):
+    """Whether an exception says that a parameter server has gone, not that something is wrong."""
+    tf = sys.modules.get("tensorflow")
+    return tf and isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError))
+
+
+def _finished_queue(server, workers):
+    """The queue on a parameter server to which every worker that is done adds an entry."""
+    tf = _tensorflow()
+    with tf.device(f"/job:ps/task:{server}"):
+        return tf.FIFOQueue(workers, tf.bool, shapes=[], shared_name=f"finished_{server}")
 
 
 def _cores():
@@ -1504,7 +1666,7 @@ def _ignore_ctrl_c():
 def _one_ahead(iterable):
     """Yields from an iterable, computing the next item in another thread meanwhile."""
     iterator, end = iter(iterable), object()
-    with ThreadPoolExecutor(1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(next, iterator, end)
         while (item := ahead.result()) is not end:
             ahead = pool.submit(next, iterator, end)

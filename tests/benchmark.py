@@ -1,6 +1,6 @@
 """Measures this project's speed as ratios of figures taken in one run.
 
-    python tests/benchmark.py [train|read|render|serve|soak] [--net lstm|cnn_lstm] [--json]
+    python tests/benchmark.py [train|read|render|serve|cluster|soak] [--net lstm|cnn_lstm] [--json]
 
 Machines differ, and one machine differs from hour to hour; a ratio of two things that took turns does not. Run it on an
 otherwise idle machine.
@@ -10,8 +10,11 @@ import argparse
 import collections
 import contextlib
 import http.client
+import itertools
 import json
+import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -85,10 +88,10 @@ def article_step(ocr, batch_size, images, texts):
 def our_step(ocr, images, texts):
     """Returns a function that runs this project's training step."""
     with tf.Graph().as_default():
-        net = ocr._build_training()
+        net = ocr._build_training(1000, lstm_ctc_ocr.ALONE)
         session = tf.Session(config=lstm_ctc_ocr._session_config())
         session.run(tf.global_variables_initializer())
-    batch = {net.images: images[:ocr.batch_size], net.lr: 1e-3, net.sequences: ocr.sequences_to_sparse(
+    batch = {net.images: images[:ocr.batch_size], net.sequences: ocr.sequences_to_sparse(
         [ocr.text_to_sequence(text) for text in texts[:ocr.batch_size]])}
     return lambda: session.run([net.loss, net.gradient_norm, net.train], batch)
 
@@ -235,7 +238,57 @@ def benchmark_soak(ocr, folder):
     return {"soak_mb_after_2000": memory[0], "soak_mb_after_20000": memory[1], "soak_growth": memory[1] / memory[0] - 1}
 
 
-BENCHMARKS = {"train": benchmark_train, "read": benchmark_read, "render": benchmark_render, "serve": benchmark_serve}
+def cluster_speed(net, dataset, model, workers):
+    """Trains 200 steps with one parameter server and workers pinned to a core each.
+
+    Returns images a second of all of them together over the last 100 steps, and the bytes a step on loopback.
+    """
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(workers + 1)]
+    server, chief, *others = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+    cluster = {"ps": [server], "chief": [chief], **({"worker": others} if others else {})}
+    for each in sockets:
+        each.close()
+
+    def start(job, index=0, core=None):
+        return subprocess.Popen(
+            [sys.executable, "lstm_ctc_ocr.py", "train", "--net", net, "--dataset", dataset, "--model", model,
+             "--epoch-max", str(200 / (400 // workers // LstmCtcOcr.batch_size)), "--val-num", "8", "--save-epoch", "99"],
+            cwd=ROOT, text=True, stderr=subprocess.PIPE if job == "chief" else subprocess.DEVNULL,
+            env={**os.environ, "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": job, "index": index}})},
+            preexec_fn=(lambda: os.sched_setaffinity(0, [core])) if core is not None else None)
+
+    cores = sorted(os.sched_getaffinity(0))
+    tasks = [start("chief", core=cores[0]), start("ps"),
+             *(start("worker", index, cores[index + 1]) for index in range(len(others)))]
+    moments = []
+    for line in tasks[0].stderr:
+        if found := re.match(r"epoch .* step (\d+) ", line):
+            sent = int(re.search(r"lo: *(\d+)", Path("/proc/net/dev").read_text())[1])
+            moments.append((int(found[1]), time.perf_counter(), sent))
+    if any(task.wait() for task in tasks):
+        raise RuntimeError("a task of the cluster has failed")
+    (step, begun, sent), (last, ended, received) = moments[0], moments[-1]
+    return ((last - step) * LstmCtcOcr.batch_size * workers / (ended - begun), (received - sent) / (last - step))
+
+
+def benchmark_cluster(ocr, folder):
+    """One worker against two, each on a core of its own, the parameter server wherever there is room."""
+    LstmCtcOcr(dataset=f"{folder}/train", im_total_num=400 + 8 + 8, seed=5).create_dataset()
+    speeds, traffic = {1: [], 2: []}, []
+    for round_, workers in itertools.product(range(3), (1, 2)):
+        with tempfile.TemporaryDirectory(dir=folder) as model:
+            speed, sent = cluster_speed(ocr.net, f"{folder}/train", model, workers)
+        speeds[workers].append(speed)
+        traffic += [sent] if workers == 1 else []
+    one, two = statistics.median(speeds[1]), statistics.median(speeds[2])
+    sent = statistics.median(traffic)
+    return {"cluster_images_per_second_1": one, "cluster_images_per_second_2": two, "cluster_efficiency": two / one / 2,
+            "cluster_megabytes_a_step": sent / 1e6,  # of one worker, both ways together
+            "cluster_workers_at_10_gbit": 1.25e9 / (sent / 2 / (LstmCtcOcr.batch_size / one))}
+
+
+BENCHMARKS = {"train": benchmark_train, "read": benchmark_read, "render": benchmark_render, "serve": benchmark_serve,
+              "cluster": benchmark_cluster}
 ON_REQUEST = {"soak": benchmark_soak}
 
 
