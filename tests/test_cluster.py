@@ -69,7 +69,8 @@ def cluster(dataset, tmp_path):
     yield make
     for task in [task for each in made for task in each.tasks.values()]:
         task.kill()
-        task.communicate()
+        task.wait()
+        task.stderr.close()
 
 
 def test_two_workers_learn_what_one_process_does(cluster, trained, dataset, tmp_path):
