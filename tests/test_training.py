@@ -66,10 +66,10 @@ def test_a_model_folder_says_what_it_is_and_where_it_came_from(trained):
     assert config["tensorflow"] == tf.__version__ and config["step"] == step_of(trained) == 15 * 45
 
 
-def test_the_best_and_the_newest_checkpoint_are_kept_and_no_other(trained):
+def test_the_best_and_the_newest_two_checkpoints_are_kept_and_no_other(trained):
     config = config_of(trained)
     steps = {int(re.search(r"\d+", path.name)[0]) for path in trained.glob("LstmCtcOcr-*")}
-    assert steps == {config["step"], config["best_step"]}
+    assert steps == {config["step"], 672, config["best_step"]}  # 672 is the last multiple of a tenth of an epoch
 
 
 def test_the_report_is_the_articles(dataset, tmp_path, capfd):
@@ -136,7 +136,7 @@ def test_kill_9_loses_nothing_that_was_saved(dataset, tmp_path):
     assert step > 0
     assert main(train(dataset, tmp_path, epoch_max=(step + 3) / 45)) == 0
     assert step_of(tmp_path) in (step + 3, step + 4)
-    assert len(list(tmp_path.glob("*.index"))) <= 2  # what the kill left behind is tidied up
+    assert len(list(tmp_path.glob("*.index"))) <= 3  # what the kill left behind is tidied up
 
 
 def test_a_loss_that_is_not_a_number_stops_with_the_last_checkpoint_intact(trained, dataset, tmp_path, capfd):
