@@ -1245,8 +1245,10 @@ class LstmCtcOcr:
         try:
             yield
         except (OSError, *([tf.errors.OpError] if tf else [])) as error:
-            raise self.Error(f"cannot write to {folder} ({getattr(error, 'strerror', None) or error}); run the same "
-                             "command again once that is mended") from None
+            text = getattr(error, "strerror", None) or str(error)
+            reason = re.search(r"(.+)\n\s*\[\[", text) or re.match(".*", text)  # TensorFlow puts a traceback around it
+            raise self.Error(f"cannot write to {folder} ({reason[reason.re.groups]}); run the same command again once "
+                             "that is mended") from None
 
 
 # ---------------------------------------------------------------------- Baidu's Warp-CTC

@@ -11,7 +11,7 @@ import tensorflow.compat.v1 as tf
 from conftest import NET, TASK, flags, needs_warp, spawn
 
 import lstm_ctc_ocr
-from lstm_ctc_ocr import main
+from lstm_ctc_ocr import LstmCtcOcr, main
 
 
 def train(dataset, model, **settings):
@@ -98,21 +98,37 @@ def test_running_it_again_resumes(trained, dataset, tmp_path, capfd):
     assert step_of(tmp_path / "model") == 720 and "from step 675 to 720" in capfd.readouterr().err
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(dataset, tmp_path):
-    """Weights, optimiser, schedule and the order of the images all go on: the final weights are the same."""
-    settings = dict(epoch_max=2, val_num=16)
+@pytest.fixture
+def losses(monkeypatch):
+    """The loss and the gradient's norm of every training step, and the steps at which a SIGTERM shall come."""
+    seen, stops, require_finite = [], [], LstmCtcOcr._require_finite
+
+    def watch(self, run, *values):
+        if len(values) == 2:
+            seen.append(tuple(map(float, values)))
+            if len(seen) in stops:
+                os.kill(os.getpid(), signal.SIGTERM)
+        require_finite(self, run, *values)
+
+    monkeypatch.setattr(LstmCtcOcr, "_require_finite", watch)
+    return seen, stops
+
+
+@pytest.mark.parametrize("net", ["lstm", "cnn_lstm"])
+@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.long)])
+def test_a_run_resumed_again_and_again_is_the_same_to_the_last_bit(net, times, dataset, tmp_path, losses):
+    """Weights, optimiser, averages, schedule and the order of the images go on; and the seed fixes all of them."""
+    settings = dict(net=net, n_hidden=16, epoch_max=60 / 49, val_num=16, save_epoch=1)  # into the second epoch
+    seen, stops = losses
     assert main(train(dataset, tmp_path / "whole", **settings)) == 0
-    process = spawn(*train(dataset, tmp_path / "parts", **settings, save_epoch=0.05))
-    until(process, "from step 0")
-    while not list((tmp_path / "parts").glob("*.index")):
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert 0 < step_of(tmp_path / "parts") < 98
-    assert main(train(dataset, tmp_path / "parts", **settings)) == 0
-    whole, parts = (tf.train.load_checkpoint(str(tmp_path / name)) for name in ("whole", "parts"))
-    for name in ("lstm/kernel", "dense/kernel", "lstm/kernel/Adam_1"):
-        assert whole.get_tensor(name) == pytest.approx(parts.get_tensor(name), rel=1e-2, abs=1e-3)
+    whole = seen.copy()
+    seen.clear()
+    stops += [60 * (time + 1) // (times + 1) for time in range(times)]
+    codes = [main(train(dataset, tmp_path / "parts", **settings)) for _ in range(times + 1)]
+    assert codes == [128 + signal.SIGTERM] * times + [0]
+    assert len(set(whole)) == 60 and seen == whole
+    before, after = (tf.train.load_checkpoint(str(tmp_path / name)) for name in ("whole", "parts"))
+    assert all((before.get_tensor(name) == after.get_tensor(name)).all() for name in before.get_variable_to_shape_map())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
