@@ -745,7 +745,7 @@ class LstmCtcOcr:
         self._training_config(folder)
         if (folder / LOCK).exists():
             with self._alone_in(folder):
-                pass  # or else it is said now, before the images are loaded
+                pass  # if not, that is said now, before the images are loaded
         files = self._labelled_files(Path(self.dataset))
         held = max(1, min(self.val_num, len(files) // 10))
         images, texts = self.load_images(files[:held + (self.train_max_num or len(files))])

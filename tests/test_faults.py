@@ -172,10 +172,8 @@ def torn_index(folder):
      "LstmCtcOcr-675 is missing or torn: going on from that of step 672"),
     (harms(672, best=672), "LstmCtcOcr-672 is missing or torn: going on from that of step 675", ""),
     (torn_index, "", "LstmCtcOcr-675 is missing or torn: going on from that of step 672"),
-    (lambda folder: data(folder, 675).unlink(), None, "going on from that of step 672"),
     (lambda folder: cut_in_half(folder / "checkpoint"), "", ""),
-    (lambda folder: (folder / "checkpoint").unlink(), "", ""),
-], ids=["newest", "newest and best", "best", "index", "gone", "list torn", "list gone"])
+], ids=["newest", "newest and best", "best", "index", "list of them"])
 def test_a_torn_checkpoint_costs_what_came_after_the_one_before(harm, reading, training, trained, dataset, tmp_path,
                                                                  capfd):
     """Both `test` and `train` say in one line what they use instead, and training leaves a folder that is whole."""
@@ -185,7 +183,7 @@ def test_a_torn_checkpoint_costs_what_came_after_the_one_before(harm, reading, t
     said(capfd)
     assert reads(model, dataset)
     messages = said(capfd)
-    assert reading is None or len(messages.splitlines()) == bool(reading) and reading in messages
+    assert reading in messages and len(messages.splitlines()) == bool(reading)
     assert main(train(dataset, model, epoch_max=15.1)) == 0
     messages = said(capfd)
     assert training in messages and messages.count("going on from") == bool(training)

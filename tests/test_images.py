@@ -37,24 +37,6 @@ def test_rendering_goes_on_and_leaves_whole_files_alone(tmp_path):
     assert kept.stat().st_mtime == 1
 
 
-def test_rendering_survives_kill_9(tmp_path):
-    """No final name ever stands for half a file, the same command finishes the work, and its workers are gone."""
-    arguments = ["create_dataset", *flags(dataset=tmp_path / "train", im_total_num=3000)]
-    process = spawn(*arguments)
-    while not (tmp_path / "train").is_dir() or len(os.listdir(tmp_path / "train")) < 50:
-        assert process.poll() is None
-    process.kill()
-    process.communicate()  # to the end of what its workers could still say
-    for path in (tmp_path / "train").glob(".*.part"):
-        os.utime(path, (1, 1))
-    for path in (tmp_path / "train").glob("[0-9]*"):
-        assert cv2.imread(str(path)).shape == (64, 256, 3)
-    arguments[arguments.index("3000")] = "200"
-    assert main(arguments) == 0
-    assert {int(path.name.split("_")[0]) for path in (tmp_path / "train").glob("[0-9]*")} >= set(range(200))
-    assert not list((tmp_path / "train").glob(".*"))
-
-
 def test_shards_are_parts_of_the_same_dataset(dataset, tmp_path):
     """Rendered into one folder at the same time; what another one is writing just now is left alone."""
     (tmp_path / ".9-ab.part").write_bytes(b"half of")
