@@ -903,8 +903,9 @@ class LstmCtcOcr:
             try:
                 prefix = run.saver.save(run.session, str(run.folder / "LstmCtcOcr"), run.step, write_meta_graph=False)
                 _to_disk(*run.folder.glob(f"{Path(prefix).name}.*"), run.folder)
-            except BaseException:  # a full disk, say: what is there of it must not take the room of the next attempt
-                for path in [*run.folder.glob(f"LstmCtcOcr-{run.step}.*"), *run.folder.glob("checkpoint.tmp*")]:
+            except BaseException:  # a full disk, say: parts of a checkpoint must not take the room of the next attempt
+                whole = (run.folder / f"LstmCtcOcr-{run.step}.index").exists()  # it is written last
+                for path in run.folder.glob("checkpoint.tmp*" if whole else f"LstmCtcOcr-{run.step}.*"):
                     path.unlink()
                 raise
         before, run.saved = run.saved, run.step
