@@ -250,8 +250,9 @@ class LstmCtcOcr:
         with _deferred_stop() as stop, self._renderers() as pool, \
                 tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None) as bar:
             with _signals_held():  # a worker that is still starting would die of them
-                faults = pool.map(self._render, numbers, chunksize=20)
-            for fault in faults:
+                futures = [pool.submit(self._render_all, numbers[start:start + 20])
+                           for start in range(0, len(numbers), 20)]
+            for fault in itertools.chain.from_iterable(future.result() for future in futures):
                 bar.update()
                 if fault:
                     raise self.Error(fault)
@@ -269,10 +270,15 @@ class LstmCtcOcr:
         try:
             yield pool
         except BrokenProcessPool:
+            for process in multiprocessing.active_children():  # they may be waiting for what the dead one had locked
+                process.kill()
             raise self.Error("a process that renders was killed, perhaps for want of memory; run the same command "
                              "again, with fewer --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _render_all(self, numbers):
+        return [self._render(i) for i in numbers]
 
     def _render(self, i):
         """Renders image i unless it is there already. Returns what went wrong, or None."""
