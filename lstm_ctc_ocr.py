@@ -52,6 +52,11 @@ MAX_PIXELS = 4_000_000  # of an image file; OpenCV takes this from the environme
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # what is wrong with an image is said by `load_image`
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import cv2  # noqa: E402
 import flask
 import numpy as np
@@ -75,6 +80,9 @@ PLAN = "plan"  # the collection of a variable by which the chief tells the worke
 CTCS = ("tensorflow", "warp")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
+LOCK = ".lock"  # in a model folder: whoever trains there holds it
+SHARD = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)  # I/N
+STALE = 600  # seconds after which nobody is writing a .part file any more: it takes milliseconds
 
 MAX_GRADIENT_NORM = 1.0  # what gradients are clipped to, together, so that one hard image cannot throw the weights off
 AVERAGE_DECAY = 0.998  # of the weights' moving averages, a step: they look back over about 500 steps
@@ -113,6 +121,7 @@ class LstmCtcOcr:
     dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images, <i>_<LABEL>.png")
     im_total_num: int = setting(100_000, "images to render (100,000 take 0.9 GB on disk)")
     workers: int = setting(0, "processes that render; 0: one a core")
+    shard: str = setting("1/1", "what to render of it, I/N: of N machines with the same settings, the part of the I-th")
     train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (100,000 take 1.6 GB of memory)")
     val_num: int = setting(2000, "images held out to validate on, at most a tenth of the folder")
     # --- the network
@@ -167,6 +176,9 @@ class LstmCtcOcr:
                              "--words-max-num, or widen --im-width")
         if not 1 <= self.beam_width <= 100:
             raise self.Error(f"--beam-width must be 1 to 100, not {self.beam_width}")
+        index, count = map(int, SHARD.fullmatch(self.shard).groups()) if SHARD.fullmatch(self.shard) else (0, 0)
+        if not 1 <= index <= count:
+            raise self.Error(f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
         for name, choices in ("net", ("", *NETS)), ("ctc", CTCS), ("label_parts", (1, 3)):
             if getattr(self, name) not in choices:
                 raise self.Error(f"{_flag(name)} must be one of {', '.join(map(str, filter(None, choices)))}, not "
@@ -227,24 +239,50 @@ class LstmCtcOcr:
     # ------------------------------------------------------------------ rendering
 
     def create_dataset(self):
-        """Renders image 0 to `im_total_num` - 1 into the folder `dataset`, on every core.
+        """Renders image 0 to `im_total_num` - 1 into the folder `dataset`, on every core; of them, its `shard`.
 
-        Image i depends on the seed and on i alone, not on the number of workers. Whole files are left as they are, so
-        that an interrupted run goes on where it stopped. Raises `Error` if the folder holds images that these settings
-        would not have given.
+        Image i depends on the seed and on i alone, neither on the number of workers nor on that of shards, which may
+        share the folder. Whole files are left as they are, so that an interrupted run goes on where it stopped. Returns
+        0, or 128 + the signal's number when it was told to stop. Raises `Error` if the folder holds images that these
+        settings would not have given.
         """
-        folder = Path(self.dataset)
+        folder, (index, count) = Path(self.dataset), map(int, self.shard.split("/"))
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._refuse_strangers(folder)
-        context = multiprocessing.get_context("spawn")  # fork would copy the threads of a loaded TensorFlow half
-        with context.Pool(self.workers or _cores(), _ignore_ctrl_c) as pool, \
-                tqdm(total=self.im_total_num, unit="img", desc=folder.name, disable=None) as bar:
-            for fault in pool.imap_unordered(self._render, range(self.im_total_num), chunksize=50):
+        numbers = range(index - 1, self.im_total_num, count)
+        with _deferred_stop() as stop, self._renderers() as pool, \
+                tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None) as bar:
+            with _signals_held():  # a worker that is still starting would die of them
+                futures = [pool.submit(self._render_all, numbers[start:start + 20])
+                           for start in range(0, len(numbers), 20)]
+            for fault in itertools.chain.from_iterable(future.result() for future in futures):
                 bar.update()
                 if fault:
                     raise self.Error(fault)
-        print(f"{self.im_total_num} images in {folder}", file=sys.stderr)
+                if stop:
+                    print(f"stopped; the same command goes on with the images that {folder} lacks", file=sys.stderr)
+                    return 128 + stop[0]
+        print(f"{len(numbers)} images in {folder}" + f", shard {self.shard}" * (count > 1), file=sys.stderr)
+        return 0
+
+    @contextlib.contextmanager
+    def _renderers(self):
+        """Processes that render, and end with this one, however it ends; raises `Error` if one of them is killed."""
+        context = multiprocessing.get_context("spawn")  # fork would copy the threads of a loaded TensorFlow half
+        pool = concurrent.futures.ProcessPoolExecutor(self.workers or _cores(), context, _follow_parent)
+        try:
+            yield pool
+        except concurrent.futures.BrokenExecutor:
+            for process in multiprocessing.active_children():  # they may be waiting for what the dead one had locked
+                process.kill()
+            raise self.Error("a process that renders was killed, perhaps for want of memory; run the same command "
+                             "again, with fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _render_all(self, numbers):
+        return [self._render(i) for i in numbers]
 
     def _render(self, i):
         """Renders image i unless it is there already. Returns what went wrong, or None."""
@@ -253,11 +291,14 @@ class LstmCtcOcr:
         path = Path(self.dataset, f"{i}_{label}.png")
         if _is_whole_png(path):
             return None
-        part = path.with_name(f".{i}.part")
+        part = path.with_name(f".{i}-{secrets.token_hex(4)}.part")  # its own: another run may be at the same image
         try:
+            # No fsync: an image that a power cut tears lacks its end, and is rendered again.
             part.write_bytes(_renderer(self.im_width, self.im_height).generate(label).getvalue())
             os.replace(part, path)  # a file has its final name only once it is whole
         except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink()
             return f"cannot write {path}: {error.strerror}; run the same command again once that is mended"
 
     def _draw_label(self, generator):
@@ -265,8 +306,10 @@ class LstmCtcOcr:
         return "".join(generator.choice(self.words) for _ in range(generator.randint(1, self.words_max_num)))
 
     def _refuse_strangers(self, folder):
-        for path in folder.glob(".*.part"):  # left behind by kill -9
-            path.unlink()
+        for path in folder.glob(".*.part"):  # left behind by kill -9, or else another shard is writing it just now
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - STALE:
+                    path.unlink()
         files = [(path, named) for path in folder.iterdir() if (named := LABELLED.fullmatch(path.name))]
         for path, named in files:
             expected = self._draw_label(random.Random(f"{self.seed}-{int(named[1])}"))
@@ -346,9 +389,15 @@ class LstmCtcOcr:
 
         Raises `Error` if there is none, or one with a label that no network of these settings could learn.
         """
-        names = [named for path in _image_files(folder) if (named := LABELLED.fullmatch(path.name))]
+        files = [path.name for path in _image_files(folder)]
+        names = [named for name in files if (named := LABELLED.fullmatch(name))]
+        if names and (others := [name for name in files if not LABELLED.fullmatch(name)]):
+            print(f"left out: {len(others)} images of {folder} that are not named <i>_<LABEL>.png, such as {others[0]}",
+                  file=sys.stderr)
         for named in names:
-            self.text_to_sequence(named[2])
+            if unknown := set(named[2]) - set(self.words):
+                raise self.Error(f"{folder / named[0]}: the label holds {sorted(unknown)}, which is not in --words "
+                                 f"{self.words}: remove the file, or give other --words")
             if not 0 < len(named[2]) <= self.words_max_num:
                 raise self.Error(f"{folder / named[0]}: a label needs 1 to {self.words_max_num} letters "
                                  "(--words-max-num)")
@@ -638,21 +687,50 @@ class LstmCtcOcr:
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(config, indent=2) + "\n")
+            _to_disk(part)
             os.replace(part, folder / "config.json")
+            _to_disk(folder)
 
     def _restore(self, session, saver, folder, step=None):
-        """Loads the checkpoint of `step`, or the newest; raises `Error` if there is none or it is torn."""
+        """Loads the checkpoint of `step`, or the newest; where that is torn the newest whole one, and says so.
+
+        Returns the step that it has loaded. Raises `Error` if there is none.
+        """
         tf = _tensorflow()
-        prefix = str(folder / f"LstmCtcOcr-{step}") if step else tf.train.latest_checkpoint(str(folder))
-        if not prefix:
+        steps = sorted((int(path.stem.split("-")[1]) for path in folder.glob("LstmCtcOcr-*.index")), reverse=True)
+        wanted = step or max(steps, default=None)
+        if not wanted:
             raise self.Error(f"no checkpoint in {folder}: train it further, or name another folder with --model")
-        try:
-            saver.restore(session, prefix)
-        except (tf.errors.OpError, ValueError) as error:
-            if _is_lost_server(error):
-                raise
-            raise self.Error(f"the checkpoint {prefix} is missing, torn or of another network: restore it, or name "
-                             "another folder with --model") from None
+        for number in dict.fromkeys([wanted, *steps]):
+            try:
+                saver.restore(session, str(folder / f"LstmCtcOcr-{number}"))  # compares checksums
+            except (tf.errors.OpError, ValueError) as error:
+                if _is_lost_server(error):
+                    raise
+                continue
+            if number != wanted:
+                print(f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing or torn: going on from that of "
+                      f"step {number}", file=sys.stderr)
+            return number
+        raise self.Error(f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing, torn or of another network, "
+                         "and there is no other: restore it, or name another folder with --model")
+
+    @contextlib.contextmanager
+    def _alone_in(self, folder):
+        """Keeps other trainings out of a model folder until it ends, or this process, however that ends."""
+        with self._writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / LOCK, "w")
+        with lock:
+            try:
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self.Error(f"another training is at work in {folder}: wait for its end, or name another folder "
+                                 "with --model") from None
+            except OSError:  # of a file system that has no locks
+                pass
+            yield
 
     @functools.cached_property
     def _reader(self):
@@ -694,26 +772,33 @@ class LstmCtcOcr:
         if place.job == "ps":
             return self._serve_parameters(place)
         folder = Path(self.model or MODELS / self.net)
-        config = self._training_config(folder) if place.chief else {}
+        if place.chief:
+            self._training_config(folder)
+            if (folder / LOCK).exists():
+                with self._alone_in(folder):
+                    pass  # if not, that is said now, before the images are loaded
         files = self._labelled_files(Path(self.dataset), place)
         held = max(1, min(self.val_num, len(files) // 10)) if place.chief else 0
         images, texts = self.load_images(files[:held + (self.train_max_num // place.workers or len(files))])
         if len(images) - held < self.batch_size:
-            raise self.Error(f"{self.dataset} leaves {len(images) - held} images to train on, fewer than one batch of "
-                             f"{self.batch_size}: render more, or lower --batch-size")
+            raise self.Error(f"{self.dataset} leaves {max(0, len(images) - held)} images to train on, fewer than one "
+                             f"batch of {self.batch_size}: render more, or lower --batch-size")
         run = types.SimpleNamespace(
-            place=place, folder=folder, config=config, held=(images[:held], texts[:held]), images=images[held:],
+            place=place, folder=folder, config={}, held=(images[:held], texts[:held]), images=images[held:],
             texts=texts[held:], steps_per_epoch=(len(images) - held) // self.batch_size)
         run.last = math.ceil(self.epoch_max * run.steps_per_epoch)
         tf = _tensorflow()
         with tf.Graph().as_default(), tf.device(place.device):
             run.net = self._build_training(run.steps_per_epoch, place)
             run.saver = tf.train.Saver(max_to_keep=0, save_relative_paths=True)  # `_save` keeps the best and newest
-            if place.chief:
-                self._save_config(folder, config)
+            if not place.chief:
+                return self._train_loop(run)
+            with self._alone_in(folder):
+                run.config = self._training_config(folder)
+                self._save_config(folder, run.config)
                 with self._writing(folder):
                     run.writer = tf.summary.FileWriter(str(folder / "events"))
-            return self._train_loop(run)
+                return self._train_loop(run)
 
     @contextlib.contextmanager
     def _session(self, run):
@@ -724,8 +809,8 @@ class LstmCtcOcr:
             None if place.chief else tf.report_uninitialized_variables([net.plan])))
 
         def restore(session):
-            if (run.folder / "checkpoint").exists():
-                self._restore(session, run.saver, run.folder)
+            if any(run.folder.glob("LstmCtcOcr-*.index")):
+                self._resume(session, run.saver, run.folder, run.config)
 
         class Creator(tf.train.SessionCreator):
             def create_session(self):
@@ -793,6 +878,12 @@ class LstmCtcOcr:
                 raise self.Error(f"{folder} was trained with {_flag(name)} {known.get(name)}, not {config[name]}: give "
                                  "the same to go on with it, or another folder with --model")
         return known
+
+    def _resume(self, session, saver, folder, config):
+        """Loads the newest checkpoint; forgets what was best if that was torn and came later."""
+        if self._restore(session, saver, folder) < config.get("best_step", 0):
+            for name in ("accuracy", "validated_on", "best_step"):
+                config.pop(name, None)
 
     def _train_loop(self, run):
         """One pass of the loop is one step; what happens between steps is in `_between_steps`."""
@@ -923,20 +1014,28 @@ class LstmCtcOcr:
         return texts, [text for _, batch in results for text in batch][:len(texts)], float(losses.mean())
 
     def _save(self, run):
-        """Writes the checkpoint of this step, then config.json, and then removes what neither of them names.
+        """Writes the checkpoint of this step, then config.json, and then removes what is no longer needed.
 
-        In this order kill -9 at any point leaves a folder that loads.
+        In this order kill -9 at any point leaves a folder that loads. So does a power cut, because each is on the disk
+        before the next is begun; that takes milliseconds. The checkpoint before stays too, should the disk tear one.
         """
         with self._writing(run.folder):
-            run.saver.save(run.session, str(run.folder / "LstmCtcOcr"), run.step, write_meta_graph=False)
-        run.saved = run.step
+            try:
+                prefix = run.saver.save(run.session, str(run.folder / "LstmCtcOcr"), run.step, write_meta_graph=False)
+                _to_disk(*run.folder.glob(f"{Path(prefix).name}.*"), run.folder)
+            except BaseException:  # a full disk, say: parts of a checkpoint must not take the room of the next attempt
+                whole = (run.folder / f"LstmCtcOcr-{run.step}.index").exists()  # it is written last
+                for path in run.folder.glob("checkpoint.tmp*" if whole else f"LstmCtcOcr-{run.step}.*"):
+                    path.unlink()
+                raise
+        before, run.saved = run.saved, run.step
         run.config.update(step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
                           images_seen=run.step * self.batch_size * run.place.workers,
                           images=len(run.images) * run.place.workers, epoch_max=self.epoch_max,
                           lr=self.lr, cpu_minutes=round(self._cpu_minutes(run), 2),
                           tensorflow=_tensorflow().__version__)
         self._save_config(run.folder, run.config)
-        kept = {f"LstmCtcOcr-{step}" for step in (run.step, run.config.get("best_step"))}
+        kept = {f"LstmCtcOcr-{step}" for step in (run.step, before, run.config.get("best_step"))}
         for path in run.folder.glob("LstmCtcOcr-*"):
             if path.name.split(".")[0] not in kept:
                 path.unlink()
@@ -1270,8 +1369,10 @@ class LstmCtcOcr:
         except (OSError, *([tf.errors.OpError] if tf else [])) as error:
             if _is_lost_server(error):
                 raise
-            raise self.Error(f"cannot write to {folder} ({getattr(error, 'strerror', None) or error}); run the same "
-                             "command again once that is mended") from None
+            text = getattr(error, "strerror", None) or str(error)
+            reason = re.search(r"(.+)\n\s*\[\[", text) or re.match(".*", text)  # TensorFlow puts a traceback around it
+            raise self.Error(f"cannot write to {folder} ({reason[reason.re.groups]}); run the same command again once "
+                             "that is mended") from None
 
 
 # ---------------------------------------------------------------------- Baidu's Warp-CTC
@@ -1417,6 +1518,19 @@ def _image_files(path):
     files = [path / entry.name for entry in os.scandir(path) if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES
              and not entry.name.startswith(".")]
     return sorted(files, key=lambda file: (int(re.match(r"\d*", file.name)[0] or -1), file.name))
+
+
+def _to_disk(*paths):
+    """Waits until files, and in folders the names of files, are on the disk."""
+    for path in paths if os.name == "posix" else ():  # Windows cannot, of what is open for reading
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if not path.is_dir():  # not every file system can, of a folder
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def _is_whole_png(path):
@@ -1659,8 +1773,16 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _ignore_ctrl_c():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _follow_parent():
+    """Makes this process end when its parent has ended, and only then: signals to the whole group are the parent's."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _one_ahead(iterable):
@@ -1671,6 +1793,17 @@ def _one_ahead(iterable):
         while (item := ahead.result()) is not end:
             ahead = pool.submit(next, iterator, end)
             yield item
+
+
+@contextlib.contextmanager
+def _signals_held():
+    """Holds Ctrl-C and SIGTERM back until it ends, and for good in the processes that are started meanwhile."""
+    hold = getattr(signal, "pthread_sigmask", lambda *_: None)  # Windows has none
+    hold(getattr(signal, "SIG_BLOCK", 0), (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        hold(getattr(signal, "SIG_UNBLOCK", 0), (signal.SIGINT, signal.SIGTERM))
 
 
 @contextlib.contextmanager
@@ -1690,7 +1823,7 @@ def _deferred_stop():
 
 COMMANDS = {
     "create_dataset": ("render captchas to train on",
-                       "dataset im_total_num words words_max_num im_width im_height seed workers"),
+                       "dataset im_total_num words words_max_num im_width im_height seed workers shard"),
     "train": ("train on the rendered captchas, or go on from the last checkpoint",
               "dataset model net words words_max_num im_width im_height train_max_num val_num n_hidden batch_size "
               "epoch_max lr save_epoch seed beam_width label_parts ctc"),
@@ -1729,9 +1862,9 @@ def main(argv=None):
     arguments = {name: settings.pop(name) for name in ("paths", "as_json", "directory") if name in settings}
     try:
         return getattr(LstmCtcOcr(**settings), command)(**arguments) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (stop.args or [signal.SIGINT])[0]
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -1740,5 +1873,10 @@ def main(argv=None):
         return 2
 
 
+def _interrupt(number, _):
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # it ends a command as Ctrl-C does
     sys.exit(main())

@@ -23,6 +23,17 @@ NET = dict(n_hidden=48, batch_size=16, lr=1e-2, epoch_max=15, val_num=80)
 IMAGES = 800  # 80 held out and 45 steps of 16 an epoch
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; run with -m long, and not otherwise")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("-m"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
+
+
 def flags(**settings):
     """Settings as a command line has them."""
     return [word for name, value in settings.items() for word in ("--" + name.replace("_", "-"), str(value))]

@@ -1,7 +1,7 @@
 """Rendering, and the one way in which images are loaded."""
 
 import os
-import signal
+import re
 
 import cv2
 import numpy as np
@@ -37,20 +37,25 @@ def test_rendering_goes_on_and_leaves_whole_files_alone(tmp_path):
     assert kept.stat().st_mtime == 1
 
 
-def test_rendering_survives_kill_9(tmp_path):
-    """No final name ever stands for half a file, and the same command finishes the work."""
-    arguments = ["create_dataset", *flags(dataset=tmp_path / "train", im_total_num=3000)]
-    process = spawn(*arguments, start_new_session=True)
-    while not (tmp_path / "train").is_dir() or len(os.listdir(tmp_path / "train")) < 50:
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    for path in (tmp_path / "train").glob("[0-9]*"):
-        assert cv2.imread(str(path)).shape == (64, 256, 3)
-    arguments[arguments.index("3000")] = "200"
-    assert main(arguments) == 0
-    assert {int(path.name.split("_")[0]) for path in (tmp_path / "train").glob("[0-9]*")} >= set(range(200))
-    assert not list((tmp_path / "train").glob(".*"))
+def test_shards_are_parts_of_the_same_dataset(dataset, tmp_path):
+    """Rendered into one folder at the same time; what another one is writing just now is left alone."""
+    (tmp_path / ".9-ab.part").write_bytes(b"half of")
+    (tmp_path / ".8-ab.part").touch()
+    os.utime(tmp_path / ".8-ab.part", (1, 1))
+    settings = flags(dataset=tmp_path, im_total_num=31, workers=1, **TASK)
+    processes = [spawn("create_dataset", *settings, "--shard", shard) for shard in ("1/3", "2/3", "3/3", "3/3")]
+    counts = [int(re.search(r"(\d+) images in", process.communicate()[1])[1]) for process in processes]
+    assert counts == [11, 10, 10, 10]
+    (tmp_path / ".9-ab.part").unlink()
+    files = contents(tmp_path)
+    assert len(files) == 31 and files.items() <= contents(dataset).items()
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "2", "1/3/", "a/b", ""])
+def test_a_shard_that_is_none_is_one_line(shard, capfd):
+    assert main(["create_dataset", "--shard", shard]) == 2
+    message, = capfd.readouterr().err.splitlines()
+    assert "--shard must be I/N" in message
 
 
 @pytest.mark.parametrize("other", [dict(seed=1), dict(words="AY"), dict(words_max_num=1), dict(im_width=128)])
