@@ -36,6 +36,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import random
 import re
 import secrets
@@ -99,7 +100,7 @@ TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
 MAX_BODY = 8_000_000  # bytes of a request, and of a file that it names
 MAX_IMAGES = 64  # in a request
 QUEUE = 64  # images that may wait for their reading; whoever comes then is told to come again
-SERVE_BATCH, BATCH_WAIT = 16, 2000  # images read at once, and the microseconds that the first of them waits for others
+SERVE_BATCH = 16  # the most images that the service reads at once
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of what is served
 
 
@@ -578,24 +579,6 @@ class LstmCtcOcr:
         net.confidence = tf.exp(log_probability)
         return net
 
-    def _build_batching(self, images):
-        """Reads images (b, H, W) that several threads ask for at once as one batch of the graph.
-
-        One batch at a time: while it is read, the next one fills up. Returns sequences (b, T), filled up with -1, and
-        confidences (b,).
-        """
-        tf = _tensorflow()
-
-        @tf.nondifferentiable_batch_function(
-            num_batch_threads=1, max_batch_size=MAX_IMAGES, allowed_batch_sizes=[*range(1, SERVE_BATCH + 1)],
-            batch_timeout_micros=BATCH_WAIT, max_enqueued_batches=QUEUE, enable_large_batch_splitting=True)
-        def read(images):
-            net = self._build_reading(types.SimpleNamespace(images=images))
-            sparse = tf.sparse.reset_shape(net.sparse, [tf.shape(images, out_type=tf.int64)[0], self.steps])
-            return tf.sparse.to_dense(sparse, default_value=-1), net.confidence
-
-        return read(images)
-
     def _build_training(self, steps_per_epoch, place):
         """Builds a training step too, and reads with the moving averages of the weights that it trains.
 
@@ -739,7 +722,6 @@ class LstmCtcOcr:
         self._adopt(folder)
         with tf.Graph().as_default() as graph:
             net = self._build_reading(self._build_input())
-            net.batched = self._build_batching(net.images)
             net.saver = self._reading_saver()
             session = tf.Session(config=_session_config())
             self._restore(session, net.saver, folder, self._load_config(folder).get("best_step"))
@@ -1120,6 +1102,7 @@ class LstmCtcOcr:
         self._reader  # first, because the model says how large an image is
         self._service.model = {name: value for name, value in self._load_config(self._model_to_read()).items()
                                if name in ("net", "words", "words_max_num", "step", "accuracy")}
+        threading.Thread(target=self._read_jobs, daemon=True).start()
         self._read_in_batches(np.zeros((1, self.im_height, self.im_width), np.uint8))
         self._service.token = self.token or os.environ.get(TOKEN_VARIABLE, "")
         app = flask.Flask(__name__, static_folder=None)
@@ -1140,7 +1123,7 @@ class LstmCtcOcr:
         """What requests share: counters, the latest latencies in seconds, and the right to decode an image."""
         return types.SimpleNamespace(
             images_read=0, errors=0, waiting=0, latencies=collections.deque(maxlen=1000), stopping=False,
-            lock=threading.Lock(), decoding=threading.BoundedSemaphore(_cores()))
+            lock=threading.Lock(), jobs=queue.SimpleQueue(), decoding=threading.BoundedSemaphore(_cores()))
 
     def _admit(self):
         """Refuses strangers, and whoever comes when the service is about to stop."""
@@ -1209,8 +1192,7 @@ class LstmCtcOcr:
                 raise ServiceUnavailable("too many images are waiting; try again soon", retry_after=1)
             service.waiting += len(datas)
         try:
-            images = np.stack([self._load_sent(data) for data in datas])
-            readings = self._read_in_batches(images)
+            readings = self._read_in_batches([self._load_sent(data) for data in datas])
         except self.Error as error:
             flask.abort(error.status, str(error))
         finally:
@@ -1228,11 +1210,27 @@ class LstmCtcOcr:
             return self.load_image(data)
 
     def _read_in_batches(self, images):
-        """`_read` for many threads at once: the graph itself makes batches of what they ask for."""
-        session, net = self._reader
-        rows, confidence = session.run(net.batched, {net.images: images})
-        return [(self.sequence_to_text([number for number in row if number >= 0]), float(probability))
-                for row, probability in zip(rows, confidence)]
+        """`_read` for many threads at once: a thread reads in batches what all of them have asked for."""
+        futures = [concurrent.futures.Future() for _ in images]
+        for job in zip(images, futures):
+            self._service.jobs.put(job)
+        return [future.result() for future in futures]
+
+    def _read_jobs(self):
+        """Reads for ever; while a batch is read the next one fills up, so nobody waits for others to come."""
+        jobs = self._service.jobs
+        while True:
+            batch = [jobs.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < SERVE_BATCH:
+                    batch.append(jobs.get_nowait())
+            images, futures = zip(*batch)
+            try:
+                for future, reading in zip(futures, self._read(*self._reader, np.stack(images))):
+                    future.set_result(reading)
+            except Exception as error:  # whoever asked is told, and the next batch is read
+                for future in futures:
+                    future.set_exception(error)
 
     def _answer_health(self):
         """GET /healthz"""
@@ -1503,8 +1501,11 @@ def _write_summaries(writer, step, figures, wrong):
 
 def _grey(pixels):
     """Pixels (h, w) or (h, w, channels) as OpenCV decodes them -> (h, w) float32, 1 white; transparent is white."""
-    white = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "iu" else max(np.nanmax(pixels), 1e-9)
-    pixels = np.nan_to_num(pixels.astype(np.float32) / np.float32(white)).reshape(*pixels.shape[:2], -1)
+    whole = pixels.dtype.kind in "iu"
+    white = np.iinfo(pixels.dtype).max if whole else max(np.nanmax(pixels), 1e-9)
+    pixels = (pixels.astype(np.float32) / np.float32(white)).reshape(*pixels.shape[:2], -1)
+    if not whole:
+        pixels = np.nan_to_num(pixels)
     if pixels.shape[2] in (2, 4):
         colour, alpha = pixels[..., :-1], pixels[..., -1:]
         pixels = colour * alpha + (1 - alpha)

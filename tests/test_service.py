@@ -230,6 +230,15 @@ def test_the_queue_is_bounded(root):
     assert app.test_client().post("/captchaOcr", data=SAMPLES["N"], headers=PNG).status_code == 200
 
 
+def test_a_fault_while_reading_is_told_and_the_next_one_works(root, monkeypatch):
+    ocr, app = application(root)
+    with monkeypatch.context() as broken:
+        broken.setattr(ocr, "_read", lambda *_: 1 / 0)
+        response = app.test_client().post("/captchaOcr", data=SAMPLES["N"], headers=PNG)
+    assert response.status_code == 500 and list(response.json) == ["error"] and not ocr._service.waiting
+    assert app.test_client().post("/captchaOcr", data=SAMPLES["N"], headers=PNG).json["ocr_ret"] == "N"
+
+
 def test_a_token_guards_everything_but_health(root):
     client = application(root, token="open=sesame:")[1].test_client()
     basic = base64.b64encode(b"anybody:open=sesame:").decode()
