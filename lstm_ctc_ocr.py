@@ -134,7 +134,7 @@ class LstmCtcOcr:
     # --- training
     ctc: str = setting("tensorflow", "CTC loss: tensorflow, or Baidu's warp (pip install --no-deps paddlepaddle)")
     batch_size: int = setting(32, "images a step")
-    epoch_max: float = setting(9, "passes over the images; 9 of 100,000 took 80 minutes on 2 cores")
+    epoch_max: float = setting(9, "passes over the images; 9 of 100,000 take an hour on 2 cores")
     lr: float = setting(4e-3, "learning rate at the start; it falls as lr * (1 - (epoch / epoch_max) ** 2)")
     save_epoch: float = setting(0.1, "epochs between checkpoints")
     seed: int = setting(0, "fixes what is drawn at random: rendered images, first weights, order, held-out images")
@@ -733,11 +733,14 @@ class LstmCtcOcr:
         session, net = self._reader
         config = self._load_config(self._model_to_read())
         step = config.get("best_step", config["step"])
-        config.update(step=step, images_seen=step * config["batch_size"],
+        config.update(step=step, images_seen=round(config["images_seen"] * step / config["step"]),
                       epoch=round(config["epoch"] * step / config["step"], 3))
         with self._writing(folder), session.graph.as_default():
             Path(folder).mkdir(parents=True, exist_ok=True)
-            net.saver.save(session, str(Path(folder, "LstmCtcOcr")), step, write_meta_graph=False)
+            prefix = net.saver.save(session, str(Path(folder, "LstmCtcOcr")), step, write_meta_graph=False)
+            for path in Path(folder).glob("LstmCtcOcr-*"):
+                if path.stem != Path(prefix).name:
+                    path.unlink()
         self._save_config(Path(folder), config)
 
     # ------------------------------------------------------------------ training
@@ -784,7 +787,30 @@ class LstmCtcOcr:
 
     @contextlib.contextmanager
     def _session(self, run):
-        """Opens the session that trains; one that loses its parameter servers waits for them, and goes on."""
+        """The session that trains. A worker's ends without an error when the chief has done the last step."""
+        tf, servers, run.finished = _tensorflow(), run.place.servers, False
+        try:
+            session = self._open_session(run)
+            if not run.place.chief:
+                plan = json.loads(run.session.run(run.net.plan))
+                run.last = plan.pop("last")
+                self._require_agreement(plan)
+            yield session
+        except tf.errors.OutOfRangeError:  # the chief is done, and has closed the queue that the workers wait at
+            run.finished = True
+        except tf.errors.OpError as error:
+            if not _is_lost_server(error):
+                raise
+            raise self.Error("lost a parameter server: start it again, and then this") from None
+        if servers and run.finished:
+            with contextlib.suppress(tf.errors.OpError):  # the parameter servers may have gone already
+                run.session.run(run.net.finished)
+            threading.excepthook = lambda _: None  # closing cancels TensorFlow's thread that applies gradients
+        # Closing all of it closes that queue, so that a chief who leaves too early must not.
+        (session if run.finished or not servers else run.session).close()
+
+    def _open_session(self, run):
+        """Opens a session that waits for parameter servers which it loses, and then goes on."""
         tf, place, net, graph = _tensorflow(), run.place, run.net, run.net.loss.graph
         config, init_op, run.opened = _session_config(place), tf.global_variables_initializer(), 0
         manager = tf.train.SessionManager(tf.local_variables_initializer(), recovery_wait_secs=1, ready_op=(
@@ -811,20 +837,7 @@ class LstmCtcOcr:
                     session.run(net.plan.initializer)  # now the weights are ready for the workers, who wait for it
 
         hooks = [net.replicas.make_session_run_hook(place.chief, num_tokens=0)] if place.servers else []
-        session, run.finished = tf.train.MonitoredSession(Creator(), [*hooks, Begun()], stop_grace_period_secs=1), False
-        try:
-            if not place.chief:
-                plan = json.loads(run.session.run(net.plan))
-                run.last = plan.pop("last")
-                self._require_agreement(plan)
-            yield session
-        except tf.errors.OutOfRangeError:  # the chief is done, and has closed the queue that the workers wait at
-            run.finished = True
-        if place.servers and run.finished:
-            run.session.run(net.finished)
-            threading.excepthook = lambda _: None  # closing cancels TensorFlow's thread that applies gradients
-        # Closing all of it closes that queue, so that a chief who leaves too early must not.
-        (session if run.finished or not place.servers else run.session).close()
+        return tf.train.MonitoredSession(Creator(), [*hooks, Begun()], stop_grace_period_secs=1)
 
     def _require_agreement(self, plan):
         """Raises `Error` if the chief trains with other settings than this worker."""
