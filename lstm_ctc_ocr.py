@@ -1715,6 +1715,8 @@ def _tensorflow():
     with _quiet_stderr():  # no setting stops the lines that it prints while it is loaded
         import tensorflow.compat.v1 as tf
     tf.logging.set_verbosity(tf.logging.FATAL)
+    with contextlib.suppress(RuntimeError):  # somebody has used TensorFlow before
+        tf.config.threading.set_intra_op_parallelism_threads(1)  # or a tf.function gives every operation all cores
     return tf
 
 

@@ -27,6 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+os.environ["TF_OVERRIDE_GLOBAL_THREADPOOL"] = "1"  # each session its own threads: TensorFlow's default, or this project's
+
 import tensorflow.compat.v1 as tf  # noqa: E402
 
 import lstm_ctc_ocr  # noqa: E402
