@@ -603,8 +603,8 @@ class LstmCtcOcr:
             plan = json.dumps({**self._plan(), "last": math.ceil(self.epoch_max * steps_per_epoch)})
             net.plan = tf.get_variable("plan", initializer=plan, trainable=False, collections=[PLAN])
             net.finished = [_finished_queue(server, place.workers).enqueue(True) for server in range(place.servers)]
-        with tf.control_dependencies([tf.assign(*pair) for pair in statistics]):
-            train = optimizer.apply_gradients(zip(gradients, variables), global_step=net.step)
+        train = optimizer.apply_gradients(zip(gradients, variables), global_step=net.step)
+        train = tf.group(train, *[tf.assign(*pair) for pair in statistics])
         if not place.servers:
             with tf.control_dependencies([train]):
                 train = averages.apply(variables + [variable for variable, _ in statistics])

@@ -121,31 +121,34 @@ def test_a_worker_with_other_settings_is_told_so(cluster):
 @pytest.fixture
 def hosts():
     """Three network namespaces on one bridge: as good as hosts, with addresses of their own."""
-    if not shutil.which("ip") or subprocess.run(["ip", "netns", "add", "lstm0"], capture_output=True).returncode:
+    mine = f"l{os.getpid()}"
+    names = [f"{mine}n{number}" for number in range(3)]
+    if not shutil.which("ip") or subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode:
         pytest.skip("network namespaces cannot be made here: that needs root, and iproute2")
 
     def ip(*words):
         subprocess.run(["ip", *words], check=True, capture_output=True)
 
     try:
-        ip("link", "add", "lstmbr", "type", "bridge")
-        ip("link", "set", "lstmbr", "up")
-        for number in range(3):
+        ip("link", "add", f"{mine}b", "type", "bridge")
+        ip("link", "set", f"{mine}b", "up")
+        for number, name in enumerate(names):
             if number:
-                ip("netns", "add", f"lstm{number}")
-            ip("link", "add", f"lstmv{number}", "type", "veth", "peer", "name", "eth0", "netns", f"lstm{number}")
-            ip("link", "set", f"lstmv{number}", "master", "lstmbr", "up")
-            ip("-n", f"lstm{number}", "addr", "add", f"10.213.7.{number + 1}/24", "dev", "eth0")
-            ip("-n", f"lstm{number}", "link", "set", "eth0", "up")
-        yield [(f"10.213.7.{number + 1}:5051", ("ip", "netns", "exec", f"lstm{number}")) for number in range(3)]
+                ip("netns", "add", name)
+            ip("link", "add", f"{mine}v{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("link", "set", f"{mine}v{number}", "master", f"{mine}b", "up")
+            ip("-n", name, "addr", "add", f"10.213.7.{number + 1}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+        yield [(f"10.213.7.{number + 1}:5051", ("ip", "netns", "exec", name)) for number, name in enumerate(names)]
     finally:
-        for number in range(3):
-            subprocess.run(["ip", "netns", "del", f"lstm{number}"], capture_output=True)
-        subprocess.run(["ip", "link", "del", "lstmbr"], capture_output=True)
+        for number, name in enumerate(names):
+            subprocess.run(["ip", "link", "del", f"{mine}v{number}"], capture_output=True)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        subprocess.run(["ip", "link", "del", f"{mine}b"], capture_output=True)
 
 
 def test_hosts_with_addresses_of_their_own(cluster, hosts, tmp_path):
-    tasks = cluster(*zip(*hosts), epoch_max=1)
+    tasks = cluster(*zip(*hosts), epoch_max=1, net="cnn_lstm")
     tasks.start(*JOBS)
     tasks.end()
     assert step_of(tmp_path / "model") == 45
