@@ -807,7 +807,9 @@ class LstmCtcOcr:
                 run.session.run(run.net.finished)
             threading.excepthook = lambda _: None  # closing cancels TensorFlow's thread that applies gradients
         # Closing all of it closes that queue, so that a chief who leaves too early must not.
-        (session if run.finished or not servers else run.session).close()
+        closing = threading.Thread(target=(session if run.finished or not servers else run.session).close, daemon=True)
+        closing.start()
+        closing.join(10 if servers else None)  # it would wait for ever for a parameter server that has gone before
 
     def _open_session(self, run):
         """Opens a session that waits for parameter servers which it loses, and then goes on."""
@@ -860,6 +862,7 @@ class LstmCtcOcr:
             with contextlib.suppress(tf.errors.DeadlineExceededError):  # of one that has died there is no word
                 for _ in range(place.workers - 1):
                     session.run(finished, options=tf.RunOptions(timeout_in_ms=10_000))
+            time.sleep(3)  # while they close their sessions
         return 0
 
     def _training_config(self, folder):
