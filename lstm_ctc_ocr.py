@@ -100,7 +100,7 @@ TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
 MAX_BODY = 8_000_000  # bytes of a request, and of a file that it names
 MAX_IMAGES = 64  # in a request
 QUEUE = 64  # images that may wait for their reading; whoever comes then is told to come again
-SERVE_BATCH = 16  # the most images that the service reads at once
+SERVE_BATCH = 8  # the most images that a thread of the service reads at once; more cost no less an image
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of what is served
 
 
@@ -1040,9 +1040,9 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ reading
 
-    def _read(self, session, net, images):
+    def _read(self, session, net, images, options=None):
         """images (n, H, W) uint8 -> n (text, confidence) pairs."""
-        sparse, confidence = session.run([net.sparse, net.confidence], {net.images: images})
+        sparse, confidence = session.run([net.sparse, net.confidence], {net.images: images}, options)
         return [(self.sequence_to_text(sequence), float(probability))
                 for sequence, probability in zip(self.sparse_to_sequences(sparse), confidence)]
 
@@ -1118,8 +1118,9 @@ class LstmCtcOcr:
         self._reader  # first, because the model says how large an image is
         self._service.model = {name: value for name, value in self._load_config(self._model_to_read()).items()
                                if name in ("net", "words", "words_max_num", "step", "accuracy")}
-        threading.Thread(target=self._read_jobs, daemon=True).start()
-        self._read_in_batches(np.zeros((1, self.im_height, self.im_width), np.uint8))
+        for _ in range(_cores()):
+            threading.Thread(target=self._read_jobs, daemon=True).start()
+        self._read_in_batches([cv2.imencode(".png", np.zeros((self.im_height, self.im_width), np.uint8))[1].tobytes()])
         self._service.token = self.token or os.environ.get(TOKEN_VARIABLE, "")
         app = flask.Flask(__name__, static_folder=None)
         app.json.sort_keys = False
@@ -1136,10 +1137,10 @@ class LstmCtcOcr:
 
     @functools.cached_property
     def _service(self):
-        """What requests share: counters, the latest latencies in seconds, and the right to decode an image."""
+        """What requests share: counters, the latest latencies in seconds, and the images that wait to be read."""
         return types.SimpleNamespace(
             images_read=0, errors=0, waiting=0, latencies=collections.deque(maxlen=1000), stopping=False,
-            lock=threading.Lock(), jobs=queue.SimpleQueue(), decoding=threading.BoundedSemaphore(_cores()))
+            lock=threading.Lock(), jobs=queue.SimpleQueue())
 
     def _admit(self):
         """Refuses strangers, and whoever comes when the service is about to stop."""
@@ -1203,12 +1204,14 @@ class LstmCtcOcr:
     def _answer(self, datas):
         """Reads files' bytes; returns for each what the service says about it, or ends the request with an error."""
         service = self._service
+        if not all(data.startswith(SIGNATURES) for data in datas):
+            flask.abort(415, "that is no PNG, JPEG, GIF, BMP, WebP or TIFF image")
         with service.lock:
             if service.waiting and service.waiting + len(datas) > QUEUE:
                 raise ServiceUnavailable("too many images are waiting; try again soon", retry_after=1)
             service.waiting += len(datas)
         try:
-            readings = self._read_in_batches([self._load_sent(data) for data in datas])
+            readings = self._read_in_batches(datas)
         except self.Error as error:
             flask.abort(error.status, str(error))
         finally:
@@ -1218,35 +1221,35 @@ class LstmCtcOcr:
             service.images_read += len(datas)
         return [{"ocr_ret": text, "confidence": confidence} for text, confidence in readings]
 
-    def _load_sent(self, data):
-        """`load_image` for strangers: known types alone, and no more at once than there are cores."""
-        if not data.startswith(SIGNATURES):
-            flask.abort(415, "that is no PNG, JPEG, GIF, BMP, WebP or TIFF image")
-        with self._service.decoding:  # OpenCV decodes outside the interpreter's lock
-            return self.load_image(data)
-
-    def _read_in_batches(self, images):
-        """`_read` for many threads at once: a thread reads in batches what all of them have asked for."""
-        futures = [concurrent.futures.Future() for _ in images]
-        for job in zip(images, futures):
+    def _read_in_batches(self, datas):
+        """`recognise` for many threads at once: other threads read in batches what all of them have asked for."""
+        futures = [concurrent.futures.Future() for _ in datas]
+        for job in zip(datas, futures):
             self._service.jobs.put(job)
+        concurrent.futures.wait(futures)  # all of them, although one may be no image
         return [future.result() for future in futures]
 
     def _read_jobs(self):
-        """Reads for ever; while a batch is read the next one fills up, so nobody waits for others to come."""
-        jobs = self._service.jobs
+        """Reads for ever; while a batch is read the next one fills up, so nobody waits for others to come.
+
+        The batch is decoded and read in this thread, on one core: with a thread for each core that is faster than to
+        share each batch's operations among the cores.
+        """
+        jobs, (session, net) = self._service.jobs, self._reader
+        options = _tensorflow().RunOptions(inter_op_thread_pool=-1)  # in the thread that calls
         while True:
-            batch = [jobs.get()]
+            batch, images, futures = [jobs.get()], [], []
             with contextlib.suppress(queue.Empty):
                 while len(batch) < SERVE_BATCH:
                     batch.append(jobs.get_nowait())
-            images, futures = zip(*batch)
-            try:
-                for future, reading in zip(futures, self._read(*self._reader, np.stack(images))):
+            for data, future in batch:
+                with _failing(future):
+                    images.append(self.load_image(data))
+                    futures.append(future)
+            with _failing(*futures):
+                readings = self._read(session, net, np.stack(images), options) if images else []
+                for future, reading in zip(futures, readings):
                     future.set_result(reading)
-            except Exception as error:  # whoever asked is told, and the next batch is read
-                for future in futures:
-                    future.set_exception(error)
 
     def _answer_health(self):
         """GET /healthz"""
@@ -1569,6 +1572,16 @@ def _renderer(width, height):
 def create_app(**settings):
     """The application for other WSGI servers: gunicorn 'lstm_ctc_ocr:create_app()'."""
     return LstmCtcOcr(**settings).create_app()
+
+
+@contextlib.contextmanager
+def _failing(*futures):
+    """Hands an exception on to whoever waits for the futures, so that the thread which meets it lives on."""
+    try:
+        yield
+    except Exception as error:
+        for future in futures:
+            future.set_exception(error)
 
 
 def _json_error(error):

@@ -164,7 +164,7 @@ def serving(ocr, batching=True):
     """A server in a process of its own, with batching or without; yields its process and port."""
     code = "import lstm_ctc_ocr\n"
     if not batching:
-        code += "lstm_ctc_ocr.LstmCtcOcr._read_in_batches = lambda self, images: self._read(*self._reader, images)\n"
+        code += "lstm_ctc_ocr.SERVE_BATCH = 1\n"
     code += f"lstm_ctc_ocr.main(['start', '--port', '0', '--net', {ocr.net!r}])"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     port = int(re.search(r":(\d+)/", process.stderr.readline())[1])
