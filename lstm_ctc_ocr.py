@@ -90,7 +90,7 @@ AVERAGE_DECAY = 0.998  # of the weights' moving averages, a step: they look back
 MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than stretched until its noise looks like ink
 READ_BATCH = 64  # images a step in reading files
 REPORT_STEPS = 100  # between reports, as in the article
-VALIDATION_SHARE = 0.05  # the most of training's time that validating may take; a report waits until it fits in
+VALIDATION_SHARE = 0.05  # the most of training's CPU time that validating may take; a report waits until it fits in
 
 # A process's place among those that train together, see `_join_cluster`; this one trains by itself.
 ALONE = types.SimpleNamespace(job="chief", index=0, chief=True, number=0, workers=1, servers=0, target="", device=None,
@@ -845,8 +845,8 @@ class LstmCtcOcr:
         """Raises `Error` if the chief trains with other settings than this worker."""
         for name, value in plan.items():
             if self._plan()[name] != value:
-                raise self.Error(f"the chief trains with {_flag(name)} {value}, not {self._plan()[name]}: give the same "
-                                 "to every task of the cluster")
+                raise self.Error(f"the chief trains with {_flag(name)} {value}, not {self._plan()[name]}: give the "
+                                 "same to every task of the cluster")
 
     def _plan(self):
         """What a model folder, and all of a cluster, must agree on."""
@@ -890,12 +890,12 @@ class LstmCtcOcr:
                 _deferred_stop() if chief else contextlib.nullcontext([]) as run.stop, self._session(run) as session:
             run.step = run.saved = int(run.session.run(run.net.step))
             run.losses, run.since = [], (time.monotonic(), run.step)
-            run.begun, run.validating, run.validation = time.monotonic(), 0.0, None
+            run.begun, run.validating, run.validation = time.process_time(), 0.0, None
             run.cpu_before = run.config.get("cpu_minutes", 0) - time.process_time() / 60
             with tqdm(total=run.last * self.batch_size, initial=run.step * self.batch_size, unit="img",
                       disable=None) as run.bar:
-                run.bar.write(f"{len(run.images)} images to train on, {len(run.held[0])} held out; from step {run.step} "
-                              f"to {run.last}", file=sys.stderr)
+                run.bar.write(f"{len(run.images)} images to train on, {len(run.held[0])} held out; from step "
+                              f"{run.step} to {run.last}", file=sys.stderr)
                 for images, sequences in _one_ahead(self._batches(run)):
                     if chief and run.step >= run.last:
                         break
@@ -956,15 +956,15 @@ class LstmCtcOcr:
 
     def _validation_is_due(self, run):
         """Whether one more validation stays under its share of the time; the first one's cost is a guess."""
-        elapsed = time.monotonic() - run.begun
+        elapsed = time.process_time() - run.begun  # a machine that was busy, or stopped, for a while does not count
         cost = run.validation or elapsed / len(run.losses) / self.batch_size * len(run.held[0]) / 3
         return run.validating + cost <= VALIDATION_SHARE * elapsed
 
     def _report(self, run, feeds):
         """Validates on every held-out image; prints the article's figures and writes them for TensorBoard."""
-        begun, (last_time, last_step) = time.monotonic(), run.since
+        begun, now, (last_time, last_step) = time.process_time(), time.monotonic(), run.since
         epoch, batch = divmod(run.step, run.steps_per_epoch)
-        speed = (run.step - last_step) * self.batch_size / (begun - last_time)
+        speed = (run.step - last_step) * self.batch_size / (now - last_time)
         images, sequences = feeds.values()
         train = score([self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sequences)],
                       [text for text, _ in self._read(run.session, run.net, images)])
@@ -987,12 +987,12 @@ class LstmCtcOcr:
         if held["accuracy"] >= run.config.get("accuracy", 0):
             run.config.update(accuracy=held["accuracy"], validated_on=len(truths), best_step=run.step)
         run.since = time.monotonic(), run.step
-        run.validation = run.since[0] - begun
+        run.validation = time.process_time() - begun
         run.validating += run.validation
 
     @staticmethod
     def _cpu_minutes(run):
-        """What all cores together have spent on the training, its earlier parts and its validations included."""
+        """What all cores together have spent on it: earlier parts and validations count, loading the images does not."""
         return run.cpu_before + time.process_time() / 60
 
     def _validate(self, run):

@@ -1,7 +1,8 @@
 """Prints a row of the README's table of variants for each model folder: python tests/variants.py DATASET MODEL...
 
 DATASET: labelled captchas that none of the models was trained on. MODEL: folders that `train` has written. CPU minutes
-are those of all cores together, loading and validating included; pauses and other work on the machine do not count.
+are those of all cores together, validations included; loading the images (about one for 100,000) is not, nor are pauses
+and other work on the machine.
 """
 
 import json
