@@ -1593,7 +1593,9 @@ def _json_error(error):
 
 
 def _json_parse_error(error, ident=None):
-    """The same for what waitress refuses by itself, such as a request that is no HTTP."""
+    """The same for what waitress refuses by itself, such as a request that is no HTTP; logs it."""
+    with contextlib.suppress(OSError):
+        print(f'- "{error.reason}" {error.code}', file=sys.stderr, flush=True)
     return (f"{error.code} {error.reason}", [("Content-Type", "application/json")],
             json.dumps({"error": f"{error.reason}: {error.body}"}).encode())
 

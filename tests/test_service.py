@@ -145,12 +145,16 @@ def test_a_wrong_request_is_a_json_error_and_the_next_one_works(server, method, 
     assert get(server, "test/2_N.png")[1]["ocr_ret"] == "N"
 
 
-def test_what_is_no_http_is_a_json_error_too(server):
-    connection = http.client.HTTPConnection("127.0.0.1", server, timeout=60)
+def send_no_http(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.putrequest("GET", "/healthz")
     connection.putheader("Content-Length", "many")
     connection.endheaders()
-    response = connection.getresponse()
+    return connection.getresponse()
+
+
+def test_what_is_no_http_is_a_json_error_too(server):
+    response = send_no_http(server)
     assert response.status == 400 and list(json.loads(response.read())) == ["error"]
 
 
@@ -346,6 +350,8 @@ def test_requests_are_logged_and_a_public_address_is_announced():
     with serving("--host", "0.0.0.0", env={**os.environ, "LSTM_CTC_OCR_TOKEN": "x"}) as (process, port):
         assert get(port, "no\nsuch\x1b[31m.png")[0] == 401
         assert re.fullmatch(r'127\.0\.0\.1 "GET /captchaOcr\?[ -~]+" 401 [\d.]+ ms\n', process.stderr.readline())
+        assert send_no_http(port).status == 400
+        assert re.fullmatch(r'- "Bad Request" 400\n', process.stderr.readline())
 
 
 # ---------------------------------------------------------------------- export
