@@ -971,7 +971,7 @@ class LstmCtcOcr:
         truths, readings, loss = self._validate(run)
         held = score(truths, readings)
         wrong = [row for row, truth in enumerate(truths) if readings[row] != truth]
-        figures = {"lr": self._learning_rate(run.step / run.steps_per_epoch), "images_per_second": speed,
+        figures = {"lr": self._learning_rate((run.step - 1) / run.steps_per_epoch), "images_per_second": speed,
                    "train/loss": float(np.mean(run.losses[last_step - run.step:])), "train/edit_distance": train["cer"],
                    "validation/loss": loss, "validation/edit_distance": held["cer"],
                    "validation/accuracy": held["accuracy"], "cpu_minutes": self._cpu_minutes(run)}
@@ -992,7 +992,7 @@ class LstmCtcOcr:
 
     @staticmethod
     def _cpu_minutes(run):
-        """What all cores together have spent on it: earlier parts and validations count, loading the images does not."""
+        """What all cores have spent on it: earlier parts and validations count, loading the images does not."""
         return run.cpu_before + time.process_time() / 60
 
     def _validate(self, run):
