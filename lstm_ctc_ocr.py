@@ -134,7 +134,7 @@ class LstmCtcOcr:
     # --- training
     ctc: str = setting("tensorflow", "CTC loss: tensorflow, or Baidu's warp (pip install --no-deps paddlepaddle)")
     batch_size: int = setting(32, "images a step")
-    epoch_max: float = setting(9, "passes over the images; 9 of 100,000 take an hour on 2 cores")
+    epoch_max: float = setting(9, "passes over the images; 9 of 100,000 take 50 minutes on 2 cores")
     lr: float = setting(4e-3, "learning rate at the start; it falls as lr * (1 - (epoch / epoch_max) ** 2)")
     save_epoch: float = setting(0.1, "epochs between checkpoints")
     seed: int = setting(0, "fixes what is drawn at random: rendered images, first weights, order, held-out images")
