@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-os.environ["TF_OVERRIDE_GLOBAL_THREADPOOL"] = "1"  # each session its own threads: TensorFlow's default, or this project's
+os.environ["TF_OVERRIDE_GLOBAL_THREADPOOL"] = "1"  # each session its own threads: the default ones, or this project's
 
 import tensorflow.compat.v1 as tf  # noqa: E402
 
@@ -160,18 +160,17 @@ def benchmark_render(_, folder):
 
 
 @contextlib.contextmanager
-def serving(ocr, batching=True):
-    """A server in a process of its own, with batching or without; yields its process and port."""
-    code = "import lstm_ctc_ocr\n"
-    if not batching:
-        code += "lstm_ctc_ocr.SERVE_BATCH = 1\n"
-    code += f"lstm_ctc_ocr.main(['start', '--port', '0', '--net', {ocr.net!r}])"
+def serving(ocr, change="pass"):
+    """A server in a process of its own, the script changed by a line; yields its process and port."""
+    code = f"import lstm_ctc_ocr\n{change}\nlstm_ctc_ocr.main(['start', '--port', '0', '--net', {ocr.net!r}])"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     port = int(re.search(r":(\d+)/", process.stderr.readline())[1])
     threading.Thread(target=lambda: collections.deque(process.stderr, 0), daemon=True).start()
-    yield process, port
-    process.terminate()
-    process.wait()
+    try:
+        yield process, port
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def client(port, bodies):
@@ -207,21 +206,40 @@ def posted(ocr, folder, count):
     return [(path.read_bytes(), text) for path, text, *_ in ocr.recognise_files(paths)]
 
 
+SERVERS = {"": "pass", "_unbatched": "lstm_ctc_ocr.SERVE_BATCH = 1",
+           "_http_alone": "lstm_ctc_ocr.LstmCtcOcr._read = lambda *arguments: [('', 0)] * len(arguments[3])"}
+
+
 def benchmark_serve(ocr, folder):
-    """16 clients, each with one PNG at a time, against a server that reads in batches and one that does not."""
-    bodies, speeds, latencies = posted(ocr, folder, 128), {True: [], False: []}, []
-    with serving(ocr) as (_, batched), serving(ocr, batching=False) as (_, unbatched), ProcessPoolExecutor(1) as other:
-        for port in (batched, unbatched):
-            other.submit(load, port, bodies).result()
-        for _ in range(3):
-            for batching, port in ((True, batched), (False, unbatched)):
-                speed, taken = other.submit(load, port, bodies * 8).result()
-                speeds[batching].append(speed)
-                latencies += taken if batching else []
-    speeds = {batching: statistics.median(values) for batching, values in speeds.items()}
-    return {"serve_requests_per_second": speeds[True], "serve_requests_per_second_unbatched": speeds[False],
-            "serve_vs_unbatched": speeds[True] / speeds[False],
-            "serve_p99_ms": statistics.quantiles(latencies, n=100)[98] * 1e3}
+    """16 clients, each with one PNG at a time, against a server as it is, one without batches, one without network.
+
+    Returns requests a second and, of the server's process alone, CPU milliseconds a request.
+    """
+    bodies, speeds, costs, latencies = posted(ocr, folder, 128), {}, {}, []
+    with contextlib.ExitStack() as stack:
+        servers = {name: stack.enter_context(serving(ocr, change)) for name, change in SERVERS.items()}
+        other = stack.enter_context(ProcessPoolExecutor(1))
+        for part in range(4):
+            for name, (process, port) in servers.items():
+                asked = [(body, "" if "http" in name else text) for body, text in bodies] * (8 if part else 1)
+                before = cpu_seconds(process)
+                speed, taken = other.submit(load, port, asked).result()
+                if part:  # after the first, which only warms up
+                    speeds.setdefault(name, []).append(speed)
+                    costs.setdefault(name, []).append((cpu_seconds(process) - before) / len(asked) * 1e3)
+                    latencies += [] if name else taken
+    figures = {"serve_p99_ms": statistics.quantiles(latencies, n=100)[98] * 1e3}
+    for name in servers:
+        figures["serve_requests_per_second" + name] = statistics.median(speeds[name])
+        figures["serve_cpu_ms" + name] = statistics.median(costs[name])
+    return {**figures, "serve_vs_unbatched": figures["serve_requests_per_second"]
+            / figures["serve_requests_per_second_unbatched"]}
+
+
+def cpu_seconds(process):
+    """What a process has used of all cores so far."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def benchmark_soak(ocr, folder):
@@ -253,7 +271,8 @@ def cluster_speed(net, dataset, model, workers):
     def start(job, index=0, core=None):
         return subprocess.Popen(
             [sys.executable, "lstm_ctc_ocr.py", "train", "--net", net, "--dataset", dataset, "--model", model,
-             "--epoch-max", str(200 / (400 // workers // LstmCtcOcr.batch_size)), "--val-num", "8", "--save-epoch", "99"],
+             "--epoch-max", str(200 / (400 // workers // LstmCtcOcr.batch_size)), "--val-num", "8",
+             "--save-epoch", "99"],
             cwd=ROOT, text=True, stderr=subprocess.PIPE if job == "chief" else subprocess.DEVNULL,
             env={**os.environ, "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": job, "index": index}})},
             preexec_fn=(lambda: os.sched_setaffinity(0, [core])) if core is not None else None)
