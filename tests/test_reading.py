@@ -11,6 +11,7 @@ import pytest
 import tensorflow.compat.v1 as tf
 from conftest import IMAGES, PRETRAINED, ROOT, SHIPPED, flags
 
+import lstm_ctc_ocr
 from lstm_ctc_ocr import LstmCtcOcr, main
 
 
@@ -40,8 +41,11 @@ def unseen(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("bfloat16", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not lstm_ctc_ocr._has_bfloat16(), reason="this processor has no bfloat16 instructions"))])
 @pytest.mark.parametrize("net, share", [("lstm", 0.94), ("cnn_lstm", 0.98)])
-def test_the_shipped_models_read_what_they_never_saw(net, share, unseen, capfd):
+def test_the_shipped_models_read_what_they_never_saw(net, share, bfloat16, unseen, capfd, monkeypatch):
+    monkeypatch.setattr(lstm_ctc_ocr, "_has_bfloat16", lambda: bfloat16)
     code, lines, _ = read(capfd, "--model", PRETRAINED / net, "--json", unseen)
     answers = [json.loads(line) for line in lines]
     assert code == 0 and len(answers) == 400
