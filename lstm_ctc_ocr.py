@@ -1747,7 +1747,7 @@ def _session_config(place=ALONE):
     """One core an operation, as many operations at once as there are cores: see `LstmCtcOcr.logits`.
 
     Where the processor can, convolutions and large matrix products take bfloat16 numbers and add them up in float32:
-    the same accuracy, and steps of training that are a third faster. Weights stay float32, the recurrence does too.
+    the same accuracy for two thirds of the time. The graph, the weights and the recurrence stay float32.
     """
     config = _tensorflow().ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=_cores(),
                                        device_filters=place.sees)
