@@ -809,7 +809,7 @@ class LstmCtcOcr:
         # Closing all of it closes that queue, so that a chief who leaves too early must not.
         closing = threading.Thread(target=(session if run.finished or not servers else run.session).close, daemon=True)
         closing.start()
-        closing.join(10 if servers else None)  # it would wait for ever for a parameter server that has gone before
+        closing.join(5 if servers else None)  # it would wait for ever for a parameter server that has gone before
 
     def _open_session(self, run):
         """Opens a session that waits for parameter servers which it loses, and then goes on."""
@@ -886,8 +886,8 @@ class LstmCtcOcr:
     def _train_loop(self, run):
         """One pass of the loop is one step; what happens between steps is in `_between_steps`."""
         chief, tf = run.place.chief, _tensorflow()
-        with concurrent.futures.ThreadPoolExecutor(1) as run.stepping, \
-                _deferred_stop() if chief else contextlib.nullcontext([]) as run.stop, self._session(run) as session:
+        with concurrent.futures.ThreadPoolExecutor(1) as run.stepping, self._session(run) as session, \
+                _deferred_stop() if chief else contextlib.nullcontext([]) as run.stop:
             run.step = run.saved = int(run.session.run(run.net.step))
             run.losses, run.since = [], (time.monotonic(), run.step)
             run.begun, run.validating, run.validation = time.process_time(), 0.0, None
@@ -900,16 +900,18 @@ class LstmCtcOcr:
                     if chief and run.step >= run.last:
                         break
                     feeds, before = {run.net.images: images, run.net.sequences: sequences}, run.step
-                    self._step(run, session, feeds)
+                    whole = self._step(run, session, feeds)
                     if chief:
                         try:
                             self._between_steps(run, before, feeds)
-                        except tf.errors.OpError as error:  # of a lost server the next step will hear, and wait for it
-                            if not _is_lost_server(error):
+                        except (tf.errors.OpError, RuntimeError) as error:
+                            if whole and not _is_lost_server(error):  # of which the next step hears, and waits for it
                                 raise
                     if run.stop:
-                        print(f"stopped and saved at step {run.step} of {run.last}; the same command goes on from "
+                        print(f"stopped and saved at step {run.saved} of {run.last}; the same command goes on from "
                               "there", file=sys.stderr)
+                        if not whole:  # nothing can end a step that waits for a parameter server
+                            os._exit(128 + run.stop[0])
                         return 128 + run.stop[0]
             run.finished = True
         if chief:
@@ -917,18 +919,19 @@ class LstmCtcOcr:
         return 0
 
     def _step(self, run, session, feeds):
-        """Runs one training step. A chief who is told to stop while a worker is missing gives up the step."""
+        """Runs one training step. Returns False if the chief gave it up: told to stop while another task is missing."""
         waiting = run.stepping.submit(session.run, [run.net.loss, run.net.gradient_norm, run.net.train], feeds)
         while not waiting.done() and not (run.stop and run.place.servers):
-            concurrent.futures.wait([waiting], timeout=5)  # in this thread signals are heard
+            concurrent.futures.wait([waiting], timeout=1)  # in this thread signals are heard
         if not waiting.done():
-            return
+            return False
         loss, norm, step = waiting.result()
         self._require_finite(run, loss, norm)
         run.losses.append(float(loss))
         run.bar.update((int(step) - run.step) * self.batch_size)
         run.bar.set_postfix(loss=f"{np.mean(run.losses[-100:]):.3f}", accuracy=run.config.get("accuracy"))
         run.step = int(step)
+        return True
 
     def _between_steps(self, run, before, feeds):
         """Reports and saves where it is time for it, after the step that followed step `before`."""
@@ -1295,14 +1298,15 @@ class LstmCtcOcr:
         if not Path(self.image_root).is_dir():
             raise self.Error(f"--image-root {self.image_root} is not a folder")
         server = self._listen()
-        stop = threading.Event()
+        stop = []
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+            signal.signal(number, lambda number, _: stop.append(number))
         threading.Thread(target=server.run, daemon=True).start()
         host = f"[{self.host}]" if ":" in self.host else self.host
         print(f"http://{host}:{server.effective_port}/captchaOcr?img_path=./dataset/test/0_PIY.png", file=sys.stderr,
               flush=True)
-        stop.wait()
+        while not stop:  # who waits for a lock misses a signal that comes as the wait begins
+            time.sleep(0.1)
         self._drain(server)
         return 0
 
@@ -1792,8 +1796,8 @@ def _join_cluster():
     except (ValueError, TypeError, AttributeError, KeyError, tf.errors.OpError) as error:
         raise LstmCtcOcr.Error(f"TF_CONFIG: {str(error).splitlines()[0]}") from None
     here, number = f"/job:{job}/task:{index}", workers.index((job, index)) if (job, index) in workers else None
-    if number != 0:  # the chief saves first; who waits for others inside TensorFlow would not hear of a signal
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for each in (signal.SIGINT, signal.SIGTERM):  # who waits for others inside TensorFlow would not hear of one;
+        signal.signal(each, signal.SIG_DFL)  # the chief saves first, from when it trains
     return types.SimpleNamespace(
         job=job, index=index, chief=number == 0, number=number, workers=len(workers), servers=len(servers),
         target=server.target, device=tf.train.replica_device_setter(cluster=cluster, worker_device=here),

@@ -109,6 +109,23 @@ def test_a_chief_whose_worker_is_missing_still_hears_that_it_shall_stop(cluster,
     assert step_of(tmp_path / "model") == 0
 
 
+def test_every_task_ends_when_it_is_told_to_whatever_it_waits_for(cluster, tmp_path):
+    """The chief and the worker for a parameter server that was killed, and that one, back again, for all others."""
+    tasks = cluster(save_epoch=0.2)
+    tasks.start(*JOBS)
+    tasks.until("chief", "^epoch")
+    tasks.kill("ps")
+    for job in ("chief", "worker"):
+        tasks.tasks[job].terminate()
+    _, messages = tasks.tasks["chief"].communicate()
+    assert [tasks.tasks[job].wait() for job in ("chief", "worker")] == [128 + 15, -15]
+    assert f"stopped and saved at step {step_of(tmp_path / 'model')} of" in messages and "Traceback" not in messages
+    tasks.start("ps")
+    tasks.until("ps", "holds weights")
+    tasks.tasks["ps"].terminate()
+    assert tasks.tasks["ps"].wait() == -15
+
+
 def test_a_worker_with_other_settings_is_told_so(cluster):
     tasks = cluster()
     tasks.start("ps", "chief")

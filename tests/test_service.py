@@ -44,7 +44,7 @@ def serving(*flags, **kwargs):
     yield process, int(ready[1])
     threading.Thread(target=process.stderr.read).start()  # so that it cannot block on a full pipe
     process.send_signal(signal.SIGTERM)
-    assert process.wait(5) == 0
+    assert process.wait(60) == 0
 
 
 @pytest.fixture(scope="module")
@@ -336,8 +336,20 @@ def test_what_is_under_way_is_finished_before_it_stops():
             pass
         process.send_signal(signal.SIGTERM)
         status, body = answer.result()
-        assert process.wait(5) == 0
+        assert process.wait(60) == 0
     assert status == 200 and [reading["ocr_ret"] for reading in body["results"]] == ["PIY"] * 64
+
+
+def test_a_signal_that_another_thread_catches_stops_it_too():
+    """As when it comes while the main thread begins to wait: nothing wakes that thread."""
+    code = ("import lstm_ctc_ocr, signal, threading; threading.Thread(target=threading.Event().wait, daemon=True).start(); "
+            "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); "
+            f"lstm_ctc_ocr.main(['start', '--port', '0', '--model', {str(SHIPPED)!r}])")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline().startswith("http")
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
 
 
 def test_a_port_in_use_is_one_line(server):
