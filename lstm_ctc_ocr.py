@@ -1298,16 +1298,14 @@ class LstmCtcOcr:
         if not Path(self.image_root).is_dir():
             raise self.Error(f"--image-root {self.image_root} is not a folder")
         server = self._listen()
-        stop = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: stop.append(number))
-        threading.Thread(target=server.run, daemon=True).start()
         host = f"[{self.host}]" if ":" in self.host else self.host
-        print(f"http://{host}:{server.effective_port}/captchaOcr?img_path=./dataset/test/0_PIY.png", file=sys.stderr,
-              flush=True)
-        while not stop:  # who waits for a lock misses a signal that comes as the wait begins
-            time.sleep(0.1)
-        self._drain(server)
+        with _deferred_stop() as stop:
+            threading.Thread(target=server.run, daemon=True).start()
+            print(f"http://{host}:{server.effective_port}/captchaOcr?img_path=./dataset/test/0_PIY.png",
+                  file=sys.stderr, flush=True)
+            while not stop:  # who waits for a lock misses a signal that comes as the wait begins
+                time.sleep(0.1)
+            self._drain(server)
         return 0
 
     def _listen(self):
