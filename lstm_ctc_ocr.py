@@ -750,7 +750,7 @@ class LstmCtcOcr:
 
         With TF_CONFIG set, this process is one task of the cluster that it describes (see `_join_cluster`): the chief
         saves, validates and reports, the workers add their gradients, the parameter servers hold the weights.
-        Returns 0 when `epoch_max` is reached, 128 + the signal's number when it was told to stop (and has saved).
+        Returns 0 when `epoch_max` is reached, 128 + the signal's number when told to stop (and saved, if it could).
         """
         self.net = self.net or "lstm"
         place = _join_cluster()

@@ -342,7 +342,8 @@ def test_what_is_under_way_is_finished_before_it_stops():
 
 def test_a_signal_that_another_thread_catches_stops_it_too():
     """As when it comes while the main thread begins to wait: nothing wakes that thread."""
-    code = ("import lstm_ctc_ocr, signal, threading; threading.Thread(target=threading.Event().wait, daemon=True).start(); "
+    code = ("import lstm_ctc_ocr, signal, threading; "
+            "threading.Thread(target=threading.Event().wait, daemon=True).start(); "
             "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); "
             f"lstm_ctc_ocr.main(['start', '--port', '0', '--model', {str(SHIPPED)!r}])")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
