@@ -59,10 +59,12 @@ except ImportError:  # Windows
     fcntl = None
 
 import cv2  # noqa: E402
+import captcha
 import flask
 import numpy as np
 import waitress
 from captcha.image import ImageCaptcha
+from PIL import ImageFont
 from tqdm import tqdm
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import HTTPException, ServiceUnavailable, Unauthorized
@@ -81,6 +83,18 @@ PLAN = "plan"  # the collection of a variable by which the chief tells the worke
 CTCS = ("tensorflow", "warp")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
+LOOKS = ("plain", "varied")
+LOOK = ".look.json"  # in a folder of rendered captchas: how they were drawn
+CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
+# What varied captchas are made of, with weights; all of --words together has the last one.
+ALPHABETS = ((CAPITALS, 24), (CAPITALS + DIGITS, 26), (CAPITALS.lower(), 8), (CAPITALS.lower() + DIGITS, 14),
+             (DIGITS, 12), (None, 16))
+PLAIN_SHARE = 0.1  # of varied captchas: those that the captcha package draws
+GLYPH_SIZES = (20, 34, 58)  # pixels an em; a letter is drawn once at each, and scaled down from the next larger one
+MAX_ASPECT = 4.3  # width over height, about: letters far apart move closer together rather than exceed it
+FONT_SUFFIXES = {".ttf", ".otf"}
+FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts",
+                "/System/Library/Fonts", "C:/Windows/Fonts")
 LOCK = ".lock"  # in a model folder: whoever trains there holds it
 SHARD = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)  # I/N
 STALE = 600  # seconds after which nobody is writing a .part file any more: it takes milliseconds
@@ -114,12 +128,16 @@ class LstmCtcOcr:
     """The whole system; its fields are its settings. Constructing it opens nothing and builds nothing."""
 
     # --- the task
-    words: str = setting("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "the letters that an image may hold")
+    words: str = setting(None, "the letters that an image may hold; if not given A-Z, and in varied captchas a-z and "
+                               "0-9 too")
     words_max_num: int = setting(10, "the most letters in an image")
     im_width: int = setting(256, "image width in pixels, and so the LSTM's time steps")
     im_height: int = setting(64, "image height in pixels, and so the input of a step")
     # --- the images
     dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images, <i>_<LABEL>.png")
+    look: str = setting("plain", "plain: as the captcha package draws them; varied: in every way that captchas differ")
+    fonts: tuple = setting((), "folders of the fonts for varied captchas; if not given the captcha package's and the "
+                               "system's")
     im_total_num: int = setting(100_000, "images to render (100,000 take 0.9 GB on disk)")
     workers: int = setting(0, "processes that render; 0: one a core")
     shard: str = setting("1/1", "what to render of it, I/N: of N machines with the same settings, the part of the I-th")
@@ -148,6 +166,18 @@ class LstmCtcOcr:
     token: str = setting("", "what clients must show, as a bearer token or as HTTP Basic's password; better given in "
                              f"the environment, as {TOKEN_VARIABLE}")
 
+    @dataclasses.dataclass
+    class _Look:
+        """What the parts of one varied captcha have in common; colours are (3,) float32, BGR of 0 to 255."""
+        chance: random.Random
+        noise: np.random.Generator
+        fonts: tuple  # (path, those letters that it has) of each
+        height: int  # of the image in pixels
+        size: float  # of the letters, pixels an em
+        paper: np.ndarray
+        ink: np.ndarray
+        contrast: int  # the least difference in brightness between letters and paper
+
     class Error(ValueError):
         """Something that the user can mend, in one line that says what to do."""
         status = 422  # of the service's answer
@@ -158,6 +188,9 @@ class LstmCtcOcr:
 
     def __post_init__(self):
         """Raises `Error` for settings that cannot work."""
+        if self.words is None:
+            object.__setattr__(self, "words", CAPITALS if self.look == "plain" else
+                               CAPITALS + CAPITALS.lower() + DIGITS)
         positive = ("words_max_num", "im_width", "im_height", "im_total_num", "n_hidden", "batch_size", "epoch_max",
                     "lr", "save_epoch", "val_num")
         for name in positive:
@@ -180,7 +213,7 @@ class LstmCtcOcr:
         index, count = map(int, SHARD.fullmatch(self.shard).groups()) if SHARD.fullmatch(self.shard) else (0, 0)
         if not 1 <= index <= count:
             raise self.Error(f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
-        for name, choices in ("net", ("", *NETS)), ("ctc", CTCS), ("label_parts", (1, 3)):
+        for name, choices in ("net", ("", *NETS)), ("look", LOOKS), ("ctc", CTCS), ("label_parts", (1, 3)):
             if getattr(self, name) not in choices:
                 raise self.Error(f"{_flag(name)} must be one of {', '.join(map(str, filter(None, choices)))}, not "
                                  f"{getattr(self, name)}")
@@ -251,6 +284,8 @@ class LstmCtcOcr:
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._refuse_strangers(folder)
+        with self._writing(folder):
+            _replace(folder / LOOK, json.dumps(self._origin()) + "\n")
         numbers = range(index - 1, self.im_total_num, count)
         with _deferred_stop() as stop, self._renderers() as pool, \
                 tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None) as bar:
@@ -287,7 +322,7 @@ class LstmCtcOcr:
 
     def _render(self, i):
         """Renders image i unless it is there already. Returns what went wrong, or None."""
-        random.seed(f"{self.seed}-{i}")  # captcha 0.7.0 draws from this module's generator
+        random.seed(f"{self.seed}-{i}")  # for the captcha package, too, which draws from this module's generator
         label = self._draw_label(random)
         path = Path(self.dataset, f"{i}_{label}.png")
         if _is_whole_png(path):
@@ -295,7 +330,7 @@ class LstmCtcOcr:
         part = path.with_name(f".{i}-{secrets.token_hex(4)}.part")  # its own: another run may be at the same image
         try:
             # No fsync: an image that a power cut tears lacks its end, and is rendered again.
-            part.write_bytes(_renderer(self.im_width, self.im_height).generate(label).getvalue())
+            part.write_bytes(self._draw(label))
             os.replace(part, path)  # a file has its final name only once it is whole
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -304,7 +339,33 @@ class LstmCtcOcr:
 
     def _draw_label(self, generator):
         """A random label; generator: the module `random`, or a `random.Random`."""
-        return "".join(generator.choice(self.words) for _ in range(generator.randint(1, self.words_max_num)))
+        letters, longest = self.words, self.words_max_num
+        length = generator.randint(1, longest)
+        if self.look == "varied":  # mostly one case, and most often 4 to 6 letters, as others have them
+            (alphabet, _), = generator.choices(ALPHABETS, [weight for _, weight in ALPHABETS])
+            letters = [letter for letter in letters if letter in (alphabet or letters)] or letters
+            length = length if generator.random() < .45 else generator.randint(min(4, longest), min(6, longest))
+        return "".join(generator.choice(letters) for _ in range(length))
+
+    def _draw(self, label):
+        """A captcha as a PNG file's bytes, drawn by the module `random`'s generator."""
+        if self.look == "plain" or random.random() < PLAIN_SHARE:
+            return _renderer(self.im_width, self.im_height).generate(label).getvalue()
+        pixels = draw_varied(label, random.getrandbits(64), _find_fonts(self._font_folders(), self.words))
+        return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+
+    def _font_folders(self):
+        return tuple(self.fonts) or (str(Path(captcha.__file__).parent), *map(os.path.expanduser, FONT_FOLDERS))
+
+    def _origin(self):
+        """What the images of a folder have in common beside what their names tell: the look, and what draws letters."""
+        if self.look == "plain":
+            return {"look": "plain"}
+        fonts = _find_fonts(self._font_folders(), self.words)
+        if missing := set(self.words).difference(*(letters for _, letters in fonts)):
+            raise self.Error(f"no font in {', '.join(self._font_folders())} has {sorted(missing)}: name folders of "
+                             "fonts that have them with --fonts, or give other --words")
+        return {"look": "varied", "fonts": [Path(path).name for path, _ in fonts]}
 
     def _refuse_strangers(self, folder):
         for path in folder.glob(".*.part"):  # left behind by kill -9, or else another shard is writing it just now
@@ -312,16 +373,27 @@ class LstmCtcOcr:
                 if path.stat().st_mtime < time.time() - STALE:
                     path.unlink()
         files = [(path, named) for path in folder.iterdir() if (named := LABELLED.fullmatch(path.name))]
+        if files and (known := self._origin_of(folder)) != self._origin():
+            raise self.Error(f"{folder} holds {known['look']} images, or drawn with other fonts: give the same --look "
+                             "and --fonts, or another --dataset")
         for path, named in files:
             expected = self._draw_label(random.Random(f"{self.seed}-{int(named[1])}"))
             if named[2] != expected:
                 raise self.Error(f"{folder} holds images of another --seed, --words or --words-max-num: {path.name} "
                                  f"would be {named[1]}_{expected}.png; give the same settings, or another --dataset")
-        for path, _ in files[:1]:
+        for path, _ in files[:1] if self.look == "plain" else ():
             image = cv2.imread(str(path))
             if image is not None and image.shape[:2] != (self.im_height, self.im_width):
                 raise self.Error(f"{folder} holds images of {image.shape[1]} x {image.shape[0]} pixels: give the same "
                                  "--im-width and --im-height, or another --dataset")
+
+    @staticmethod
+    def _origin_of(folder):
+        """How a folder's images were drawn, see `_origin`; what holds no word of it is plain."""
+        try:
+            return json.loads((Path(folder) / LOOK).read_text())
+        except (OSError, ValueError):
+            return {"look": "plain"}
 
     # ------------------------------------------------------------------ loading images
 
@@ -1399,6 +1471,411 @@ class LstmCtcOcr:
                              "that is mended") from None
 
 
+# ---------------------------------------------------------------------- captchas of every look
+
+def draw_varied(text, seed, fonts):
+    """Draws a captcha in a look of its own, which the seed decides: returns (h, w, 3) uint8, BGR.
+
+    fonts: (path, letters that it has) each. The image is 22 to 90 pixels high and as wide as its letters want.
+    """
+    chance = random.Random(seed)
+    height = chance.randint(22, 45) if chance.random() < .45 else chance.randint(40, 90)
+    size = max(13, height * (chance.uniform(.55, 1.05) if chance.random() < .8 else chance.uniform(.35, .6)))
+    paper, contrast = _draw_paper_colour(chance), chance.choice((50, 75, 100, 130))
+    look = LstmCtcOcr._Look(chance, np.random.default_rng(chance.getrandbits(64)), fonts, height, size, paper,
+                            _contrasting(chance, paper, contrast), contrast)
+    letters, opacity = _draw_letters(look, text)  # (h, w, 3), (h, w)
+    canvas = _draw_paper(look, opacity.shape)
+    _clutter(look, canvas, over=False)
+    if chance.random() < .5:
+        letters, opacity = _warp(look, 1, letters, opacity)
+    canvas = canvas * (1 - opacity[..., None]) + letters
+    _clutter(look, canvas, over=True)
+    if chance.random() < .12:
+        canvas, = _warp(look, .5, canvas)
+    return _degrade(look, canvas)
+
+
+def _brightness(colour):
+    return float(np.dot(colour, (.114, .587, .299)))
+
+
+def _any_colour(chance):
+    grey = chance.uniform(0, 255)
+    return np.float32([grey] * 3 if chance.random() < .25 else [chance.uniform(0, 255) for _ in range(3)])
+
+
+def _draw_paper_colour(chance):
+    white, black = np.float32([255] * 3), np.float32([0] * 3)
+    kind, = chance.choices(("white", "pale", "black", "dark", "any"), (30, 32, 10, 12, 16))
+    tint = np.float32([chance.uniform(0, 1) for _ in range(3)])
+    return {"white": white, "pale": white - 60 * tint, "black": black, "dark": 90 * tint,
+            "any": _any_colour(chance)}[kind]
+
+
+def _contrasting(chance, other, least):
+    """A colour at least so much brighter or darker than another one."""
+    for _ in range(30):
+        colour = _any_colour(chance) if chance.random() < .8 else np.float32([chance.choice((0, 0, 255))] * 3)
+        if abs(_brightness(colour) - _brightness(other)) >= least:
+            return colour
+    return np.float32([0 if _brightness(other) > 127 else 255] * 3)
+
+
+@functools.cache
+def _find_fonts(folders, words):
+    """Returns (path, those of the letters `words` that it has) of every font under folders, in the order of names."""
+    paths = {path for folder in folders for path in Path(folder).rglob("*") if path.suffix.lower() in FONT_SUFFIXES}
+    fonts = [(str(path), _letters_of(str(path), words)) for path in sorted(paths, key=lambda path: (path.name, path))]
+    return tuple((path, letters) for path, letters in fonts if len(letters) > len(words) / 2)
+
+
+def _letters_of(font, words):
+    """Those of the letters `words` that a font draws; not what it draws as a box, nor a small letter as its capital."""
+    try:
+        shapes = {letter: bytes(_face(font, 12).getmask(letter)) for letter in {*words, *words.upper(), "\uffff"}}
+    except OSError:  # no font after all
+        return ""
+    return "".join(letter for letter in words if any(shapes[letter]) and shapes[letter] != shapes["\uffff"]
+                   and (letter == letter.upper() or shapes[letter] != shapes.get(letter.upper())))
+
+
+@functools.lru_cache(4096)
+def _face(font, size):
+    return ImageFont.truetype(font, size, layout_engine=ImageFont.Layout.BASIC)  # the other one is not everywhere
+
+
+@functools.lru_cache(32768)
+def _glyph(font, letter, size):
+    """Returns a letter's (h, w) uint8, with room to grow, how far below the baseline its middle is, and its advance."""
+    face, room = _face(font, size), size // 8 + 1
+    mask = face.getmask(letter, mode="L")
+    pixels = np.asarray(mask, np.uint8).reshape(mask.size[::-1])
+    return (cv2.copyMakeBorder(pixels, *[room] * 4, cv2.BORDER_CONSTANT),
+            face.getbbox(letter, anchor="ls")[1] + mask.size[1] / 2, face.getlength(letter))
+
+
+def _draw_letters(look, text):
+    """The text: its colours times their opacity, (h, w, 3) float32, and that opacity, (h, w) float32 of 0 to 1."""
+    chance, size = look.chance, look.size
+    placed, width = _place_letters(look, text)
+    margin = look.height * (chance.uniform(.02, .15) if chance.random() < .5 else chance.uniform(.1, .9))
+    shape = look.height, int(max(width + 2 * margin, look.height * chance.choice((1.1, 1.5, 2, 2.5, 3))))
+    slack = shape[1] - width
+    left = slack / 2 if chance.random() < .5 else chance.uniform(min(margin, slack / 2), max(slack - margin, slack / 2))
+    capital = .36 * size  # half the height of one
+    baseline = look.height / 2 + capital + chance.uniform(-.6, .6) * max(0, look.height / 2 - capital)
+    drift = chance.choice((0, 0, chance.uniform(-.12, .12))) * look.height / len(text)  # of the baseline, a letter
+    layer = np.zeros((*shape, 3), np.float32), np.zeros(shape, np.float32)
+    crisp, paint = chance.random() < .12, _draw_style(look)
+    several = chance.random() < .3
+    for number, (mask, matrix, x, y) in enumerate(placed):
+        y += baseline + drift * (number - len(text) / 2)
+        y = min(max(y, .3 * size), max(look.height - .3 * size, .3 * size))
+        colour = _contrasting(chance, look.paper, look.contrast) if several else look.ink
+        for shade, shape_of_it, (dx, dy) in paint(mask, colour):
+            _stamp(layer, shape_of_it, matrix, left + x + dx, y + dy, shade, crisp)
+    if chance.random() < .07 and size > 26:
+        holes = _pattern(look, shape)
+        layer = layer[0] * holes[..., None], layer[1] * holes
+    fade = np.float32(chance.choice([1] * 9 + [chance.uniform(.55, .9)]))
+    return layer[0] * fade, layer[1] * fade
+
+
+def _place_letters(look, text):
+    """Chooses font, scale, turn and place of each letter.
+
+    Returns for each (glyph, matrix (2, 2), x, y), x and y of its middle from the text's left and from the baseline, and
+    the width of all.
+    """
+    chance, size, height = look.chance, look.size, look.height
+    level = next((level for level in GLYPH_SIZES if level >= .9 * size), GLYPH_SIZES[-1])
+    swing, grow = chance.choice((0, 0, 5, 12, 20, 32)), chance.choice((0, 0, .08, .2))
+    jitter = chance.choice((0, 0, .05, .12, .2))
+    slant, slants = chance.choice((0, 0, 0, chance.uniform(-.35, .35))), chance.choice((0, 0, .15, .3))
+    turn, stretch = chance.choice((0, 0, 0, chance.uniform(-12, 12))), chance.choice((1, 1, chance.uniform(.75, 1.3)))
+    spacing = chance.choice((chance.uniform(.72, .95), 1, chance.uniform(.95, 1.15), chance.uniform(1.1, 1.5),
+                             chance.uniform(1.4, 2.4)))
+    spacing = max(min(.8, spacing), min(spacing, MAX_ASPECT * height / (len(text) * .6 * size * stretch)))
+    one_font, font = chance.random() < .7, _font_for(look, text)
+    placed, pen = [], 0.0
+    for letter in text:
+        mask, middle, advance = _glyph(font if one_font else _font_for(look, letter), letter, level)
+        scale = size / level * (1 + chance.uniform(-grow, grow))
+        angle = math.radians(turn + chance.uniform(-swing, swing))
+        rotation = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        lean = slant + chance.uniform(-slants, slants)
+        matrix = rotation @ np.array([[stretch * scale, -lean * scale], [0, scale]])
+        width = max(advance, mask.shape[1] - level // 4) * stretch * scale
+        placed.append((mask, matrix, pen + width / 2, middle * scale + chance.uniform(-jitter, jitter) * size))
+        pen += width * spacing + (chance.uniform(0, .25) * size if spacing > 1.3 else 0)
+    return placed, pen - width * (spacing - 1)
+
+
+def _font_for(look, text):
+    """The path of a font that has all of these letters, if there is one."""
+    for _ in range(20):
+        path, letters = look.chance.choice(look.fonts)
+        if set(text) <= set(letters):
+            return path
+    return max(look.fonts, key=lambda font: len(set(text) & set(font[1])))[0]
+
+
+def _draw_style(look):
+    """Returns the function (glyph, colour) -> [(colour, glyph, (right, down))]: what is drawn, one over another."""
+    chance, size = look.chance, look.size
+    style, = chance.choices(("filled", "bold", "hollow", "edged", "shadow"), (58, 10, 12, 10, 10))
+    other, weight = _contrasting(chance, look.ink, 40), chance.uniform(14, 26)
+    away = chance.choice((-1, 1)) * max(1, size / 16), max(1, size / 16)
+
+    def grown(mask, operation, by):
+        width = by * max(1, round(mask.shape[0] / weight)) + 1
+        return cv2.morphologyEx(mask, operation, np.ones((width, width), np.uint8))
+
+    return {"filled": lambda mask, colour: [(colour, mask, (0, 0))],
+            "bold": lambda mask, colour: [(colour, grown(mask, cv2.MORPH_DILATE, 1), (0, 0))],
+            "hollow": lambda mask, colour: [(colour, grown(mask, cv2.MORPH_GRADIENT, 1), (0, 0))],
+            "edged": lambda mask, colour: [(other, grown(mask, cv2.MORPH_DILATE, 2), (0, 0)), (colour, mask, (0, 0))],
+            "shadow": lambda mask, colour: [(other, mask, away), (colour, mask, (0, 0))]}[style]
+
+
+def _stamp(layer, mask, matrix, x, y, colour, crisp):
+    """Draws a glyph over a layer (colours, opacity), its middle at x, y."""
+    colours, opacity = layer
+    reach = np.abs(matrix) @ [mask.shape[1] / 2, mask.shape[0] / 2]
+    left, right = max(0, int(x - reach[0])), min(opacity.shape[1], int(x + reach[0]) + 2)
+    if left >= right:
+        return
+    offset = [x - left, y] - matrix @ [mask.shape[1] / 2, mask.shape[0] / 2]
+    drawn = cv2.warpAffine(mask, np.column_stack([matrix, offset]), (right - left, opacity.shape[0])) / np.float32(255)
+    drawn = np.float32(drawn > .3) if crisp else drawn
+    colours[:, left:right] += drawn[..., None] * (colour - colours[:, left:right])
+    opacity[:, left:right] += drawn * (1 - opacity[:, left:right])
+
+
+def _pattern(look, shape):
+    """What is left of letters that are hatched, or sparse pixels: (h, w) bool."""
+    chance = look.chance
+    if chance.random() < .5:
+        return look.noise.random(shape, np.float32) < chance.uniform(.45, .85)
+    return _stripes(look, shape, chance.uniform(0, math.pi), chance.uniform(3, 6), chance.uniform(.55, .8))
+
+
+def _stripes(look, shape, angle, step, share):
+    """Stripes in that angle, one every `step` pixels and `share` of it wide: (h, w) bool."""
+    y, x = np.ogrid[:shape[0], :shape[1]]
+    return (x * math.cos(angle) + y * math.sin(angle) + look.chance.uniform(0, step)) % step < step * share
+
+
+def _draw_paper(look, shape):
+    """The paper before anything is drawn on it: (h, w, 3) float32."""
+    chance, (height, width) = look.chance, shape
+    kind, = chance.choices(("flat", "gradient", "texture", "grid", "rings", "patches"), (45, 15, 14, 10, 8, 8))
+    y, x = np.ogrid[:height, :width]
+    if kind == "flat":
+        share = np.zeros(shape)
+    elif kind == "gradient":
+        angle = chance.uniform(0, 2 * math.pi)
+        share = .5 + .5 * (math.cos(angle) * (2 * x / width - 1) + math.sin(angle) * (2 * y / height - 1)) / 1.42
+    elif kind == "texture":
+        grain, method = chance.choice((1, 1, 2, 4, 10)), chance.choice((cv2.INTER_CUBIC, cv2.INTER_NEAREST))
+        share = cv2.resize(look.noise.random((height // grain + 2, width // grain + 2)), (width, height),
+                           interpolation=method)
+    elif kind == "grid":
+        angle, step = chance.choice((0, math.pi / 2, chance.uniform(0, math.pi))), chance.uniform(4, 16)
+        one, other = (_stripes(look, shape, angle + turn, step, chance.choice((.5, .2))) for turn in (0, math.pi / 2))
+        share = chance.choice((one, one | other, one ^ other))
+    elif kind == "rings":
+        distance = np.hypot(x - chance.uniform(0, width), y - chance.uniform(-1, 2) * height)
+        share = .5 + .5 * np.sin(distance * (2 * math.pi / chance.uniform(4, 14)))
+        share = share > .6 if chance.random() < .5 else share
+    else:
+        share = np.zeros(shape)
+        for _ in range(chance.randint(2, 8)):
+            corners = [(chance.randint(-10, width), chance.randint(-10, height)) for _ in range(chance.randint(3, 5))]
+            cv2.fillPoly(share, [np.array(corners)], chance.random())
+    other = _any_colour(chance)  # brought so near to the paper that letters stand out from both
+    room = .45 * abs(_brightness(look.ink) - _brightness(look.paper))
+    step = (other - look.paper) * min(1, room / max(abs(_brightness(other) - _brightness(look.paper)), 20))
+    return look.paper + np.float32(share)[..., None] * step
+
+
+def _clutter(look, canvas, over):
+    """Disturbs the canvas (h, w, 3) with lines, dots and the like, under the letters or over them."""
+    chance, shape = look.chance, canvas.shape[:2]
+    for _ in range(chance.choices((0, 1, 2, 3), (8, 7, 2, .5) if over else (8, 7, 3, 1))[0]):
+        draw, = chance.choices(*zip(*CLUTTER))
+        for _ in range(chance.choice((1, 1, 2)) if draw in (_lines, _curves, _dots) else 1):
+            faint = look.paper + (look.ink - look.paper) * chance.uniform(.15, .5)
+            colour, = chance.choices((look.ink, _any_colour(chance), faint, look.paper), (4, 5, 3, over))
+            opacity = chance.choice((1, 1, chance.uniform(.3, .8))) * (.5 if draw in FAINT else 1)
+            strength = opacity * abs(_brightness(colour) - _brightness(look.paper))
+            misleads = strength > 35 or colour is look.paper  # may be taken for ink, or hides it: thinner than letters
+            thickness = max(1, round(chance.uniform(.25, .95 if misleads else 1.6) * look.size / 11))
+            mask = np.zeros(shape, np.uint8)
+            draw(look, mask, thickness, cv2.LINE_AA if chance.random() < .8 else cv2.LINE_8)
+            canvas += (mask * np.float32(opacity / 255))[..., None] * (colour - canvas)
+
+
+def _anywhere(look, shape, beyond=.1):
+    """A point on the canvas, or a little beyond it."""
+    return tuple(look.chance.uniform(-beyond, 1 + beyond) * length for length in shape[::-1])
+
+
+def _trace(mask, points, thickness, line):
+    """Draws a line through points (n, 2), in pixels and parts of them."""
+    cv2.polylines(mask, [np.int32(np.multiply(points, 8))], False, 255, thickness, line, shift=3)
+
+
+def _lines(look, mask, thickness, line):
+    for _ in range(look.chance.randint(1, 3)):
+        (x0, y0), (x1, y1) = _anywhere(look, mask.shape), _anywhere(look, mask.shape)
+        if look.chance.random() < .5:  # all across
+            x0, x1 = look.chance.uniform(-.1, .2) * mask.shape[1], look.chance.uniform(.8, 1.1) * mask.shape[1]
+        _trace(mask, [(x0, y0), (x1, y1)], thickness, line)
+
+
+def _curves(look, mask, thickness, line):
+    """Cubic Bezier curves, and sines."""
+    chance, (height, width), t = look.chance, mask.shape, np.linspace(0, 1, 24)[:, None]
+    for _ in range(chance.randint(1, 2)):
+        if chance.random() < .5:
+            a, b, c, d = (np.array(_anywhere(look, mask.shape)) for _ in range(4))
+            if chance.random() < .6:
+                a[0], d[0] = chance.uniform(-.1, .15) * width, chance.uniform(.85, 1.1) * width
+            points = (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t ** 2 * c + t ** 3 * d
+        else:
+            wave = np.sin(t * width / height * chance.uniform(.5, 4) + chance.uniform(0, 6))
+            points = np.hstack([t * width, height * (chance.uniform(.2, .8) + chance.uniform(.05, .35) * wave)])
+        _trace(mask, points, thickness, line)
+
+
+def _dots(look, mask, thickness, line):
+    height, width = mask.shape
+    radius = round(look.chance.choice((0, 0, .5, 1, 1.5)) * max(1, height / 45))
+    count = int(height * width * look.chance.uniform(.002, .03) / (1 + 2 * radius * radius))
+    xs, ys = look.noise.integers(0, width, count), look.noise.integers(0, height, count)
+    mask[ys, xs] = 255
+    for x, y in zip(xs.tolist(), ys.tolist()) if radius else ():
+        cv2.circle(mask, (x, y), radius, 255, look.chance.choice((-1, -1, 1)), line)
+
+
+def _blots(look, mask, thickness, line):
+    chance, height = look.chance, mask.shape[0]
+    for _ in range(chance.randint(1, 4)):
+        axes = [chance.randint(height // 8, height // 2) for _ in range(2)]
+        cv2.ellipse(mask, np.int32(_anywhere(look, mask.shape)).tolist(), axes, chance.randint(0, 180), 0, 360, 255, -1,
+                    line)
+
+
+def _arcs(look, mask, thickness, line):
+    chance, (height, width) = look.chance, mask.shape
+    for _ in range(chance.randint(1, 3)):
+        axes = chance.randint(height // 4, width // 2 + 1), chance.randint(height // 6, height)
+        begin = chance.randint(0, 360)
+        cv2.ellipse(mask, np.int32(_anywhere(look, mask.shape)).tolist(), axes, chance.randint(0, 180), begin,
+                    begin + chance.randint(40, 300), 255, thickness, line)
+
+
+def _hairs(look, mask, thickness, line):
+    for _ in range(look.chance.randint(8, 50)):
+        (x, y), angle = _anywhere(look, mask.shape), look.chance.uniform(0, 2 * math.pi)
+        length = look.chance.uniform(2, mask.shape[0] / 4)
+        _trace(mask, [(x, y), (x + length * math.cos(angle), y + length * math.sin(angle))], 1, line)
+
+
+def _grid(look, mask, thickness, line):
+    chance, (height, width) = look.chance, mask.shape
+    thickness, step = max(1, thickness // 2), chance.uniform(.12, .45) * height
+    slant = chance.choice((0, 0, chance.uniform(-.5, .5))) * height
+    for x in np.arange(chance.uniform(0, step), width, step):
+        _trace(mask, [(x, 0), (x + slant, height)], thickness, line)
+    for y in np.arange(chance.uniform(0, step), height, step) if chance.random() < .7 else ():
+        _trace(mask, [(0, y), (width, y + slant)], thickness, line)
+
+
+def _border(look, mask, thickness, line):
+    cv2.rectangle(mask, (0, 0), (mask.shape[1] - 1, mask.shape[0] - 1), 255, max(1, thickness // 2))
+
+
+def _rings(look, mask, thickness, line):
+    centre, step = np.int32(_anywhere(look, mask.shape)).tolist(), look.chance.uniform(.1, .4) * mask.shape[0]
+    for number in range(1, 12):
+        cv2.circle(mask, centre, round(number * step), 255, max(1, thickness // 2), line)
+
+
+def _small_letters(look, mask, thickness, line):
+    for _ in range(look.chance.randint(5, 30)):
+        font, letters = look.chance.choice(look.fonts)
+        glyph, *_ = _glyph(font, look.chance.choice(letters), GLYPH_SIZES[0])
+        x, y = (max(0, int(length)) for length in _anywhere(look, mask.shape, 0))
+        part = mask[y:y + glyph.shape[0], x:x + glyph.shape[1]]
+        np.maximum(part, glyph[:part.shape[0], :part.shape[1]], out=part)
+
+
+CLUTTER = ((_lines, 18), (_curves, 20), (_dots, 20), (_blots, 6), (_arcs, 8), (_hairs, 8), (_grid, 8), (_border, 5),
+           (_small_letters, 5), (_rings, 4))
+FAINT = (_blots, _small_letters)
+
+
+def _warp(look, force, *layers):
+    """Bends layers (h, w, ...) alike: waves, random dents, lenses."""
+    chance, (height, width) = look.chance, layers[0].shape[:2]
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    dx, dy = np.zeros_like(x), np.zeros_like(y)
+    for _ in range(chance.choice((1, 1, 2))):
+        kind = chance.choices(("wave", "dents", "lens"), (5, 3, 2))[0]
+        if kind == "wave":
+            high = force * chance.uniform(.02, .08) * height
+            dy += high * np.sin(x * (2 * math.pi / (chance.uniform(.5, 3) * height)) + chance.uniform(0, 7))
+            dx += high * chance.choice((0, .8)) * np.sin(
+                y * (2 * math.pi / (chance.uniform(.6, 2) * height)) + chance.uniform(0, 7))
+        elif kind == "dents":
+            rows = chance.randint(3, 5)
+            for shift in (dx, dy):
+                coarse = look.noise.normal(0, force * chance.uniform(.02, .06) * height,
+                                           (rows, 1 + max(2, rows * width // height)))
+                shift += cv2.resize(np.float32(coarse), (width, height), interpolation=cv2.INTER_CUBIC)
+        else:
+            cx, cy, radius = chance.uniform(.2, .8) * width, chance.uniform(.3, .7) * height, chance.uniform(.6, 1.5)
+            pull = np.clip(1 - np.hypot(x - cx, y - cy) / (radius * height), 0, 1) * force * chance.uniform(-.3, .3)
+            dx += (x - cx) * pull
+            dy += (y - cy) * pull
+    edge = cv2.BORDER_REPLICATE if len(layers) == 1 else cv2.BORDER_CONSTANT
+    return [cv2.remap(layer, x + dx, y + dy, cv2.INTER_LINEAR, borderMode=edge) for layer in layers]
+
+
+def _degrade(look, canvas):
+    """What a picture suffers until it is a file: (h, w, 3) float32 -> uint8."""
+    chance, noise, (height, width) = look.chance, look.noise, canvas.shape[:2]
+    if chance.random() < .2:
+        canvas = cv2.GaussianBlur(canvas, (0, 0), chance.uniform(.3, 1.1) * max(.7, height / 60))
+    if chance.random() < .15 and height > 40:
+        share, method = chance.uniform(.4, .8), chance.choice((cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC))
+        small = cv2.resize(canvas, None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
+        canvas = cv2.resize(small, (width, height), interpolation=method)
+    if chance.random() < .22:
+        strength = chance.choice((chance.uniform(3, 12), chance.uniform(3, 12), chance.uniform(10, 30)))
+        canvas = canvas + strength * noise.standard_normal((height, width, chance.choice((1, 3))), np.float32)
+    if chance.random() < .12:
+        hit = noise.random((height, width)) < chance.uniform(.01, .08)
+        canvas[hit] = noise.choice([0, 255, _brightness(look.ink)], (hit.sum(), 1))
+    if chance.random() < .1:
+        canvas = canvas * chance.uniform(.5, .95) + chance.uniform(0, 40)
+    pixels = np.uint8(np.clip(canvas, 0, 255))
+    if chance.random() < .12:
+        pixels = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    if chance.random() < .06:
+        pixels = 255 - pixels
+    if chance.random() < .05:
+        step = chance.choice((32, 51, 64, 85))
+        pixels = np.uint8(np.clip((np.int32(pixels) + step // 2) // step * step, 0, 255))
+    if chance.random() < .35:
+        jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, chance.randint(30, 92)])[1]
+        pixels = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)
+    return pixels
+
+
 # ---------------------------------------------------------------------- Baidu's Warp-CTC
 
 @functools.cache
@@ -1558,6 +2035,13 @@ def _to_disk(*paths):
                 raise
         finally:
             os.close(descriptor)
+
+
+def _replace(path, text):
+    """Writes a small file whole or not at all; several may do so at once."""
+    part = path.with_name(f".{secrets.token_hex(4)}.part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def _is_whole_png(path):
@@ -1823,6 +2307,7 @@ def _follow_parent():
     """Makes this process end when its parent has ended, and only then: signals to the whole group are the parent's."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(1)
 
     def follow():
         multiprocessing.parent_process().join()
@@ -1869,7 +2354,7 @@ def _deferred_stop():
 
 COMMANDS = {
     "create_dataset": ("render captchas to train on",
-                       "dataset im_total_num words words_max_num im_width im_height seed workers shard"),
+                       "dataset look fonts im_total_num words words_max_num im_width im_height seed workers shard"),
     "train": ("train on the rendered captchas, or go on from the last checkpoint",
               "dataset model net words words_max_num im_width im_height train_max_num val_num n_hidden batch_size "
               "epoch_max lr save_epoch seed beam_width label_parts ctc"),
@@ -1891,8 +2376,10 @@ def _parser():
     for command, (text, names) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
         for field in map(fields.get, names.split()):
-            sub.add_argument(_flag(field.name), type=field.type, default=field.default, metavar=field.type.__name__,
-                             help=field.metadata["help"] + " (%(default)s)" * (field.default != ""))
+            several = dict(type=str, nargs="+", metavar="DIR") if field.type is tuple else {}
+            shown = "" if field.default in ("", (), None) else " (%(default)s)"
+            sub.add_argument(_flag(field.name), **{"type": field.type, "metavar": field.type.__name__, **several},
+                             default=field.default, help=field.metadata["help"] + shown)
         if command == "export":
             sub.add_argument("directory", metavar="DIR", help="a new folder; TensorFlow Serving wants <name>/<number>")
         if command == "test":
