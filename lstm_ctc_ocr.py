@@ -284,8 +284,9 @@ class LstmCtcOcr:
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._refuse_strangers(folder)
-        with self._writing(folder):
-            _replace(folder / LOOK, json.dumps(self._origin()) + "\n")
+        if self.look == "varied":
+            with self._writing(folder):
+                _replace(folder / LOOK, json.dumps(self._origin()) + "\n")
         numbers = range(index - 1, self.im_total_num, count)
         with _deferred_stop() as stop, self._renderers() as pool, \
                 tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None) as bar:

@@ -3,6 +3,7 @@
 import os
 import re
 
+import captcha
 import cv2
 import numpy as np
 import pytest
@@ -64,6 +65,51 @@ def test_a_folder_of_other_images_is_not_mixed_into(dataset, capfd, other):
     assert main(["create_dataset", *flags(**{**TASK, "dataset": dataset, "im_total_num": 810, **other})]) == 2
     assert contents(dataset) == before
     assert "another --dataset" in capfd.readouterr().err
+
+
+# ---- captchas of every look
+
+FONTS = os.path.join(os.path.dirname(captcha.__file__), "data")
+
+
+def varied(folder, **settings):
+    return main(["create_dataset", "--look", "varied", "--fonts", FONTS, *flags(dataset=folder, **settings)])
+
+
+def test_the_seed_decides_every_byte_of_varied_captchas(tmp_path):
+    """Whatever renders them: one worker, two, or two shards at a time that go on where others stopped."""
+    assert varied(tmp_path / "1", im_total_num=40, workers=1) == 0
+    for shard in ("2/2", "1/2"):
+        assert varied(tmp_path / "2", im_total_num=40, workers=2, shard=shard) == 0
+    files = contents(tmp_path / "1")
+    assert len(files) == 41 and contents(tmp_path / "2") == files  # the images, and what they were drawn with
+    assert varied(tmp_path / "3", im_total_num=5, seed=1) == 0
+    assert not set(contents(tmp_path / "3").values()) <= set(files.values())
+
+
+def test_varied_captchas_vary(tmp_path):
+    """Letters of both cases and digits, heights as others have them, paper light and dark, and no two alike."""
+    assert varied(tmp_path, im_total_num=120) == 0
+    images = [cv2.imread(str(path)) for path in tmp_path.glob("*.png")]
+    labels = [path.stem.split("_")[1] for path in tmp_path.glob("*.png")]
+    assert {len(label) for label in labels} == set(range(1, 11))
+    assert len(set("".join(labels))) > 55 and any(label.isdigit() for label in labels)
+    heights = {image.shape[0] for image in images}
+    assert min(heights) < 30 and max(heights) > 80 and all(22 <= height <= 90 for height in heights)
+    papers = [np.median(image[:3]) for image in images]
+    assert min(papers) < 60 and max(papers) > 240
+    assert all(image.std() > 2 for image in images)  # there is something to see on each
+
+
+@pytest.mark.parametrize("other", [dict(look="plain"), dict(look="varied", words="ÄÖ"), dict(look="varied", fonts="no")])
+def test_varied_captchas_are_not_mixed_with_others(other, tmp_path, capfd):
+    assert varied(tmp_path, im_total_num=3, words="ABC") == 0
+    before = contents(tmp_path)
+    settings = dict(dict(look="varied", fonts=FONTS, words="ABC", dataset=tmp_path, im_total_num=9), **other)
+    if settings["look"] == "plain":
+        del settings["fonts"]
+    assert main(["create_dataset", *flags(**settings)]) == 2
+    assert len(capfd.readouterr().err.splitlines()[-1]) < 400 and contents(tmp_path) == before
 
 
 # ---- loading
