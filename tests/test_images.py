@@ -1,18 +1,25 @@
 """Rendering, and the one way in which images are loaded."""
 
+import io
 import os
 import re
+import struct
+import subprocess
+import sys
+import zlib
 
 import cv2
 import numpy as np
 import pytest
-from conftest import TASK, flags, spawn
+from conftest import ROOT, TASK, flags, spawn
+from PIL import Image
 
 from lstm_ctc_ocr import LstmCtcOcr, main
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """What is in a folder of images; the file into which training has decoded them is not."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".decoded")}
 
 
 def test_the_seed_alone_decides_every_byte(dataset, tmp_path):
@@ -105,7 +112,6 @@ def test_the_same_picture_in_any_file_gives_the_same_input(colour, kind):
 
 
 def test_a_palette_is_looked_up(colour, tmp_path):
-    from PIL import Image
     Image.fromarray(colour[..., ::-1]).convert("P").save(tmp_path / "palette.png")
     ink, palette = (LstmCtcOcr().load_image(source) for source in (png(colour), tmp_path / "palette.png"))
     assert np.abs(palette.astype(int) - ink).mean() < 4
@@ -136,3 +142,102 @@ def test_what_is_no_whole_image_is_one_error_that_names_the_file(colour, kind, t
 def test_an_unreadable_path_is_one_error(name, fault, tmp_path):
     with pytest.raises(LstmCtcOcr.Error, match=fault):
         LstmCtcOcr().load_image(tmp_path / name)
+
+
+def huge(kind):
+    """The first bytes of an image of 60,000 x 60,000 pixels, with nothing behind its header."""
+    size = struct.pack("<II", 60000, 60000)
+    png = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
+    return {"PNG": b"\x89PNG\r\n\x1a\n\0\0\0\r" + png + struct.pack(">I", zlib.crc32(png)) + b"\0\0\0\0IDAT5\xaf\x06\x1e",
+            "BMP": b"BM" + struct.pack("<IHHII", 54, 0, 0, 54, 40) + size + struct.pack("<HHIIIIII", 1, 24, *[0] * 6),
+            "GIF": b"GIF89a" + struct.pack("<HHBBB", 60000, 60000, 0, 0, 0) + b",\0\0\0\0" + b"\x60\xea" * 2 + b"\0\x02\0",
+            "JPEG": b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 60000, 60000) + b"\x03\1\x11\0\2\x11\0\3\x11\0",
+            "PBM": b"P4 60000 60000\n", "large PBM": b"P4 3000 2000\n" + bytes(750_000)}[kind]
+
+
+def test_too_many_pixels_are_refused_from_the_header_whatever_was_imported_before(tmp_path):
+    """OpenCV reads its limit when it is imported, which somebody else may have done."""
+    kinds = ["PNG", "BMP", "GIF", "JPEG", "PBM", "large PBM"]
+    for kind in kinds:
+        (tmp_path / kind).write_bytes(huge(kind))
+    code = ("import sys; before = sys.argv[1] == 'before'\n"
+            "if before: import cv2\n"
+            "import cv2 as opencv, lstm_ctc_ocr\n"
+            "decode = opencv.imdecode\n"
+            "def imdecode(data, how):\n"
+            "    assert len(data) < 100 or not before, 'decoded'\n"
+            "    return decode(data, how)\n"
+            "opencv.imdecode = imdecode\n"
+            "for path in sys.argv[2:]:\n"
+            "    try: lstm_ctc_ocr.LstmCtcOcr().load_image(path)\n"
+            "    except lstm_ctc_ocr.LstmCtcOcr.Error as error: print(error)")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENCV")}
+    for order in ("before", "after"):
+        process = subprocess.run([sys.executable, "-c", code, order, *(str(tmp_path / kind) for kind in kinds)],
+                                 cwd=ROOT, capture_output=True, text=True, env=environment)
+        lines = process.stdout.splitlines()
+        assert len(lines) == 6 and process.stderr == ""
+        assert all("more than 4,000,000 pixels" in line for line in lines[:4])
+        assert all(("not a whole image" if order == "before" else "more than 4,000,000") in line for line in lines[4:])
+
+
+# ---- the same in the graph that `export` writes
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def exported_kinds(colour):
+    """Files of a coloured picture by the name of their kind."""
+    rgb = Image.fromarray(colour[..., ::-1])
+    grey, palette, white = rgb.convert("L"), rgb.quantize(16), rgb.quantize(16).getpixel((0, 0))
+    blue = tuple(int(value) for value in colour[(colour != 255).all(axis=2)].min(axis=0)[::-1])
+    faint = rgb.convert("RGBA")
+    faint.putalpha(grey.point(lambda value: 255 - value))
+    below = Image.fromarray(np.where(np.array(grey)[..., None] < 255, np.array(faint), [0, 0, 0, 0]).astype(np.uint8))
+    other = palette.copy()
+    other.paste(1, (0, 0, 256, 20))
+    return {
+        "grey": saved(grey, "PNG"), "RGB": saved(rgb, "PNG"), "palette": saved(palette, "PNG"),
+        "palette tRNS": saved(other, "PNG", transparency=1), "RGB tRNS": saved(rgb, "PNG", transparency=blue),
+        "grey tRNS": saved(grey, "PNG", transparency=255), "LA": saved(faint.convert("LA"), "PNG"),
+        "RGBA": saved(below, "PNG"), "1 bit": saved(grey.convert("1"), "PNG"),
+        "16 bit": png(np.array(grey).astype(np.uint16) * 250 + 77), "RGB 16 bit": png(colour.astype(np.uint16) * 255),
+        "RGBA 16 bit": png(np.array(below).astype(np.uint16) * 255), "JPEG": saved(rgb, "JPEG"),
+        "grey JPEG": saved(grey, "JPEG"), "CMYK JPEG": saved(rgb.convert("CMYK"), "JPEG"),
+        "GIF": saved(palette, "GIF"), "animated GIF": saved(palette, "GIF", save_all=True, append_images=[other]),
+        "BMP": saved(rgb, "BMP"), "grey BMP": saved(grey, "BMP"), "RGBA BMP": saved(below, "BMP"),
+        "transparent GIF": saved(other, "GIF", transparency=1), "palette BMP": saved(palette, "BMP"),
+        "1 bit BMP": saved(grey.convert("1"), "BMP"), "WebP": saved(rgb, "WEBP"), "text": b"hello", "empty": b"",
+    }
+
+
+REFUSED = {"transparent GIF": "a GIF with transparency", "palette BMP": "a BMP of colours from a palette",
+           "1 bit BMP": "a BMP", "WebP": "no PNG, JPEG, GIF or BMP", "text": "no PNG", "empty": "no PNG"}
+
+
+@pytest.fixture(scope="module")
+def load_in_graph():
+    import tensorflow.compat.v1 as tf
+    with tf.Graph().as_default(), tf.Session() as session:
+        encoded = tf.placeholder(tf.string, [])
+        image = LstmCtcOcr()._load_in_graph(encoded)
+        yield lambda data: session.run(image, {encoded: data})
+
+
+@pytest.mark.parametrize("size", [(64, 256), (40, 120), (100, 300)], ids=str)
+@pytest.mark.parametrize("kind", sorted(exported_kinds(np.zeros((64, 256, 3), np.uint8)).keys() - REFUSED.keys()))
+def test_the_export_loads_as_load_image_does(colour, kind, size, load_in_graph):
+    data = exported_kinds(cv2.resize(colour, size[::-1]))[kind]
+    here, there = LstmCtcOcr().load_image(data).astype(int), load_in_graph(data)
+    assert here.max() == 255
+    assert np.abs(here - there).max() <= (3 if kind == "CMYK JPEG" else 1)  # converted by other formulas
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED))
+def test_what_the_export_would_misread_it_refuses_by_name(colour, kind, load_in_graph):
+    import tensorflow.compat.v1 as tf
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"cannot read .*{REFUSED[kind]}"):
+        load_in_graph(exported_kinds(colour)[kind])
