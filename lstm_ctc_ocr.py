@@ -28,6 +28,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import hmac
 import importlib.util
 import io
@@ -89,6 +90,10 @@ HEADERS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # kinds of which Pillow
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
 LOCK = ".lock"  # in a model folder: whoever trains there holds it
+DECODED_HEAD = 4096  # bytes before the images of a file of decoded ones: a page, so that these begin at one
+DECODED_LOCK = ".decoded.lock"  # in a folder of images: whoever decodes them holds it
+PREPROCESSING = 1  # raised when `load_image` gives something else than before
+DECODE_BATCH = 512  # images after which what is decoded is safe on the disk
 SHARD = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)  # I/N
 STALE = 600  # seconds after which nobody is writing a .part file any more: it takes milliseconds
 
@@ -387,25 +392,47 @@ class LstmCtcOcr:
         return image
 
     def load_images(self, files):
-        """Loads (path, text) pairs into memory: returns images (n, H, W) uint8 and their n texts.
+        """Decodes the images of one folder, (path, text) pairs: returns a `DecodedImages` and their texts.
 
-        Files that are no images are named on stderr and left out.
+        Decoded images stay in a file of that folder, so that later only what is new or has changed is decoded. Files
+        that are no images are named on stderr and left out. Raises `Error` if that file cannot be written.
         """
-        images = np.empty((len(files), self.im_height, self.im_width), np.uint8)
+        folder = Path(files[0][0]).parent
+        decoded = DecodedFile(folder, self._preprocessing, (self.im_height, self.im_width))
+        stamps = _stamps(path for path, _ in files)
+        images = decoded.find(stamps)
+        if (images.rows < 0).any():
+            with self._writing(folder), decoded.locked():
+                self._decode_missing(decoded, files, stamps)
+            images = decoded.find(stamps)
+        good = np.flatnonzero(images.rows >= 0)
+        return dataclasses.replace(images, rows=images.rows[good]), [files[row][1] for row in good]
+
+    @property
+    def _preprocessing(self):
+        """What decoded images depend on besides their files, as a part of a file's name."""
+        return f"{self.im_width}x{self.im_height}-{PREPROCESSING}"
+
+    def _decode_missing(self, decoded, files, stamps):
+        """Adds to a file of decoded images those of `files` that it lacks; names on stderr what is no image."""
+        decoded.drop_stale()
+        missing, faults = np.flatnonzero(decoded.find(stamps).rows < 0), []
 
         def load(row):
             try:
-                images[row] = self.load_image(files[row][0])
+                return self.load_image(files[row][0])
             except self.Error as error:
-                return str(error)
+                faults.append((row, error))
 
-        with ThreadPool(_cores()) as pool:  # OpenCV decodes outside the interpreter's lock
-            faults = list(tqdm(pool.imap(load, range(len(files)), chunksize=50), total=len(files), unit="img",
-                               desc="loading", disable=None))
-        for fault in filter(None, faults):
+        with ThreadPool(_cores()) as pool, tqdm(total=len(missing), unit="img", desc="decoding", disable=None) as bar:
+            for start in range(0, len(missing), DECODE_BATCH):  # OpenCV decodes outside the interpreter's lock
+                rows = missing[start:start + DECODE_BATCH]
+                images = pool.map(load, rows)
+                whole = [image is not None for image in images]
+                decoded.add(stamps[rows[whole]], [image for image in images if image is not None])
+                bar.update(len(rows))
+        for _, fault in sorted(faults, key=lambda fault: fault[0]):
             print(f"left out: {fault}", file=sys.stderr)
-        good = [row for row, fault in enumerate(faults) if not fault]
-        return images if len(good) == len(files) else images[good], [files[row][1] for row in good]
 
     def _labelled_files(self, folder, place=ALONE):
         """Returns the (path, text) of every labelled image, in an order that the seed and the names fix.
@@ -432,7 +459,7 @@ class LstmCtcOcr:
                              "create_dataset`, or name another folder with --dataset")
         # By a digest of each name: a folder that grows keeps its order, so no image trained on is ever held out later.
         names.sort(key=lambda named: random.Random(f"{self.seed}-{named[0]}").random())
-        return [(folder / named[0], named[2]) for named in names]
+        return [(os.path.join(folder, named[0]), named[2]) for named in names]  # a million Paths would take 0.5 GB
 
     # ------------------------------------------------------------------ the network
 
@@ -1632,6 +1659,116 @@ def _opencv_has_limit():
         return False
     except cv2.error:
         return True
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedImages:
+    """Images in a file, to be indexed as an array (n, H, W) uint8 by rows; a slice of them is not loaded yet.
+
+    The file is mapped for each access anew (as nanoGPT maps its data): pages that were read once are the system's to
+    keep or to drop, not this process's memory.
+    """
+    file: object  # open: `DECODED_HEAD` bytes, then images (H, W) uint8
+    size: tuple  # H, W
+    rows: np.ndarray  # (n,) int64: which images of the file these are
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, rows):
+        if isinstance(rows, slice):
+            return dataclasses.replace(self, rows=self.rows[rows])
+        count = (os.fstat(self.file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
+        pixels = np.memmap(self.file, np.uint8, "r", DECODED_HEAD, (count, *self.size))
+        return np.array(pixels[self.rows[rows]])
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedFile:
+    """A file beside the images of a folder that holds them decoded, and its index.
+
+    Both begin with the same 8 random bytes: they belong together. In the index follows a stamp (8 bytes) for each image
+    that is whole. Images are only ever added, an image's stamp once it is on the disk; so whoever reads meanwhile needs
+    no lock, and what kill -9 or a power cut leaves without a stamp is written over.
+    """
+    folder: Path
+    key: str  # what the images depend on besides their files
+    size: tuple  # H, W
+
+    @property
+    def paths(self):
+        """(pixels, index)"""
+        return [self.folder / f".decoded-{self.key}.{kind}" for kind in ("pixels", "index")]
+
+    def _open(self):
+        """Returns the file of pixels and the stamps of its images, (n,) uint64; None and none if the pair is not whole."""
+        try:
+            file, index = open(self.paths[0], "rb"), np.fromfile(self.paths[1], "<u8")
+        except FileNotFoundError:
+            return None, np.empty(0, np.uint64)
+        if not len(index) or file.read(8) != index[:1].tobytes():
+            return None, np.empty(0, np.uint64)
+        count = (os.fstat(file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
+        return file, index[1:][:max(0, count)]
+
+    def find(self, stamps):
+        """Returns the images of these stamps (n,) as `DecodedImages`, whose row is -1 where there is none."""
+        file, known = self._open()
+        if not len(known):
+            return DecodedImages(file, self.size, np.full(len(stamps), -1))
+        order = np.argsort(known)
+        places = order[np.minimum(np.searchsorted(known, stamps, sorter=order), len(known) - 1)]
+        return DecodedImages(file, self.size, np.where(known[places] == stamps, places, -1))
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Keeps other processes from adding images until it ends; waits for one that does."""
+        with open(self.folder / DECODED_LOCK, "w") as lock:
+            try:
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process is decoding the images of {self.folder}: waiting for it", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:  # of a file system that has no locks
+                pass
+            yield
+
+    def drop_stale(self):
+        """Begins a new pair of files if there is none, or if most of its images are no longer those of the folder."""
+        file, known = self._open()
+        if file and (not len(known) or np.isin(known, _stamps(_image_files(self.folder))).mean() >= 0.5):
+            return
+        token = secrets.token_bytes(8)
+        for path, head in zip(self.paths, (token.ljust(DECODED_HEAD, b"\0"), token)):
+            path.unlink(missing_ok=True)  # another training may go on with the old one
+            path.write_bytes(head)
+
+    def add(self, stamps, images):
+        """Adds n images (H, W) uint8 of stamps (n,); only under `locked`."""
+        count = len(self._open()[1])
+        with open(self.paths[0], "r+b") as pixels, open(self.paths[1], "r+b") as index:
+            pixels.seek(DECODED_HEAD + count * math.prod(self.size))
+            pixels.write(b"".join(images))
+            pixels.flush()
+            os.fsync(pixels.fileno())
+            index.truncate(8 * (1 + count))  # a stamp that was only half written
+            index.seek(8 * (1 + count))
+            index.write(stamps.tobytes())
+
+
+def _stamps(paths):
+    """(n,) uint64: digests of files' names, sizes and times of change; a missing file's is that of no image."""
+    def stamp(path):
+        try:
+            about = os.stat(path)
+            facts = f"/{about.st_size}/{about.st_mtime_ns}"
+        except (OSError, ValueError):  # which `load_image` will say
+            facts = ""
+        name = os.fsencode(os.path.basename(path) + facts)
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+    return np.fromiter(map(stamp, paths), np.uint64)
 
 
 def _image_files(path):

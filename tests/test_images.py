@@ -242,3 +242,119 @@ def test_what_the_export_would_misread_it_refuses_by_name(colour, kind, load_in_
     import tensorflow.compat.v1 as tf
     with pytest.raises(tf.errors.InvalidArgumentError, match=f"cannot read .*{REFUSED[kind]}"):
         load_in_graph(exported_kinds(colour)[kind])
+
+
+# ---- decoded once
+
+LOAD = """
+import hashlib, os, sys
+import lstm_ctc_ocr
+from pathlib import Path
+ocr = lstm_ctc_ocr.LstmCtcOcr(words="AX", words_max_num=3, im_width=96, im_height=64)
+lstm_ctc_ocr.DECODE_BATCH, load_image, decoded = 8, ocr.load_image, []
+def load(_, path):
+    decoded.append(path)
+    if len(decoded) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    return load_image(path)
+lstm_ctc_ocr.LstmCtcOcr.load_image = load
+try:
+    images, texts = ocr.load_images(ocr._labelled_files(Path(sys.argv[1])))
+except ocr.Error as error:
+    sys.exit(str(error))
+print(len(decoded), len(images), *(text + hashlib.md5(images[i]).hexdigest() for i, text in enumerate(texts)))
+"""
+
+
+def start_loading(folder, kill_at=0, **options):
+    return subprocess.Popen([sys.executable, "-c", LOAD, folder, str(kill_at)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def loaded(process):
+    """Returns how many images a process has decoded, the digests of all, and its messages."""
+    output, messages = process.communicate()
+    assert "Traceback" not in messages
+    decoded, count, *digests = output.split() or (0, 0)
+    assert int(count) == len(digests)
+    return int(decoded), sorted(digests), messages
+
+
+def expected(ocr, folder):
+    """What loading each image of a folder by itself gives."""
+    import hashlib
+    return sorted(path.stem.split("_")[1] + hashlib.md5(ocr.load_image(path)).hexdigest()
+                  for path in folder.glob("[0-9]*.png"))
+
+
+@pytest.fixture
+def folder(dataset, tmp_path):
+    """40 images of the small task."""
+    for path in sorted(dataset.glob("*.png"))[:40]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_images_are_decoded_once_and_again_only_where_they_have_changed(ocr, folder, dataset):
+    files = sorted(folder.glob("*.png"))
+    assert loaded(start_loading(folder)) == (40, expected(ocr, folder), "")
+    assert loaded(start_loading(folder)) == (0, expected(ocr, folder), "")
+    os.replace(files[0], folder / "900_XXX.png")  # three that are new by name, by size and by time, and two more
+    files[1].write_bytes(files[2].read_bytes())
+    os.utime(files[3], (1, 1))
+    for path in sorted(dataset.glob("*.png"))[40:42]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert loaded(start_loading(folder)) == (5, expected(ocr, folder), "")
+    assert main(["create_dataset", *flags(dataset=folder / "other", im_total_num=3, **TASK)]) == 0
+    assert LstmCtcOcr(**{**TASK, "im_width": 80}).load_images([(files[2], "A")])[0][0].shape == (64, 80)
+
+
+def test_what_cannot_be_decoded_is_left_out_and_nothing_is_copied(ocr, folder, capfd):
+    good = expected(ocr, folder)
+    (folder / "900_AX.png").write_bytes(b"no image")
+    for decoded in 41, 1:  # it is looked at again
+        count, digests, messages = loaded(start_loading(folder))
+        assert (count, digests) == (decoded, good) and messages.count("left out") == 1
+        assert "900_AX.png: not a whole image" in messages
+    images, texts = ocr.load_images(ocr._labelled_files(folder))
+    assert len(images) == len(texts) == 40 and isinstance(images.file.fileno(), int)
+    assert len(images[5:]) == 35 and (images[5:][[0, 3]] == images[[5, 8]]).all()
+
+
+@pytest.mark.parametrize("moment", [1, 9, 20, 40])
+def test_kill_9_while_decoding_loses_a_batch_at_most(moment, ocr, folder):
+    process = start_loading(folder, moment)
+    assert loaded(process)[0] == 0 and process.returncode == -9
+    with open(folder / ".decoded-96x64-1.index", "ab") as index:
+        index.write(b"\1\2\3")  # half a stamp
+    decoded, digests, _ = loaded(start_loading(folder))
+    assert decoded == 40 - (moment - 1) // 8 * 8 and digests == expected(ocr, folder)
+
+
+def test_a_disk_that_is_full_while_decoding_is_one_line(ocr, folder):
+    import resource
+    process = start_loading(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000)))
+    decoded, _, messages = loaded(process)
+    message, = messages.splitlines()
+    assert process.returncode == 1 and message.startswith(f"cannot write to {folder} (File too large); run the same")
+    decoded, digests, _ = loaded(start_loading(folder))
+    assert decoded == 24 and digests == expected(ocr, folder)  # two batches of eight went into it
+
+
+def test_two_at_once_decode_each_image_once(ocr, folder):
+    one, other = loaded_both = [loaded(process) for process in [start_loading(folder), start_loading(folder)]]
+    assert one[1] == other[1] == expected(ocr, folder) and sum(decoded for decoded, *_ in loaded_both) == 40
+
+
+def test_a_folder_rendered_anew_does_not_keep_what_was_decoded_before(ocr, folder):
+    loaded(start_loading(folder))
+    pixels = folder / ".decoded-96x64-1.pixels"
+    size = pixels.stat().st_size
+    old, _ = ocr.load_images(ocr._labelled_files(folder))
+    before = old[list(range(40))]
+    for path in folder.glob("*.png"):
+        os.utime(path, (2, 2))
+    assert loaded(start_loading(folder)) == (40, expected(ocr, folder), "") and pixels.stat().st_size == size
+    assert (old[list(range(40))] == before).all()  # of a training that still goes on
+    pixels.unlink()  # one file of the two
+    assert loaded(start_loading(folder)) == (40, expected(ocr, folder), "")
