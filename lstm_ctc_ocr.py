@@ -28,8 +28,10 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import hmac
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -46,12 +48,12 @@ import sys
 import threading
 import time
 import types
+import warnings
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-MAX_PIXELS = 4_000_000  # of an image file; OpenCV takes this from the environment when it is imported
+MAX_PIXELS = 4_000_000  # of an image file; OpenCV takes this from the environment when it is first imported
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
-os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # what is wrong with an image is said by `load_image`
 
 try:
     import fcntl
@@ -64,10 +66,13 @@ import flask
 import numpy as np
 import waitress
 from captcha.image import ImageCaptcha
-from PIL import ImageFont
+from PIL import Image, ImageFont
 from tqdm import tqdm
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import HTTPException, ServiceUnavailable, Unauthorized
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # `load_image` says what is wrong with an image
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `load_image` refuses such an image
 
 VERSION = "1.0.0"
 HOME = Path(__file__).resolve().parent
@@ -78,9 +83,11 @@ ARCHITECTURE = ("net", "n_hidden", "label_parts", "words", "words_max_num", "im_
 NETS = ("lstm", "cnn_lstm")
 CONVOLUTIONS = ((32, 5, 4, 2), (48, 3, 2, 2), (96, 3, 2, 1), (128, 3, 2, 1))  # channels, size, strides down, across
 PROJECTION = 128  # features that each step hands to the LSTM
+MIN_PART = 8  # images of a batch that a core works on: of fewer, batch normalisation's statistics are too rough
 STATISTICS = "statistics"  # the graph's collection of batch normalisation's (variable, value of it in a batch)
 PLAN = "plan"  # the collection of a variable by which the chief tells the workers how it trains; never saved
 CTCS = ("tensorflow", "warp")
+HEADERS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # kinds of which Pillow is asked for the size
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
 LOOKS = ("plain", "varied")
@@ -96,6 +103,10 @@ FONT_SUFFIXES = {".ttf", ".otf"}
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts",
                 "/System/Library/Fonts", "C:/Windows/Fonts")
 LOCK = ".lock"  # in a model folder: whoever trains there holds it
+DECODED_HEAD = 4096  # bytes before the images of a file of decoded ones: a page, so that these begin at one
+DECODED_LOCK = ".decoded.lock"  # in a folder of images: whoever decodes them holds it
+PREPROCESSING = 1  # raised when `load_image` gives something else than before
+DECODE_BATCH = 512  # images after which what is decoded is safe on the disk
 SHARD = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)  # I/N
 STALE = 600  # seconds after which nobody is writing a .part file any more: it takes milliseconds
 
@@ -410,18 +421,35 @@ class LstmCtcOcr:
         name = "the image" if isinstance(source, bytes) else source
         try:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+            count = _pixel_count(data)
+            decodable = 0 < count <= MAX_PIXELS or not count and data and _opencv_has_limit()
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if decodable else None
         except OSError as error:
             raise self.Error(f"{name}: {error.strerror}") from None
         except cv2.error as error:
-            if "IMAGE_PIXELS" in str(error):  # from the header alone, before anything is decoded
+            if "IMAGE_PIXELS" in str(error):
                 raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels") from None
             raise self.Error(f"{name}: {error.err or error}") from None
         except ValueError as error:  # a NUL in the path
             raise self.Error(f"{name}: {error}") from None
+        if count > MAX_PIXELS:
+            raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels")
         if pixels is None:
             raise self.Error(f"{name}: not a whole image of a kind that OpenCV reads")
-        return self._ink(_grey(pixels))
+        return self._ink(self._grey(pixels))
+
+    @staticmethod
+    def _grey(pixels):
+        """Pixels (h, w) or (h, w, channels) as OpenCV decodes them -> (h, w) float32, 1 white; transparent is white."""
+        whole = pixels.dtype.kind in "iu"
+        white = np.iinfo(pixels.dtype).max if whole else max(np.nanmax(pixels), 1e-9)
+        pixels = (pixels.astype(np.float32) / np.float32(white)).reshape(*pixels.shape[:2], -1)
+        if not whole:
+            pixels = np.nan_to_num(pixels)
+        if pixels.shape[2] in (2, 4):
+            colour, alpha = pixels[..., :-1], pixels[..., -1:]
+            pixels = colour * alpha + (1 - alpha)
+        return cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY) if pixels.shape[2] == 3 else pixels[..., 0]
 
     def _ink(self, grey):
         """(h, w) float32, 1 white, -> (H, W) uint8."""
@@ -436,25 +464,47 @@ class LstmCtcOcr:
         return image
 
     def load_images(self, files):
-        """Loads (path, text) pairs into memory: returns images (n, H, W) uint8 and their n texts.
+        """Decodes the images of one folder, (path, text) pairs: returns a `DecodedImages` and their texts.
 
-        Files that are no images are named on stderr and left out.
+        Decoded images stay in a file of that folder, so that later only what is new or has changed is decoded. Files
+        that are no images are named on stderr and left out. Raises `Error` if that file cannot be written.
         """
-        images = np.empty((len(files), self.im_height, self.im_width), np.uint8)
+        folder = Path(files[0][0]).parent
+        decoded = DecodedFile(folder, self._preprocessing, (self.im_height, self.im_width))
+        stamps = _stamps(path for path, _ in files)
+        images = decoded.find(stamps)
+        if (images.rows < 0).any():
+            with self._writing(folder), decoded.locked():
+                self._decode_missing(decoded, files, stamps)
+            images = decoded.find(stamps)
+        good = np.flatnonzero(images.rows >= 0)
+        return dataclasses.replace(images, rows=images.rows[good]), [files[row][1] for row in good]
+
+    @property
+    def _preprocessing(self):
+        """What decoded images depend on besides their files, as a part of a file's name."""
+        return f"{self.im_width}x{self.im_height}-{PREPROCESSING}"
+
+    def _decode_missing(self, decoded, files, stamps):
+        """Adds to a file of decoded images those of `files` that it lacks; names on stderr what is no image."""
+        decoded.drop_stale()
+        missing, faults = np.flatnonzero(decoded.find(stamps).rows < 0), []
 
         def load(row):
             try:
-                images[row] = self.load_image(files[row][0])
+                return self.load_image(files[row][0])
             except self.Error as error:
-                return str(error)
+                faults.append((row, error))
 
-        with ThreadPool(_cores()) as pool:  # OpenCV decodes outside the interpreter's lock
-            faults = list(tqdm(pool.imap(load, range(len(files)), chunksize=50), total=len(files), unit="img",
-                               desc="loading", disable=None))
-        for fault in filter(None, faults):
+        with ThreadPool(_cores()) as pool, tqdm(total=len(missing), unit="img", desc="decoding", disable=None) as bar:
+            for start in range(0, len(missing), DECODE_BATCH):  # OpenCV decodes outside the interpreter's lock
+                rows = missing[start:start + DECODE_BATCH]
+                images = pool.map(load, rows)
+                whole = [image is not None for image in images]
+                decoded.add(stamps[rows[whole]], [image for image in images if image is not None])
+                bar.update(len(rows))
+        for _, fault in sorted(faults, key=lambda fault: fault[0]):
             print(f"left out: {fault}", file=sys.stderr)
-        good = [row for row, fault in enumerate(faults) if not fault]
-        return images if len(good) == len(files) else images[good], [files[row][1] for row in good]
 
     def _labelled_files(self, folder, place=ALONE):
         """Returns the (path, text) of every labelled image, in an order that the seed and the names fix.
@@ -481,7 +531,7 @@ class LstmCtcOcr:
                              "create_dataset`, or name another folder with --dataset")
         # By a digest of each name: a folder that grows keeps its order, so no image trained on is ever held out later.
         names.sort(key=lambda named: random.Random(f"{self.seed}-{named[0]}").random())
-        return [(folder / named[0], named[2]) for named in names]
+        return [(os.path.join(folder, named[0]), named[2]) for named in names]  # a million Paths would take 0.5 GB
 
     # ------------------------------------------------------------------ the network
 
@@ -492,9 +542,18 @@ class LstmCtcOcr:
         one half of the batch on each runs half again as fast.
         """
         tf = _tensorflow()
-        parts = next(n for n in range(_cores(), 0, -1) if n == 1 or images.shape[0] and images.shape[0] % n == 0)
         with tf.variable_scope("", reuse=tf.AUTO_REUSE):
-            return tf.concat([self._logits(part, training) for part in tf.split(images, parts)], axis=1)
+            parts = tf.split(images, self._parts(images.shape[0]))
+            return tf.concat([self._logits(part, training) for part in parts], axis=1)
+
+    @staticmethod
+    def _parts(batch_size):
+        """How many equal parts a batch is split into, at most one a core; None: of unknown size.
+
+        None has fewer than `MIN_PART` images: batch normalisation takes its statistics from each part alone.
+        """
+        most = min(_cores(), (batch_size or 0) // MIN_PART)
+        return max((n for n in range(1, most + 1) if batch_size % n == 0), default=1)
 
     def _logits(self, images, training):
         tf = _tensorflow()
@@ -1429,7 +1488,7 @@ class LstmCtcOcr:
     def _load_in_graph(self, encoded):
         """`load_image` as TensorFlow operations: the bytes of a file () string -> (H, W) uint8."""
         tf = _tensorflow()
-        pixels = tf.cast(tf.io.decode_image(encoded, expand_animations=False), tf.float32) / 255  # (h, w, channels)
+        pixels = self._decode_in_graph(encoded)  # (h, w, channels)
         channels = tf.shape(pixels)[2]
         alpha = tf.cond(channels % 2 < 1, lambda: pixels[..., -1:], lambda: tf.ones_like(pixels[..., :1]))
         grey = tf.cond(channels < 3, lambda: pixels[..., :1],
@@ -1446,14 +1505,57 @@ class LstmCtcOcr:
         image = tf.pad(image, [[0, 0], [0, self.im_width - fitted]])
         return tf.ensure_shape(tf.cast(image, tf.uint8), [self.im_height, self.im_width])
 
+    @staticmethod
+    def _decode_in_graph(encoded):
+        """The bytes of a file () string -> (h, w, channels) float32, 1 white, the last of 2 or 4 channels alpha.
+
+        What TensorFlow would decode otherwise than OpenCV is refused.
+        """
+        tf = _tensorflow()
+
+        def holds(position, *values):
+            part = tf.strings.substr(encoded, position, len(values[0]))
+            return tf.reduce_any([tf.equal(part, value) for value in values])
+
+        def png():  # of red, green and blue only, a tRNS chunk is looked at when four channels are asked for
+            return tf.cast(tf.cond(holds(25, b"\2"), lambda: tf.io.decode_png(encoded, 4, tf.uint16),
+                                   lambda: tf.io.decode_png(encoded, 0, tf.uint16)), tf.float32) / 65535
+
+        def jpeg():
+            return tf.cast(tf.io.decode_jpeg(encoded, 3, dct_method="INTEGER_ACCURATE"), tf.float32) / 255
+
+        def gif():
+            with require(_is_plain_gif(encoded), "a GIF with transparency, or of frames that do not fill it"):
+                return tf.cast(tf.io.decode_image(encoded, 3, expand_animations=False), tf.float32) / 255
+
+        def bmp():
+            shades = b"".join(bytes([shade, shade, shade, 0]) for shade in range(256))
+            plain = holds(28, b"\x18\0", b"\x20\0") | holds(28, b"\x08\0") & holds(54, shades)
+            with require(plain & holds(30, bytes(4)), "a BMP of colours from a palette, or a compressed one"):
+                return tf.cast(tf.io.decode_bmp(encoded)[..., :3], tf.float32) / 255  # OpenCV ignores the fourth
+
+        def other():
+            with require(False, "what is no PNG, JPEG, GIF or BMP image"):
+                return tf.zeros([1, 1, 1])
+
+        def require(holds, fault):
+            return tf.control_dependencies([tf.debugging.Assert(holds, [f"cannot read {fault}: convert it to PNG"])])
+
+        return tf.case([(holds(0, b"\x89PNG"), png), (holds(0, b"\xff\xd8"), jpeg), (holds(0, b"GIF8"), gif),
+                        (holds(0, b"BM"), bmp)], other)
+
     def _texts_in_graph(self, sparse):
         """`sequence_to_text` as TensorFlow operations: sparse sequences (B, .) -> (B,) string."""
         tf = _tensorflow()
-        numbers = tf.sparse.to_dense(sparse, default_value=-1)
+        numbers = tf.sparse.to_dense(sparse, default_value=-1)  # (B, longest), which may be 0
         letters, parts = numbers // self.label_parts, numbers % self.label_parts
-        goes_on = tf.pad(tf.equal(letters[:, 1:], letters[:, :-1]) & (parts[:, 1:] > parts[:, :-1]), [[0, 0], [1, 0]])
+
+        def before(values):  # each step's predecessor
+            return tf.pad(values, [[0, 0], [1, 0]])[:, :-1]
+
+        goes_on = tf.equal(letters, before(letters + 1) - 1) & (parts > before(parts)) & (numbers >= 0)
         # Of one part, each is a letter. Of three, a letter counts at its second: where one goes on that did not before.
-        counts = goes_on & ~tf.pad(goes_on[:, :-1], [[0, 0], [1, 0]]) if self.label_parts > 1 else numbers >= 0
+        counts = goes_on & ~before(goes_on) if self.label_parts > 1 else numbers >= 0
         return tf.strings.reduce_join(tf.where(counts, tf.gather([*self.words], tf.maximum(letters, 0)),
                                                tf.fill(tf.shape(letters), "")), axis=1)
 
@@ -1470,6 +1572,18 @@ class LstmCtcOcr:
             reason = re.search(r"(.+)\n\s*\[\[", text) or re.match(".*", text)  # TensorFlow puts a traceback around it
             raise self.Error(f"cannot write to {folder} ({reason[reason.re.groups]}); run the same command again once "
                              "that is mended") from None
+
+
+def _is_plain_gif(encoded):
+    """Whether a GIF's bytes () string begin with a frame of the whole size and no transparent colour; () bool."""
+    tf = _tensorflow()
+    data = tf.io.decode_raw(encoded, tf.uint8)
+    ahead = [data[offset:tf.size(data) - 8 + offset] for offset in range(9)]  # at each place, the 9 bytes from there
+    control = tf.reduce_all([tf.equal(ahead[i], value) for i, value in ((0, 0x21), (1, 0xF9), (2, 4), (7, 0))], 0)
+    transparent = control & tf.equal(tf.bitwise.bitwise_and(ahead[3], tf.constant(1, tf.uint8)), 1)
+    size = [tf.equal(ahead[5 + i], data[6 + i]) for i in range(4)]
+    frame = tf.reduce_all([tf.equal(ahead[0], 0x2C), *(tf.equal(ahead[i], 0) for i in range(1, 5)), *size], 0)
+    return tf.reduce_any(frame) & ~tf.reduce_any(transparent[:tf.argmax(tf.cast(frame, tf.uint8))])
 
 
 # ---------------------------------------------------------------------- captchas of every look
@@ -2003,17 +2117,135 @@ def _write_summaries(writer, step, figures, wrong):
 
 # ---------------------------------------------------------------------- images and files
 
-def _grey(pixels):
-    """Pixels (h, w) or (h, w, channels) as OpenCV decodes them -> (h, w) float32, 1 white; transparent is white."""
-    whole = pixels.dtype.kind in "iu"
-    white = np.iinfo(pixels.dtype).max if whole else max(np.nanmax(pixels), 1e-9)
-    pixels = (pixels.astype(np.float32) / np.float32(white)).reshape(*pixels.shape[:2], -1)
-    if not whole:
-        pixels = np.nan_to_num(pixels)
-    if pixels.shape[2] in (2, 4):
-        colour, alpha = pixels[..., :-1], pixels[..., -1:]
-        pixels = colour * alpha + (1 - alpha)
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY) if pixels.shape[2] == 3 else pixels[..., 0]
+def _pixel_count(data):
+    """Width times height of an image file, from its header alone; 0 where Pillow makes nothing of that."""
+    try:
+        with Image.open(io.BytesIO(data), formats=HEADERS) as image:
+            return math.prod(image.size)
+    except Image.DecompressionBombError:
+        return math.inf
+    except Exception:  # a header can be wrong in many ways
+        return 0
+
+
+@functools.cache
+def _opencv_has_limit():
+    """Whether OpenCV itself refuses more than `MAX_PIXELS`: not if it was imported before this script set them."""
+    try:
+        cv2.imdecode(np.frombuffer(b"P4 2000 %d\n" % (MAX_PIXELS // 2000 + 1), np.uint8), cv2.IMREAD_UNCHANGED)
+        return False
+    except cv2.error:
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedImages:
+    """Images in a file, to be indexed as an array (n, H, W) uint8 by rows; a slice of them is not loaded yet.
+
+    The file is mapped for each access anew (as nanoGPT maps its data): pages that were read once are the system's to
+    keep or to drop, not this process's memory.
+    """
+    file: object  # open: `DECODED_HEAD` bytes, then images (H, W) uint8
+    size: tuple  # H, W
+    rows: np.ndarray  # (n,) int64: which images of the file these are
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, rows):
+        if isinstance(rows, slice):
+            return dataclasses.replace(self, rows=self.rows[rows])
+        count = (os.fstat(self.file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
+        pixels = np.memmap(self.file, np.uint8, "r", DECODED_HEAD, (count, *self.size))
+        return np.array(pixels[self.rows[rows]])
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedFile:
+    """A file beside the images of a folder that holds them decoded, and its index.
+
+    Both begin with the same 8 random bytes: they belong together. In the index follows a stamp (8 bytes) for each image
+    that is whole. Images are only ever added, an image's stamp once it is on the disk; so whoever reads meanwhile needs
+    no lock, and what kill -9 or a power cut leaves without a stamp is written over.
+    """
+    folder: Path
+    key: str  # what the images depend on besides their files
+    size: tuple  # H, W
+
+    @property
+    def paths(self):
+        """(pixels, index)"""
+        return [self.folder / f".decoded-{self.key}.{kind}" for kind in ("pixels", "index")]
+
+    def _open(self):
+        """Returns the file of pixels and the stamps of its images, (n,) uint64; None and none if the pair is not whole."""
+        try:
+            file, index = open(self.paths[0], "rb"), np.fromfile(self.paths[1], "<u8")
+        except FileNotFoundError:
+            return None, np.empty(0, np.uint64)
+        if not len(index) or file.read(8) != index[:1].tobytes():
+            return None, np.empty(0, np.uint64)
+        count = (os.fstat(file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
+        return file, index[1:][:max(0, count)]
+
+    def find(self, stamps):
+        """Returns the images of these stamps (n,) as `DecodedImages`, whose row is -1 where there is none."""
+        file, known = self._open()
+        if not len(known):
+            return DecodedImages(file, self.size, np.full(len(stamps), -1))
+        order = np.argsort(known)
+        places = order[np.minimum(np.searchsorted(known, stamps, sorter=order), len(known) - 1)]
+        return DecodedImages(file, self.size, np.where(known[places] == stamps, places, -1))
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Keeps other processes from adding images until it ends; waits for one that does."""
+        with open(self.folder / DECODED_LOCK, "w") as lock:
+            try:
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process is decoding the images of {self.folder}: waiting for it", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:  # of a file system that has no locks
+                pass
+            yield
+
+    def drop_stale(self):
+        """Begins a new pair of files if there is none, or if most of its images are no longer those of the folder."""
+        file, known = self._open()
+        if file and (not len(known) or np.isin(known, _stamps(_image_files(self.folder))).mean() >= 0.5):
+            return
+        token = secrets.token_bytes(8)
+        for path, head in zip(self.paths, (token.ljust(DECODED_HEAD, b"\0"), token)):
+            path.unlink(missing_ok=True)  # another training may go on with the old one
+            path.write_bytes(head)
+
+    def add(self, stamps, images):
+        """Adds n images (H, W) uint8 of stamps (n,); only under `locked`."""
+        count = len(self._open()[1])
+        with open(self.paths[0], "r+b") as pixels, open(self.paths[1], "r+b") as index:
+            pixels.seek(DECODED_HEAD + count * math.prod(self.size))
+            pixels.write(b"".join(images))
+            pixels.flush()
+            os.fsync(pixels.fileno())
+            index.truncate(8 * (1 + count))  # a stamp that was only half written
+            index.seek(8 * (1 + count))
+            index.write(stamps.tobytes())
+
+
+def _stamps(paths):
+    """(n,) uint64: digests of files' names, sizes and times of change; a missing file's is that of no image."""
+    def stamp(path):
+        try:
+            about = os.stat(path)
+            facts = f"/{about.st_size}/{about.st_mtime_ns}"
+        except (OSError, ValueError):  # which `load_image` will say
+            facts = ""
+        name = os.fsencode(os.path.basename(path) + facts)
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+    return np.fromiter(map(stamp, paths), np.uint64)
 
 
 def _image_files(path):
@@ -2301,7 +2533,24 @@ def _finished_queue(server, workers):
 
 
 def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """The cores that this process may use: those it is bound to, and no more than its container's quota pays for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, math.ceil(min(cores, _cpu_quota())))
+
+
+def _cpu_quota(root=Path("/")):
+    """CPUs that the process's control group and those above it leave it (Linux's cgroup v2, `cpu.max`), or inf."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    own = next((line.removeprefix("0::") for line in groups if line.startswith("0::")), "/")
+    quotas, group = [math.inf], PurePosixPath(own)
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # without a limit: max 100000
+            quota, period = (root / "sys/fs/cgroup" / str(folder).lstrip("/") / "cpu.max").read_text().split()
+            quotas.append(int(quota) / int(period))
+    return min(quotas)
 
 
 def _follow_parent():
