@@ -79,10 +79,13 @@ HOME = Path(__file__).resolve().parent
 MODELS = HOME / "my-model"
 MODEL_FORMAT = 1  # what config.json must say; raised when older folders can no longer be read
 # What a model folder fixes:
-ARCHITECTURE = ("net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height")
-NETS = ("lstm", "cnn_lstm")
-CONVOLUTIONS = ((32, 5, 4, 2), (48, 3, 2, 2), (96, 3, 2, 1), (128, 3, 2, 1))  # channels, size, strides down, across
-PROJECTION = 128  # features that each step hands to the LSTM
+ARCHITECTURE = ("net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height", "paper")
+UNSAID = {"paper": "brightest"}  # what a config.json of before these were settings means
+NETS = ("lstm", "cnn_lstm", "wide_cnn_lstm")
+CONVOLUTIONS = {"cnn_lstm": ((32, 5, 4, 2), (48, 3, 2, 2), (96, 3, 2, 1), (128, 3, 2, 1)),  # channels, size, strides
+                "wide_cnn_lstm": ((32, 5, 2, 2), (48, 3, 2, 2), (96, 3, 2, 1), (128, 3, 2, 1))}  # down, across
+PROJECTION = {"cnn_lstm": 128, "wide_cnn_lstm": 160}  # features that each step hands to the LSTM
+PAPERS = ("border", "brightest")
 MIN_PART = 8  # images of a batch that a core works on: of fewer, batch normalisation's statistics are too rough
 STATISTICS = "statistics"  # the graph's collection of batch normalisation's (variable, value of it in a batch)
 PLAN = "plan"  # the collection of a variable by which the chief tells the workers how it trains; never saved
@@ -155,9 +158,11 @@ class LstmCtcOcr:
     train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (100,000 take 1.6 GB of memory)")
     val_num: int = setting(2000, "images held out to validate on, at most a tenth of the folder")
     # --- the network
-    net: str = setting("", "lstm, the article's, or cnn_lstm, with convolutions in front; empty: train lstm, read with "
-                           "what was trained last or else with the shipped cnn_lstm")
-    n_hidden: int = setting(256, "LSTM cells; cnn_lstm has half of them each way")
+    net: str = setting("", "lstm, the article's, cnn_lstm, with convolutions in front, or wide_cnn_lstm, with larger "
+                           "ones; empty: train lstm, read with what was trained last or else with the shipped cnn_lstm")
+    n_hidden: int = setting(256, "LSTM cells; behind convolutions there are half of them each way")
+    paper: str = setting("border", "what is no ink: border, the colour that prevails along the image's edge, so that "
+                                   "light letters on dark paper are read too, or brightest, the brightest grey")
     label_parts: int = setting(1, "classes a letter: 3 splits it in left, middle and right, so that no blank has to "
                                   "stand between equal letters")
     # --- training
@@ -224,7 +229,7 @@ class LstmCtcOcr:
         index, count = map(int, SHARD.fullmatch(self.shard).groups()) if SHARD.fullmatch(self.shard) else (0, 0)
         if not 1 <= index <= count:
             raise self.Error(f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
-        for name, choices in ("net", ("", *NETS)), ("look", LOOKS), ("ctc", CTCS), ("label_parts", (1, 3)):
+        for name, choices in ("net", ("", *NETS)), ("look", LOOKS), ("paper", PAPERS), ("ctc", CTCS), ("label_parts", (1, 3)):
             if getattr(self, name) not in choices:
                 raise self.Error(f"{_flag(name)} must be one of {', '.join(map(str, filter(None, choices)))}, not "
                                  f"{getattr(self, name)}")
@@ -232,7 +237,7 @@ class LstmCtcOcr:
     @property
     def steps(self):
         """Time steps T that the network makes of an image: its width, over the strides of the convolutions."""
-        strides = [across for *_, across in CONVOLUTIONS] if self.net == "cnn_lstm" else []
+        strides = [across for *_, across in CONVOLUTIONS.get(self.net, ())]
         return functools.reduce(lambda width, stride: -(-width // stride), strides, self.im_width)
 
     # ------------------------------------------------------------------ text, sequences, sparse tensors
@@ -413,7 +418,7 @@ class LstmCtcOcr:
         """Loads an image as the network sees it; the only preprocessing there is.
 
         source: a path, or the bytes of an image file; any size, mode and depth that OpenCV reads.
-        Returns (H, W) uint8, how much ink there is: 0 for the paper, 255 for the image's darkest stroke. An image of
+        Returns (H, W) uint8, how much ink there is: 0 for the paper, 255 for the strongest stroke. An image of
         another height is scaled to H; one that is then wider than W is squeezed into it, as the renderer does with long
         texts, and a narrower one has paper added on its right.
         Raises `Error`, which names the file and the fault.
@@ -436,11 +441,14 @@ class LstmCtcOcr:
             raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels")
         if pixels is None:
             raise self.Error(f"{name}: not a whole image of a kind that OpenCV reads")
-        return self._ink(self._grey(pixels))
+        return self._ink(self._colours(pixels))
 
     @staticmethod
-    def _grey(pixels):
-        """Pixels (h, w) or (h, w, channels) as OpenCV decodes them -> (h, w) float32, 1 white; transparent is white."""
+    def _colours(pixels):
+        """Pixels (h, w) or (h, w, channels) as OpenCV decodes them -> (h, w, 1 or 3) float32, 1 white.
+
+        What is transparent is white.
+        """
         whole = pixels.dtype.kind in "iu"
         white = np.iinfo(pixels.dtype).max if whole else max(np.nanmax(pixels), 1e-9)
         pixels = (pixels.astype(np.float32) / np.float32(white)).reshape(*pixels.shape[:2], -1)
@@ -449,16 +457,26 @@ class LstmCtcOcr:
         if pixels.shape[2] in (2, 4):
             colour, alpha = pixels[..., :-1], pixels[..., -1:]
             pixels = colour * alpha + (1 - alpha)
-        return cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY) if pixels.shape[2] == 3 else pixels[..., 0]
+        return pixels if pixels.shape[2] == 3 else pixels[..., :1]
 
-    def _ink(self, grey):
-        """(h, w) float32, 1 white, -> (H, W) uint8."""
-        height, width = grey.shape
+    def _ink(self, colours):
+        """Ink by how far its colour is from that of the paper: (h, w, 1 or 3) float32 -> (H, W) uint8."""
+        if self.paper == "brightest" and colours.shape[2] == 3:
+            colours = cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY)[..., None]
+        height, width, channels = colours.shape
         fitted = min(self.im_width, max(1, round(width * self.im_height / height)))
         if (height, width) != (self.im_height, fitted):
             method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
-            grey = cv2.resize(grey, (fitted, self.im_height), interpolation=method)
-        ink = grey.max() - grey
+            colours = cv2.resize(colours, (fitted, self.im_height), interpolation=method).reshape(
+                self.im_height, fitted, channels)
+        if self.paper == "brightest":
+            paper = colours.max()
+        else:  # the median along the edge
+            edge, inside = max(1, self.im_height // 16), np.zeros((self.im_height, fitted), bool)
+            inside[edge:-edge, edge:-edge] = True
+            along = colours[~inside]
+            paper = np.partition(along, len(along) // 2, axis=0)[len(along) // 2]
+        ink = np.abs(colours - paper).max(axis=2)
         image = np.zeros((self.im_height, self.im_width), np.uint8)
         image[:, :fitted] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
         return image
@@ -483,7 +501,7 @@ class LstmCtcOcr:
     @property
     def _preprocessing(self):
         """What decoded images depend on besides their files, as a part of a file's name."""
-        return f"{self.im_width}x{self.im_height}-{PREPROCESSING}"
+        return f"{self.im_width}x{self.im_height}-{self.paper}-{PREPROCESSING}"
 
     def _decode_missing(self, decoded, files, stamps):
         """Adds to a file of decoded images those of `files` that it lacks; names on stderr what is no image."""
@@ -558,8 +576,8 @@ class LstmCtcOcr:
     def _logits(self, images, training):
         tf = _tensorflow()
         ink = tf.cast(images, tf.float32) * (3 / 255)
-        if self.net == "cnn_lstm":
-            x = tf.nn.relu(self.dense(self.convolutions(ink, training), PROJECTION, "projection"))
+        if self.net in CONVOLUTIONS:
+            x = tf.nn.relu(self.dense(self.convolutions(ink, training), PROJECTION[self.net], "projection"))
             x = tf.concat([self.lstm(x, "forward"), tf.reverse(self.lstm(tf.reverse(x, [0]), "backward"), [0])], axis=2)
         else:
             x = self.lstm(tf.transpose(ink, [2, 0, 1]))  # columns (T, B, H) -> (T, B, N)
@@ -569,7 +587,7 @@ class LstmCtcOcr:
         """Features of an image's columns: ink (B, H, W) -> (T, B, F); T is W over the strides, F all that is above."""
         tf = _tensorflow()
         x = ink[..., None]  # (B, H, W, 1)
-        for number, (channels, size, down, across) in enumerate(CONVOLUTIONS, 1):
+        for number, (channels, size, down, across) in enumerate(CONVOLUTIONS[self.net], 1):
             with tf.variable_scope(f"convolution{number}"):
                 kernel = tf.get_variable("kernel", [size, size, x.shape[3], channels])
                 x = tf.nn.conv2d(x, kernel, [1, down, across, 1], "SAME")
@@ -605,7 +623,7 @@ class LstmCtcOcr:
     def lstm(self, x, name="lstm"):
         """One layer over x (T, B, I) float32: returns its outputs, (T, B, N)."""
         tf = _tensorflow()
-        cells = self.n_hidden // 2 if self.net == "cnn_lstm" else self.n_hidden
+        cells = self.n_hidden // 2 if self.net in CONVOLUTIONS else self.n_hidden
         kernel = tf.get_variable(f"{name}/kernel", [x.shape[2] + cells, 4 * cells])
         bias = tf.get_variable(f"{name}/bias", [4 * cells], initializer=tf.zeros_initializer())
         return self._lstm_layer()(x, kernel, bias)
@@ -784,7 +802,8 @@ class LstmCtcOcr:
         except (OSError, ValueError) as error:
             raise self.Error(f"{path} cannot be read ({error}): restore it, or name another folder with "
                              "--model") from None
-        if not isinstance(config, dict) or config.get("format") != MODEL_FORMAT or not config.keys() >= {*ARCHITECTURE}:
+        config = {**UNSAID, **config} if isinstance(config, dict) else {}
+        if config.get("format") != MODEL_FORMAT or not config.keys() >= {*ARCHITECTURE}:
             raise self.Error(f"{path} is not of format {MODEL_FORMAT}, which this version reads: train anew, or name "
                              "another folder with --model")
         return config
@@ -1491,16 +1510,25 @@ class LstmCtcOcr:
         pixels = self._decode_in_graph(encoded)  # (h, w, channels)
         channels = tf.shape(pixels)[2]
         alpha = tf.cond(channels % 2 < 1, lambda: pixels[..., -1:], lambda: tf.ones_like(pixels[..., :1]))
-        grey = tf.cond(channels < 3, lambda: pixels[..., :1],
-                       lambda: tf.tensordot(pixels[..., :3], [[0.299], [0.587], [0.114]], 1))
-        grey = grey * alpha + 1 - alpha
-        height, width = tf.shape(grey)[0], tf.shape(grey)[1]
+        colours = tf.cond(channels < 3, lambda: tf.tile(pixels[..., :1], [1, 1, 3]), lambda: pixels[..., :3])
+        colours = colours * alpha + 1 - alpha
+        if self.paper == "brightest":
+            colours = tf.tensordot(colours, [[0.299], [0.587], [0.114]], 1)
+        height, width = tf.shape(colours)[0], tf.shape(colours)[1]
         fitted = tf.clip_by_value(tf.cast(tf.round(width * self.im_height / height), tf.int32), 1, self.im_width)
         size = [self.im_height, fitted]
-        grey = tf.case([(tf.reduce_all(tf.equal([height, width], size)), lambda: grey),
-                        (height > self.im_height, lambda: tf.image.resize_area(grey[None], size)[0])],
-                       lambda: tf.image.resize_bilinear(grey[None], size, half_pixel_centers=True)[0])[..., 0]
-        ink = tf.reduce_max(grey) - grey
+        colours = tf.case([(tf.reduce_all(tf.equal([height, width], size)), lambda: colours),
+                           (height > self.im_height, lambda: tf.image.resize_area(colours[None], size)[0])],
+                          lambda: tf.image.resize_bilinear(colours[None], size, half_pixel_centers=True)[0])
+        if self.paper == "brightest":
+            paper = tf.reduce_max(colours)
+        else:
+            edge = max(1, self.im_height // 16)
+            inside = tf.pad(tf.ones([self.im_height - 2 * edge, tf.maximum(0, fitted - 2 * edge)], tf.bool),
+                            [[edge, edge], [tf.minimum(edge, fitted), tf.maximum(0, tf.minimum(edge, fitted - edge))]])
+            along = tf.sort(tf.boolean_mask(colours, ~inside), axis=0)
+            paper = along[tf.shape(along)[0] // 2]
+        ink = tf.reduce_max(tf.abs(colours - paper), axis=2)
         image = tf.round(ink * (255 / tf.maximum(tf.reduce_max(ink), MIN_CONTRAST)))
         image = tf.pad(image, [[0, 0], [0, self.im_width - fitted]])
         return tf.ensure_shape(tf.cast(image, tf.uint8), [self.im_height, self.im_width])
