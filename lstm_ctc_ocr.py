@@ -2206,7 +2206,7 @@ class DecodedFile:
         return [self.folder / f".decoded-{self.key}.{kind}" for kind in ("pixels", "index")]
 
     def _open(self):
-        """Returns the file of pixels and the stamps of its images, (n,) uint64; None and none if the pair is not whole."""
+        """Returns the file of pixels and the stamps of its images, (n,) uint64; None and none if they are no pair."""
         try:
             file, index = open(self.paths[0], "rb"), np.fromfile(self.paths[1], "<u8")
         except FileNotFoundError:
