@@ -229,7 +229,8 @@ class LstmCtcOcr:
         index, count = map(int, SHARD.fullmatch(self.shard).groups()) if SHARD.fullmatch(self.shard) else (0, 0)
         if not 1 <= index <= count:
             raise self.Error(f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
-        for name, choices in ("net", ("", *NETS)), ("look", LOOKS), ("paper", PAPERS), ("ctc", CTCS), ("label_parts", (1, 3)):
+        for name, choices in (("net", ("", *NETS)), ("look", LOOKS), ("paper", PAPERS), ("ctc", CTCS),
+                              ("label_parts", (1, 3))):
             if getattr(self, name) not in choices:
                 raise self.Error(f"{_flag(name)} must be one of {', '.join(map(str, filter(None, choices)))}, not "
                                  f"{getattr(self, name)}")
@@ -481,14 +482,108 @@ class LstmCtcOcr:
         image[:, :fitted] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
         return image
 
+    @dataclasses.dataclass(frozen=True)
+    class _DecodedImages:
+        """Images in a file, to be indexed as an array (n, H, W) uint8 by rows; a slice of them is not loaded yet.
+
+        The file is mapped for each access anew (as nanoGPT maps its data): pages that were read once are the system's
+        to keep or to drop, not this process's memory.
+        """
+        file: object  # open: `DECODED_HEAD` bytes, then images (H, W) uint8
+        size: tuple  # H, W
+        rows: np.ndarray  # (n,) int64: which images of the file these are
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, rows):
+            if isinstance(rows, slice):
+                return dataclasses.replace(self, rows=self.rows[rows])
+            count = (os.fstat(self.file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
+            pixels = np.memmap(self.file, np.uint8, "r", DECODED_HEAD, (count, *self.size))
+            return np.array(pixels[self.rows[rows]])
+
+    @dataclasses.dataclass(frozen=True)
+    class _DecodedFile:
+        """A file beside the images of a folder that holds them decoded, and its index.
+
+        Both begin with the same 8 random bytes: they belong together. In the index follows a stamp (8 bytes) for each
+        image that is whole. Images are only ever added, an image's stamp once it is on the disk; so whoever reads
+        meanwhile needs no lock, and what kill -9 or a power cut leaves without a stamp is written over.
+        """
+        folder: Path
+        key: str  # what the images depend on besides their files
+        size: tuple  # H, W
+
+        @property
+        def paths(self):
+            """(pixels, index)"""
+            return [self.folder / f".decoded-{self.key}.{kind}" for kind in ("pixels", "index")]
+
+        def _open(self):
+            """Returns the file of pixels and its images' stamps, (n,) uint64; None and none if they are no pair."""
+            try:
+                file, index = open(self.paths[0], "rb"), np.fromfile(self.paths[1], "<u8")
+            except FileNotFoundError:
+                return None, np.empty(0, np.uint64)
+            if not len(index) or file.read(8) != index[:1].tobytes():
+                return None, np.empty(0, np.uint64)
+            count = (os.fstat(file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
+            return file, index[1:][:max(0, count)]
+
+        def find(self, stamps):
+            """Returns the images of these stamps (n,) as `_DecodedImages`, whose row is -1 where there is none."""
+            file, known = self._open()
+            if not len(known):
+                return LstmCtcOcr._DecodedImages(file, self.size, np.full(len(stamps), -1))
+            order = np.argsort(known)
+            places = order[np.minimum(np.searchsorted(known, stamps, sorter=order), len(known) - 1)]
+            return LstmCtcOcr._DecodedImages(file, self.size, np.where(known[places] == stamps, places, -1))
+
+        @contextlib.contextmanager
+        def locked(self):
+            """Keeps other processes from adding images until it ends; waits for one that does."""
+            with open(self.folder / DECODED_LOCK, "w") as lock:
+                try:
+                    if fcntl:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"another process is decoding the images of {self.folder}: waiting for it", file=sys.stderr)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                except OSError:  # of a file system that has no locks
+                    pass
+                yield
+
+        def drop_stale(self):
+            """Begins a new pair of files if there is none, or if most of its images have left the folder."""
+            file, known = self._open()
+            if file and (not len(known) or np.isin(known, _stamps(_image_files(self.folder))).mean() >= 0.5):
+                return
+            token = secrets.token_bytes(8)
+            for path, head in zip(self.paths, (token.ljust(DECODED_HEAD, b"\0"), token)):
+                path.unlink(missing_ok=True)  # another training may go on with the old one
+                path.write_bytes(head)
+
+        def add(self, stamps, images):
+            """Adds n images (H, W) uint8 of stamps (n,); only under `locked`."""
+            count = len(self._open()[1])
+            with open(self.paths[0], "r+b") as pixels, open(self.paths[1], "r+b") as index:
+                pixels.seek(DECODED_HEAD + count * math.prod(self.size))
+                pixels.write(b"".join(images))
+                pixels.flush()
+                os.fsync(pixels.fileno())
+                index.truncate(8 * (1 + count))  # a stamp that was only half written
+                index.seek(8 * (1 + count))
+                index.write(stamps.tobytes())
+
     def load_images(self, files):
-        """Decodes the images of one folder, (path, text) pairs: returns a `DecodedImages` and their texts.
+        """Decodes the images of one folder, (path, text) pairs: returns `_DecodedImages` and their texts.
 
         Decoded images stay in a file of that folder, so that later only what is new or has changed is decoded. Files
         that are no images are named on stderr and left out. Raises `Error` if that file cannot be written.
         """
         folder = Path(files[0][0]).parent
-        decoded = DecodedFile(folder, self._preprocessing, (self.im_height, self.im_width))
+        decoded = self._DecodedFile(folder, self._preprocessing, (self.im_height, self.im_width))
         stamps = _stamps(path for path, _ in files)
         images = decoded.find(stamps)
         if (images.rows < 0).any():
@@ -2164,102 +2259,6 @@ def _opencv_has_limit():
         return False
     except cv2.error:
         return True
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodedImages:
-    """Images in a file, to be indexed as an array (n, H, W) uint8 by rows; a slice of them is not loaded yet.
-
-    The file is mapped for each access anew (as nanoGPT maps its data): pages that were read once are the system's to
-    keep or to drop, not this process's memory.
-    """
-    file: object  # open: `DECODED_HEAD` bytes, then images (H, W) uint8
-    size: tuple  # H, W
-    rows: np.ndarray  # (n,) int64: which images of the file these are
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, rows):
-        if isinstance(rows, slice):
-            return dataclasses.replace(self, rows=self.rows[rows])
-        count = (os.fstat(self.file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
-        pixels = np.memmap(self.file, np.uint8, "r", DECODED_HEAD, (count, *self.size))
-        return np.array(pixels[self.rows[rows]])
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodedFile:
-    """A file beside the images of a folder that holds them decoded, and its index.
-
-    Both begin with the same 8 random bytes: they belong together. In the index follows a stamp (8 bytes) for each image
-    that is whole. Images are only ever added, an image's stamp once it is on the disk; so whoever reads meanwhile needs
-    no lock, and what kill -9 or a power cut leaves without a stamp is written over.
-    """
-    folder: Path
-    key: str  # what the images depend on besides their files
-    size: tuple  # H, W
-
-    @property
-    def paths(self):
-        """(pixels, index)"""
-        return [self.folder / f".decoded-{self.key}.{kind}" for kind in ("pixels", "index")]
-
-    def _open(self):
-        """Returns the file of pixels and the stamps of its images, (n,) uint64; None and none if they are no pair."""
-        try:
-            file, index = open(self.paths[0], "rb"), np.fromfile(self.paths[1], "<u8")
-        except FileNotFoundError:
-            return None, np.empty(0, np.uint64)
-        if not len(index) or file.read(8) != index[:1].tobytes():
-            return None, np.empty(0, np.uint64)
-        count = (os.fstat(file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
-        return file, index[1:][:max(0, count)]
-
-    def find(self, stamps):
-        """Returns the images of these stamps (n,) as `DecodedImages`, whose row is -1 where there is none."""
-        file, known = self._open()
-        if not len(known):
-            return DecodedImages(file, self.size, np.full(len(stamps), -1))
-        order = np.argsort(known)
-        places = order[np.minimum(np.searchsorted(known, stamps, sorter=order), len(known) - 1)]
-        return DecodedImages(file, self.size, np.where(known[places] == stamps, places, -1))
-
-    @contextlib.contextmanager
-    def locked(self):
-        """Keeps other processes from adding images until it ends; waits for one that does."""
-        with open(self.folder / DECODED_LOCK, "w") as lock:
-            try:
-                if fcntl:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process is decoding the images of {self.folder}: waiting for it", file=sys.stderr)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError:  # of a file system that has no locks
-                pass
-            yield
-
-    def drop_stale(self):
-        """Begins a new pair of files if there is none, or if most of its images are no longer those of the folder."""
-        file, known = self._open()
-        if file and (not len(known) or np.isin(known, _stamps(_image_files(self.folder))).mean() >= 0.5):
-            return
-        token = secrets.token_bytes(8)
-        for path, head in zip(self.paths, (token.ljust(DECODED_HEAD, b"\0"), token)):
-            path.unlink(missing_ok=True)  # another training may go on with the old one
-            path.write_bytes(head)
-
-    def add(self, stamps, images):
-        """Adds n images (H, W) uint8 of stamps (n,); only under `locked`."""
-        count = len(self._open()[1])
-        with open(self.paths[0], "r+b") as pixels, open(self.paths[1], "r+b") as index:
-            pixels.seek(DECODED_HEAD + count * math.prod(self.size))
-            pixels.write(b"".join(images))
-            pixels.flush()
-            os.fsync(pixels.fileno())
-            index.truncate(8 * (1 + count))  # a stamp that was only half written
-            index.seek(8 * (1 + count))
-            index.write(stamps.tobytes())
 
 
 def _stamps(paths):

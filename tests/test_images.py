@@ -371,7 +371,7 @@ def test_what_cannot_be_decoded_is_left_out_and_nothing_is_copied(ocr, folder, c
 def test_kill_9_while_decoding_loses_a_batch_at_most(moment, ocr, folder):
     process = start_loading(folder, moment)
     assert loaded(process)[0] == 0 and process.returncode == -9
-    with open(folder / ".decoded-96x64-1.index", "ab") as index:
+    with open(folder / ".decoded-96x64-border-1.index", "ab") as index:
         index.write(b"\1\2\3")  # half a stamp
     decoded, digests, _ = loaded(start_loading(folder))
     assert decoded == 40 - (moment - 1) // 8 * 8 and digests == expected(ocr, folder)
@@ -394,7 +394,7 @@ def test_two_at_once_decode_each_image_once(ocr, folder):
 
 def test_a_folder_rendered_anew_does_not_keep_what_was_decoded_before(ocr, folder):
     loaded(start_loading(folder))
-    pixels = folder / ".decoded-96x64-1.pixels"
+    pixels = folder / ".decoded-96x64-border-1.pixels"
     size = pixels.stat().st_size
     old, _ = ocr.load_images(ocr._labelled_files(folder))
     before = old[list(range(40))]
