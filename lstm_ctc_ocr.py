@@ -72,7 +72,7 @@ from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import HTTPException, ServiceUnavailable, Unauthorized
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # `load_image` says what is wrong with an image
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `load_image` refuses such an image
+warnings.filterwarnings("ignore", module=r"PIL\.")  # nor does it matter what Pillow thinks of a header
 
 VERSION = "1.0.0"
 HOME = Path(__file__).resolve().parent
@@ -897,7 +897,9 @@ class LstmCtcOcr:
         except (OSError, ValueError) as error:
             raise self.Error(f"{path} cannot be read ({error}): restore it, or name another folder with "
                              "--model") from None
-        config = {**UNSAID, **config} if isinstance(config, dict) else {}
+        config = config if isinstance(config, dict) else {}
+        for name, value in UNSAID.items():
+            config.setdefault(name, value)
         if config.get("format") != MODEL_FORMAT or not config.keys() >= {*ARCHITECTURE}:
             raise self.Error(f"{path} is not of format {MODEL_FORMAT}, which this version reads: train anew, or name "
                              "another folder with --model")
