@@ -105,6 +105,10 @@ MAX_ASPECT = 4.3  # width over height, about: letters far apart move closer toge
 FONT_SUFFIXES = {".ttf", ".otf"}
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts",
                 "/System/Library/Fonts", "C:/Windows/Fonts")
+MIN_ACCURACY = 0.5  # of held-out images, from which on a model of the user's is read with rather than what ships
+NUMBERS = ("step", "best_step", "accuracy", "validated_on", "images_seen", "epoch", "cpu_minutes", "held_share")
+OPENING = threading.Lock()  # held while a model is opened
+HELD_SHARE, HELD_NUM = 0.1, 2000  # images held out: a tenth of a small folder, about 2,000 of a large one
 LOCK = ".lock"  # in a model folder: whoever trains there holds it
 DECODED_HEAD = 4096  # bytes before the images of a file of decoded ones: a page, so that these begin at one
 DECODED_LOCK = ".decoded.lock"  # in a folder of images: whoever decodes them holds it
@@ -120,10 +124,6 @@ READ_BATCH = 64  # images a step in reading files
 REPORT_STEPS = 100  # between reports, as in the article
 VALIDATION_SHARE = 0.05  # the most of training's CPU time that validating may take; a report waits until it fits in
 
-# A process's place among those that train together, see `_join_cluster`; this one trains by itself.
-ALONE = types.SimpleNamespace(job="chief", index=0, chief=True, number=0, workers=1, servers=0, target="", device=None,
-                              sees=())
-
 TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
 MAX_BODY = 8_000_000  # bytes of a request, and of a file that it names
 MAX_IMAGES = 64  # in a request
@@ -137,9 +137,12 @@ def setting(default, text):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class LstmCtcOcr:
-    """The whole system; its fields are its settings. Constructing it opens nothing and builds nothing."""
+    """The whole system; its fields are its settings. Constructing it opens nothing and builds nothing.
+
+    Nothing in it changes afterwards, so one object may render, train, read and serve, in any order and from any thread.
+    """
 
     # --- the task
     words: str = setting(None, "the letters that an image may hold; if not given A-Z, and in varied captchas a-z and "
@@ -194,6 +197,77 @@ class LstmCtcOcr:
         ink: np.ndarray
         contrast: int  # the least difference in brightness between letters and paper
 
+    @dataclasses.dataclass(frozen=True)
+    class _Net:
+        """The tensors and operations of a network in its graph."""
+        images: object  # (B, H, W) uint8
+        logits: object  # (T, B, C) float32
+        sparse: object  # the texts that are read, sparse (B, .) int64
+        confidence: object  # (B,) float32
+        # --- what only training has
+        sequences: object = None  # the labels, sparse (B, .) int32
+        losses: object = None  # (B,) float32, of what is read
+        loss: object = None  # () float32, of what is trained
+        gradient_norm: object = None  # () float32, before clipping
+        train: object = None  # does a step, and gives the step that it has reached
+        step: object = None  # () int64
+        # --- and in a cluster
+        replicas: object = None  # the optimizer that averages the workers' gradients
+        plan: object = None  # () string, by which the chief tells the workers how it trains
+        finished: tuple = ()  # for each parameter server, what tells it that this worker is done
+
+    @dataclasses.dataclass(frozen=True)
+    class _Place:
+        """A process's place among those that train together, see `_join_cluster`; by default it is alone."""
+        job: str = "chief"  # or worker, or ps: it serves parameters
+        index: int = 0  # among those of its job
+        chief: bool = True
+        number: int = 0  # among chief and workers
+        workers: int = 1  # the chief included
+        servers: int = 0
+        target: str = ""  # of its sessions
+        device: object = None  # where variables and operations go
+        sees: tuple = ()  # the tasks that it has to do with
+
+    @dataclasses.dataclass
+    class _Run:
+        """A training under way."""
+        place: object  # _Place
+        folder: Path  # of the model
+        net: object  # _Net
+        saver: object
+        images: object  # (n, H, W) uint8, to be indexed by rows
+        texts: list  # n
+        held: np.ndarray  # rows that are validated on
+        rows: np.ndarray  # rows that are trained on
+        steps_per_epoch: int
+        last: int  # the step at which it ends
+        config: dict = dataclasses.field(default_factory=dict)  # what config.json will say; the chief's
+        writer: object = None  # of summaries; the chief's
+        session: object = None  # for any thread, and to save from; another one once a parameter server was lost
+        opened: int = 0  # how many sessions there were
+        stepping: object = None  # in a cluster, the thread that runs the steps
+        bar: object = None
+        step: int = 0
+        saved: int = 0  # the newest checkpoint's step
+        finished: bool = False  # the last step of all is done
+        losses: list = dataclasses.field(default_factory=list)  # of each step of this process
+        reported: tuple = ()  # monotonic time and step of the last report
+        begun: float = 0.0  # CPU seconds of this process at the first step
+        cpu_before: float = 0.0  # CPU minutes of earlier parts, less those of this process before its first step
+        validation: float = 0.0  # CPU seconds of the last validation
+        validating: float = 0.0  # and of all
+
+    @dataclasses.dataclass(frozen=True)
+    class _Reader:
+        """A model that is ready to read."""
+        ocr: object  # LstmCtcOcr with the architecture of the model
+        folder: Path
+        config: dict  # as it was when the weights were loaded
+        net: object  # _Net
+        session: object
+        saver: object  # of what reading needs
+
     class Error(ValueError):
         """Something that the user can mend, in one line that says what to do."""
         status = 422  # of the service's answer
@@ -210,8 +284,8 @@ class LstmCtcOcr:
         positive = ("words_max_num", "im_width", "im_height", "im_total_num", "n_hidden", "batch_size", "epoch_max",
                     "lr", "save_epoch", "val_num")
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise self.Error(f"{_flag(name)} must be above 0, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise self.Error(f"{_flag(name)} must be above 0 and finite, not {getattr(self, name)}")
         for name in ("workers", "train_max_num", "seed"):
             if getattr(self, name) < 0:
                 raise self.Error(f"{_flag(name)} must not be negative: {getattr(self, name)}")
@@ -226,8 +300,8 @@ class LstmCtcOcr:
                              "--words-max-num, or widen --im-width")
         if not 1 <= self.beam_width <= 100:
             raise self.Error(f"--beam-width must be 1 to 100, not {self.beam_width}")
-        index, count = map(int, SHARD.fullmatch(self.shard).groups()) if SHARD.fullmatch(self.shard) else (0, 0)
-        if not 1 <= index <= count:
+        shard = SHARD.fullmatch(self.shard)
+        if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
             raise self.Error(f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
         for name, choices in (("net", ("", *NETS)), ("look", LOOKS), ("paper", PAPERS), ("ctc", CTCS),
                               ("label_parts", (1, 3))):
@@ -301,6 +375,7 @@ class LstmCtcOcr:
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._refuse_strangers(folder)
+        settings = dataclasses.replace(self)  # without the model that this object may hold, which cannot be sent away
         if self.look == "varied":
             with self._writing(folder):
                 _replace(folder / LOOK, json.dumps(self._origin()) + "\n")
@@ -308,7 +383,7 @@ class LstmCtcOcr:
         with _deferred_stop() as stop, self._renderers() as pool, \
                 tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None) as bar:
             with _signals_held():  # a worker that is still starting would die of them
-                futures = [pool.submit(self._render_all, numbers[start:start + 20])
+                futures = [pool.submit(settings._render_all, numbers[start:start + 20])
                            for start in range(0, len(numbers), 20)]
             for fault in itertools.chain.from_iterable(future.result() for future in futures):
                 bar.update()
@@ -619,8 +694,8 @@ class LstmCtcOcr:
         for _, fault in sorted(faults, key=lambda fault: fault[0]):
             print(f"left out: {fault}", file=sys.stderr)
 
-    def _labelled_files(self, folder, place=ALONE):
-        """Returns the (path, text) of every labelled image, in an order that the seed and the names fix.
+    def _labelled_files(self, folder, place=_Place()):
+        """Returns the (path, text) of every labelled image, in the order of their names' digests.
 
         Of several workers, number n of N gets the images i with i % N == n, what `create_dataset --shard` renders.
 
@@ -642,9 +717,9 @@ class LstmCtcOcr:
         if not names:
             raise self.Error(f"no images <i>_<LABEL>.png in {folder}: render some with `python lstm_ctc_ocr.py "
                              "create_dataset`, or name another folder with --dataset")
-        # By a digest of each name: a folder that grows keeps its order, so no image trained on is ever held out later.
-        names.sort(key=lambda named: random.Random(f"{self.seed}-{named[0]}").random())
-        return [(os.path.join(folder, named[0]), named[2]) for named in names]  # a million Paths would take 0.5 GB
+        # By a digest of each name: a folder that grows keeps its order, and those held out stay the first of it.
+        names.sort(key=lambda named: _digest(named[0]))
+        return [(os.path.join(folder, named[0]), named[2]) for named in names]
 
     # ------------------------------------------------------------------ the network
 
@@ -810,19 +885,16 @@ class LstmCtcOcr:
         return sparse, log_probability[:, 0]
 
     def _build_input(self, batch_size=None):
-        """Begins a network in the default graph: its tensors by name, so far the images alone."""
+        """The images that a network in the default graph is given, (B, H, W) uint8."""
         tf = _tensorflow()
         tf.set_random_seed(self.seed)
-        return types.SimpleNamespace(
-            images=tf.placeholder(tf.uint8, [batch_size, self.im_height, self.im_width], "images"))
+        return tf.placeholder(tf.uint8, [batch_size, self.im_height, self.im_width], "images")
 
-    def _build_reading(self, net):
-        """Adds to the tensors `net` all that leads from images to texts."""
-        tf = _tensorflow()
-        net.logits = self.logits(net.images)
-        net.sparse, log_probability = self.decode(net.logits)
-        net.confidence = tf.exp(log_probability)
-        return net
+    def _build_reading(self, images):
+        """Builds all that leads from images (B, H, W) to texts."""
+        logits = self.logits(images)
+        sparse, log_probability = self.decode(logits)
+        return self._Net(images, logits, sparse, _tensorflow().exp(log_probability))
 
     def _build_training(self, steps_per_epoch, place):
         """Builds a training step too, and reads with the moving averages of the weights that it trains.
@@ -831,38 +903,46 @@ class LstmCtcOcr:
         Juditsky, 1992): 88 % of 1,984 strings rather than 82 % after 236,000 images.
         """
         tf = _tensorflow()
-        net = self._build_input(self.batch_size)
-        net.sequences = tf.sparse_placeholder(tf.int32, [self.batch_size, None], "sequences")
-        net.step = tf.train.get_or_create_global_step()
-        net.loss = tf.reduce_mean(self.ctc_loss(net.sequences, self.logits(net.images, training=True)))
+        images = self._build_input(self.batch_size)
+        sequences = tf.sparse_placeholder(tf.int32, [self.batch_size, None], "sequences")
+        step = tf.train.get_or_create_global_step()
+        loss = tf.reduce_mean(self.ctc_loss(sequences, self.logits(images, training=True)))
         # Of the batch's parts, one on each core, the last one's statistics will do.
         statistics = {variable.name: (variable, value) for variable, value in tf.get_collection(STATISTICS)}.values()
         variables = tf.trainable_variables()
-        gradients, net.gradient_norm = tf.clip_by_global_norm(tf.gradients(net.loss, variables), MAX_GRADIENT_NORM)
-        averages = tf.train.ExponentialMovingAverage(AVERAGE_DECAY, num_updates=net.step)
-        optimizer = tf.train.AdamOptimizer(self._learning_rate(tf.cast(net.step, tf.float32) / steps_per_epoch))
+        gradients, norm = tf.clip_by_global_norm(tf.gradients(loss, variables), MAX_GRADIENT_NORM)
+        averages = tf.train.ExponentialMovingAverage(AVERAGE_DECAY, num_updates=step)
+        averaged = variables + [variable for variable, _ in statistics]
+        optimizer = tf.train.AdamOptimizer(self._learning_rate(tf.cast(step, tf.float32) / steps_per_epoch))
+        together = {}
         if place.servers:  # the chief averages the gradients of all workers, applies them, and lets all go on
-            optimizer = net.replicas = tf.train.SyncReplicasOptimizer(
-                optimizer, place.workers, variable_averages=averages,
-                variables_to_average=variables + [variable for variable, _ in statistics])
-            plan = json.dumps({**self._plan(), "last": math.ceil(self.epoch_max * steps_per_epoch)})
-            net.plan = tf.get_variable("plan", initializer=plan, trainable=False, collections=[PLAN])
-            net.finished = [_finished_queue(server, place.workers).enqueue(True) for server in range(place.servers)]
-        train = optimizer.apply_gradients(zip(gradients, variables), global_step=net.step)
+            optimizer = tf.train.SyncReplicasOptimizer(optimizer, place.workers, variable_averages=averages,
+                                                       variables_to_average=averaged)
+            together = self._build_agreement(steps_per_epoch, place, optimizer)
+        train = optimizer.apply_gradients(zip(gradients, variables), global_step=step)
         train = tf.group(train, *[tf.assign(*pair) for pair in statistics])
         if not place.servers:
             with tf.control_dependencies([train]):
-                train = averages.apply(variables + [variable for variable, _ in statistics])
+                train = averages.apply(averaged)
         with tf.control_dependencies([train]):
-            net.train = net.step.read_value()  # running it trains, and tells the step that it has reached
+            train = step.read_value()  # running it trains, and tells the step that it has reached
 
-        def averaged(getter, *args, **kwargs):
+        def average(getter, *args, **kwargs):
             return averages.average(getter(*args, **kwargs))
 
-        with tf.variable_scope("", reuse=True, custom_getter=averaged):
-            self._build_reading(net)
-        net.losses = self.ctc_loss(net.sequences, net.logits)
-        return net
+        with tf.variable_scope("", reuse=True, custom_getter=average):
+            net = self._build_reading(images)
+        return dataclasses.replace(net, sequences=sequences, losses=self.ctc_loss(sequences, net.logits), loss=loss,
+                                   gradient_norm=norm, train=train, step=step, **together)
+
+    def _build_agreement(self, steps_per_epoch, place, optimizer):
+        """What a `_Net` has in a cluster: by what the chief and the others tell each other how it goes."""
+        tf = _tensorflow()
+        plan = json.dumps({**self._plan(), "last": math.ceil(self.epoch_max * steps_per_epoch)})
+        return {"replicas": optimizer,
+                "plan": tf.get_variable("plan", initializer=plan, trainable=False, collections=[PLAN]),
+                "finished": tuple(self._finished_queue(server, place.workers).enqueue(True)
+                                  for server in range(place.servers))}
 
     @staticmethod
     def _reading_saver():
@@ -879,12 +959,20 @@ class LstmCtcOcr:
     # ------------------------------------------------------------------ model folders
 
     def _model_to_read(self):
-        """The folder that `test` and `start` read with: what the user has trained last, else what ships."""
+        """The folder that is read with: `model`, or what the user has trained last, or else what ships.
+
+        What the user has trained counts only if it has read half of its held-out images; if not, that is said.
+        """
         if self.model:
-            return Path(self.model)
-        own = [MODELS / net / "checkpoint" for net in NETS if net == (self.net or net)]
-        trained = max((path for path in own if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
-        return trained.parent if trained else MODELS / "pretrained" / (self.net or "cnn_lstm")
+            return _model_folder(self.model)
+        own = [MODELS / net for net in NETS if net == (self.net or net) and (MODELS / net / "checkpoint").exists()]
+        for folder in sorted(own, key=lambda folder: (folder / "checkpoint").stat().st_mtime, reverse=True):
+            accuracy = self._load_config(folder).get("accuracy", 0)
+            if accuracy >= MIN_ACCURACY:
+                return folder
+            print(f"{_shown(folder)} is passed over: it read only {accuracy:.1%} of its held-out images; train it "
+                  f"further, or read with it all the same by --model {_shown(folder)}", file=sys.stderr)
+        return MODELS / "pretrained" / (self.net or "cnn_lstm")
 
     def _load_config(self, folder):
         """Returns a model folder's config.json; raises `Error` if it is missing, torn or of another version."""
@@ -900,18 +988,27 @@ class LstmCtcOcr:
         config = config if isinstance(config, dict) else {}
         for name, value in UNSAID.items():
             config.setdefault(name, value)
-        if config.get("format") != MODEL_FORMAT or not config.keys() >= {*ARCHITECTURE}:
+        if config.get("format") != MODEL_FORMAT or not config.keys() >= {*ARCHITECTURE} or not all(
+                isinstance(config.get(name, 0), (int, float)) for name in NUMBERS):
             raise self.Error(f"{path} is not of format {MODEL_FORMAT}, which this version reads: train anew, or name "
                              "another folder with --model")
         return config
 
-    def _adopt(self, folder):
-        """Takes the architecture from the model in a folder."""
-        config = self._load_config(folder)
+    def _with_architecture(self, config, folder):
+        """These settings with the architecture of a model; raises `Error` if its config.json makes no sense."""
+        if self.net and self.net != config["net"]:
+            raise self.Error(f"{folder} holds a model of --net {config['net']}, not {self.net}: leave --net out, or "
+                             "name another folder with --model")
+        types = {field.name: field.type for field in dataclasses.fields(self)}
         for name in ARCHITECTURE:
-            setattr(self, name, config[name])
-        self.__dict__.pop("_class_of", None)
-        self.__post_init__()
+            if type(config[name]) is not types[name]:
+                raise self.Error(f"{folder / 'config.json'}: {name} must be of type {types[name].__name__}, not "
+                                 f"{config[name]!r}: restore it, or name another folder with --model")
+        return dataclasses.replace(self, **{name: config[name] for name in ARCHITECTURE})
+
+    def _plan(self):
+        """What a model folder, and all of a cluster, must agree on."""
+        return {"format": MODEL_FORMAT, **{name: getattr(self, name) for name in (*ARCHITECTURE, "seed", "batch_size")}}
 
     def _save_config(self, folder, config):
         part = folder / ".config.json.part"
@@ -929,8 +1026,8 @@ class LstmCtcOcr:
         """
         tf = _tensorflow()
         steps = sorted((int(path.stem.split("-")[1]) for path in folder.glob("LstmCtcOcr-*.index")), reverse=True)
-        wanted = step or max(steps, default=None)
-        if not wanted:
+        wanted = max(steps, default=None) if step is None else step
+        if wanted is None:
             raise self.Error(f"no checkpoint in {folder}: train it further, or name another folder with --model")
         for number in dict.fromkeys([wanted, *steps]):
             try:
@@ -963,333 +1060,49 @@ class LstmCtcOcr:
                 pass
             yield
 
-    @functools.cached_property
+    # ------------------------------------------------------------------ reading
+
+    @property
     def _reader(self):
-        """The session that reads and its tensors, built once; the architecture comes from the model folder."""
+        """The model that is read with, opened once, whichever thread asks first."""
+        if "_opened" not in self.__dict__:
+            with OPENING:
+                return self._opened
+        return self._opened
+
+    @functools.cached_property
+    def _opened(self):
         tf, folder = _tensorflow(), self._model_to_read()
-        self._adopt(folder)
+        config = self._load_config(folder)  # before the weights, once: a training beside it may write a newer one
+        ocr = self._with_architecture(config, folder)
         with tf.Graph().as_default() as graph:
-            net = self._build_reading(self._build_input())
-            net.saver = self._reading_saver()
+            net, saver = ocr._build_reading(ocr._build_input()), self._reading_saver()
             session = tf.Session(config=_session_config())
-            self._restore(session, net.saver, folder, self._load_config(folder).get("best_step"))
+            self._restore(session, saver, folder, config.get("best_step", config.get("step")))
             graph.finalize()  # nothing may be added to it per request
-        return session, net
+        return self._Reader(ocr, folder, config, net, session, saver)
+
+    def _say_model(self):
+        """Says on stderr what is read with, and how well."""
+        config = self._reader.config
+        known = ", not validated yet"
+        if "accuracy" in config:
+            known = f", {config['accuracy']:.1%} of {config.get('validated_on', 0):,} held-out images"
+        print(f"reading with {_shown(self._reader.folder)} ({config['net']}{known})", file=sys.stderr)
 
     def publish(self, folder):
         """Copies the model that this object reads with into `folder`, without what only training needs."""
-        session, net = self._reader
-        config = self._load_config(self._model_to_read())
+        reader, folder, config = self._reader, Path(folder), dict(self._reader.config)
         step = config.get("best_step", config["step"])
-        config.update(step=step, images_seen=round(config["images_seen"] * step / config["step"]),
-                      epoch=round(config["epoch"] * step / config["step"], 3))
-        with self._writing(folder), session.graph.as_default():
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            prefix = net.saver.save(session, str(Path(folder, "LstmCtcOcr")), step, write_meta_graph=False)
-            for path in Path(folder).glob("LstmCtcOcr-*"):
+        share = step / config["step"] if config["step"] else 1
+        config.update(step=step, images_seen=round(config["images_seen"] * share),
+                      epoch=round(config["epoch"] * share, 3))
+        with self._alone_in(folder), self._writing(folder), reader.session.graph.as_default():
+            prefix = reader.saver.save(reader.session, str(folder / "LstmCtcOcr"), step, write_meta_graph=False)
+            for path in folder.glob("LstmCtcOcr-*"):
                 if path.stem != Path(prefix).name:
                     path.unlink()
-        self._save_config(Path(folder), config)
-
-    # ------------------------------------------------------------------ training
-
-    def train(self):
-        """Trains on the folder `dataset`, saves to the model folder and goes on from what is there.
-
-        With TF_CONFIG set, this process is one task of the cluster that it describes (see `_join_cluster`): the chief
-        saves, validates and reports, the workers add their gradients, the parameter servers hold the weights.
-        Returns 0 when `epoch_max` is reached, 128 + the signal's number when told to stop (and saved, if it could).
-        """
-        self.net = self.net or "lstm"
-        place = _join_cluster()
-        if place.job == "ps":
-            return self._serve_parameters(place)
-        folder = Path(self.model or MODELS / self.net)
-        if place.chief:
-            self._training_config(folder)
-            if (folder / LOCK).exists():
-                with self._alone_in(folder):
-                    pass  # if not, that is said now, before the images are loaded
-        files = self._labelled_files(Path(self.dataset), place)
-        held = max(1, min(self.val_num, len(files) // 10)) if place.chief else 0
-        images, texts = self.load_images(files[:held + (self.train_max_num // place.workers or len(files))])
-        if len(images) - held < self.batch_size:
-            raise self.Error(f"{self.dataset} leaves {max(0, len(images) - held)} images to train on, fewer than one "
-                             f"batch of {self.batch_size}: render more, or lower --batch-size")
-        run = types.SimpleNamespace(
-            place=place, folder=folder, config={}, held=(images[:held], texts[:held]), images=images[held:],
-            texts=texts[held:], steps_per_epoch=(len(images) - held) // self.batch_size)
-        run.last = math.ceil(self.epoch_max * run.steps_per_epoch)
-        tf = _tensorflow()
-        with tf.Graph().as_default(), tf.device(place.device):
-            run.net = self._build_training(run.steps_per_epoch, place)
-            run.saver = tf.train.Saver(max_to_keep=0, save_relative_paths=True)  # `_save` keeps the best and newest
-            if not place.chief:
-                return self._train_loop(run)
-            with self._alone_in(folder):
-                run.config = self._training_config(folder)
-                self._save_config(folder, run.config)
-                with self._writing(folder):
-                    run.writer = tf.summary.FileWriter(str(folder / "events"))
-                return self._train_loop(run)
-
-    @contextlib.contextmanager
-    def _session(self, run):
-        """The session that trains. A worker's ends without an error when the chief has done the last step."""
-        tf, servers, run.finished = _tensorflow(), run.place.servers, False
-        try:
-            session = self._open_session(run)
-            if not run.place.chief:
-                plan = json.loads(run.session.run(run.net.plan))
-                run.last = plan.pop("last")
-                self._require_agreement(plan)
-            yield session
-        except tf.errors.OutOfRangeError:  # the chief is done, and has closed the queue that the workers wait at
-            run.finished = True
-        except tf.errors.OpError as error:
-            if not _is_lost_server(error):
-                raise
-            raise self.Error("lost a parameter server: start it again, and then this") from None
-        if servers and run.finished:
-            with contextlib.suppress(tf.errors.OpError):  # the parameter servers may have gone already
-                run.session.run(run.net.finished)
-            threading.excepthook = lambda _: None  # closing cancels TensorFlow's thread that applies gradients
-        # Closing all of it closes that queue, so that a chief who leaves too early must not.
-        closing = threading.Thread(target=(session if run.finished or not servers else run.session).close, daemon=True)
-        closing.start()
-        closing.join(5 if servers else None)  # it would wait for ever for a parameter server that has gone before
-
-    def _open_session(self, run):
-        """Opens a session that waits for parameter servers which it loses, and then goes on."""
-        tf, place, net, graph = _tensorflow(), run.place, run.net, run.net.loss.graph
-        config, init_op, run.opened = _session_config(place), tf.global_variables_initializer(), 0
-        manager = tf.train.SessionManager(tf.local_variables_initializer(), recovery_wait_secs=1, ready_op=(
-            None if place.chief else tf.report_uninitialized_variables([net.plan])))
-
-        def restore(session):
-            if any(run.folder.glob("LstmCtcOcr-*.index")):
-                self._resume(session, run.saver, run.folder, run.config)
-
-        class Creator(tf.train.SessionCreator):
-            def create_session(self):
-                with graph.as_default():  # it may be opened again by the thread that runs the steps
-                    if place.chief:
-                        return manager.prepare_session(place.target, init_op, init_fn=restore, config=config)
-                    return manager.wait_for_session(place.target, config)
-
-        class Begun(tf.train.SessionRunHook):
-            def after_create_session(self, session, coord):
-                run.opened += 1
-                run.session = session  # what may be asked from several threads, and be saved from
-                if run.opened > 1:
-                    print(f"lost a parameter server; going on from step {session.run(net.step)}", file=sys.stderr)
-                if place.chief and place.servers:
-                    session.run(net.plan.initializer)  # now the weights are ready for the workers, who wait for it
-
-        hooks = [net.replicas.make_session_run_hook(place.chief, num_tokens=0)] if place.servers else []
-        return tf.train.MonitoredSession(Creator(), [*hooks, Begun()], stop_grace_period_secs=1)
-
-    def _require_agreement(self, plan):
-        """Raises `Error` if the chief trains with other settings than this worker."""
-        for name, value in plan.items():
-            if self._plan()[name] != value:
-                raise self.Error(f"the chief trains with {_flag(name)} {value}, not {self._plan()[name]}: give the "
-                                 "same to every task of the cluster")
-
-    def _plan(self):
-        """What a model folder, and all of a cluster, must agree on."""
-        return {"format": MODEL_FORMAT, **{name: getattr(self, name) for name in (*ARCHITECTURE, "seed", "batch_size")}}
-
-    def _serve_parameters(self, place):
-        """Holds a share of the weights for the workers until they are done."""
-        tf = _tensorflow()
-        with tf.Graph().as_default(), tf.Session(place.target, config=_session_config(place)) as session:
-            finished = _finished_queue(place.index, place.workers).dequeue()
-            print(f"holds weights for {place.workers} workers", file=sys.stderr)
-            session.run(finished)
-            with contextlib.suppress(tf.errors.DeadlineExceededError):  # of one that has died there is no word
-                for _ in range(place.workers - 1):
-                    session.run(finished, options=tf.RunOptions(timeout_in_ms=10_000))
-            time.sleep(3)  # while they close their sessions
-        return 0
-
-    def _training_config(self, folder):
-        """Returns the folder's config, or a new one; raises `Error` if the folder was trained with other settings."""
-        config = self._plan()
-        if not (folder / "config.json").exists():
-            return config
-        known = self._load_config(folder)
-        for name in config:
-            if known.get(name) != config[name]:
-                raise self.Error(f"{folder} was trained with {_flag(name)} {known.get(name)}, not {config[name]}: give "
-                                 "the same to go on with it, or another folder with --model")
-        return known
-
-    def _resume(self, session, saver, folder, config):
-        """Loads the newest checkpoint; forgets what was best if that was torn and came later."""
-        if self._restore(session, saver, folder) < config.get("best_step", 0):
-            for name in ("accuracy", "validated_on", "best_step"):
-                config.pop(name, None)
-
-    def _train_loop(self, run):
-        """One pass of the loop is one step; what happens between steps is in `_between_steps`."""
-        chief, tf = run.place.chief, _tensorflow()
-        with concurrent.futures.ThreadPoolExecutor(1) as run.stepping, self._session(run) as session, \
-                _deferred_stop() if chief else contextlib.nullcontext([]) as run.stop:
-            run.step = run.saved = int(run.session.run(run.net.step))
-            run.losses, run.since = [], (time.monotonic(), run.step)
-            run.begun, run.validating, run.validation = time.process_time(), 0.0, None
-            run.cpu_before = run.config.get("cpu_minutes", 0) - time.process_time() / 60
-            with tqdm(total=run.last * self.batch_size, initial=run.step * self.batch_size, unit="img",
-                      disable=None) as run.bar:
-                run.bar.write(f"{len(run.images)} images to train on, {len(run.held[0])} held out; from step "
-                              f"{run.step} to {run.last}", file=sys.stderr)
-                for images, sequences in _one_ahead(self._batches(run)):
-                    if chief and run.step >= run.last:
-                        break
-                    feeds, before = {run.net.images: images, run.net.sequences: sequences}, run.step
-                    whole = self._step(run, session, feeds)
-                    if chief:
-                        try:
-                            self._between_steps(run, before, feeds)
-                        except (tf.errors.OpError, RuntimeError) as error:
-                            if whole and not _is_lost_server(error):  # of which the next step hears, and waits for it
-                                raise
-                    if run.stop:
-                        print(f"stopped and saved at step {run.saved} of {run.last}; the same command goes on from "
-                              "there", file=sys.stderr)
-                        if not whole:  # nothing can end a step that waits for a parameter server
-                            os._exit(128 + run.stop[0])
-                        return 128 + run.stop[0]
-            run.finished = True
-        if chief:
-            print(f"{run.step} steps done; best accuracy {run.config.get('accuracy')} in {run.folder}", file=sys.stderr)
-        return 0
-
-    def _step(self, run, session, feeds):
-        """Runs one training step. Returns False if the chief gave it up: told to stop while another task is missing."""
-        waiting = run.stepping.submit(session.run, [run.net.loss, run.net.gradient_norm, run.net.train], feeds)
-        while not waiting.done() and not (run.stop and run.place.servers):
-            concurrent.futures.wait([waiting], timeout=1)  # in this thread signals are heard
-        if not waiting.done():
-            return False
-        loss, norm, step = waiting.result()
-        self._require_finite(run, loss, norm)
-        run.losses.append(float(loss))
-        run.bar.update((int(step) - run.step) * self.batch_size)
-        run.bar.set_postfix(loss=f"{np.mean(run.losses[-100:]):.3f}", accuracy=run.config.get("accuracy"))
-        run.step = int(step)
-        return True
-
-    def _between_steps(self, run, before, feeds):
-        """Reports and saves where it is time for it, after the step that followed step `before`."""
-        due = run.step // REPORT_STEPS > before // REPORT_STEPS and self._validation_is_due(run)
-        report, save_steps = run.step >= run.last or due, max(1, round(self.save_epoch * run.steps_per_epoch))
-        if report or run.stop or run.step // save_steps > before // save_steps:
-            self._require_finite(run, run.session.run(run.net.loss, feeds))  # of the weights to be saved
-            if report:
-                self._report(run, feeds)
-            self._save(run)
-
-    def _require_finite(self, run, *values):
-        if not np.isfinite(values).all():
-            raise self.Error(f"the loss or its gradient is no longer a number after step {run.step}: lower --lr; the "
-                             f"checkpoint of step {run.saved} in {run.folder} is intact")
-
-    def _batches(self, run):
-        """Yields (images, sparse sequences) from `run.step` on; the seed and the step alone say which images."""
-        for step in itertools.count(run.step):
-            epoch, batch = divmod(step, run.steps_per_epoch)
-            if batch == 0 or step == run.step:
-                order = np.random.default_rng([self.seed, epoch]).permutation(len(run.images))
-            rows = order[batch * self.batch_size:(batch + 1) * self.batch_size]
-            yield run.images[rows], self.sequences_to_sparse([self.text_to_sequence(run.texts[row]) for row in rows])
-
-    def _validation_is_due(self, run):
-        """Whether one more validation stays under its share of the time; the first one's cost is a guess."""
-        elapsed = time.process_time() - run.begun  # a machine that was busy, or stopped, for a while does not count
-        cost = run.validation or elapsed / len(run.losses) / self.batch_size * len(run.held[0]) / 3
-        return run.validating + cost <= VALIDATION_SHARE * elapsed
-
-    def _report(self, run, feeds):
-        """Validates on every held-out image; prints the article's figures and writes them for TensorBoard."""
-        begun, now, (last_time, last_step) = time.process_time(), time.monotonic(), run.since
-        epoch, batch = divmod(run.step, run.steps_per_epoch)
-        speed = (run.step - last_step) * self.batch_size / (now - last_time)
-        images, sequences = feeds.values()
-        train = score([self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sequences)],
-                      [text for text, _ in self._read(run.session, run.net, images)])
-        truths, readings, loss = self._validate(run)
-        held = score(truths, readings)
-        wrong = [row for row, truth in enumerate(truths) if readings[row] != truth]
-        figures = {"lr": self._learning_rate((run.step - 1) / run.steps_per_epoch), "images_per_second": speed,
-                   "train/loss": float(np.mean(run.losses[last_step - run.step:])), "train/edit_distance": train["cer"],
-                   "validation/loss": loss, "validation/edit_distance": held["cer"],
-                   "validation/accuracy": held["accuracy"], "cpu_minutes": self._cpu_minutes(run)}
-        lines = [f"epoch {epoch}  batch {batch} of {run.steps_per_epoch}  step {run.step}  lr {figures['lr']:.2e}  "
-                 f"{speed:.0f} images/s",
-                 f"train       loss {figures['train/loss']:.3f}  edit distance {train['cer']:.4f}",
-                 f"validation  loss {loss:.3f}  edit distance {held['cer']:.4f}  accuracy {held['accuracy']:.2%}",
-                 "accuracy by length  " + _shares(held["by_length"])]
-        lines += [f"True {_spelt(truths[row])} <====> {_spelt(readings[row])}" for row in (wrong + [0])[:3]]
-        tqdm.write("\n".join(lines) + "\n", file=sys.stderr)
-        _write_summaries(run.writer, run.step, figures, [(run.held[0][row], truths[row], readings[row])
-                                                         for row in wrong[:8]])
-        if held["accuracy"] >= run.config.get("accuracy", 0):
-            run.config.update(accuracy=held["accuracy"], validated_on=len(truths), best_step=run.step)
-        run.since = time.monotonic(), run.step
-        run.validation = time.process_time() - begun
-        run.validating += run.validation
-
-    @staticmethod
-    def _cpu_minutes(run):
-        """What all cores have spent on it: earlier parts and validations count, loading the images does not."""
-        return run.cpu_before + time.process_time() / 60
-
-    def _validate(self, run):
-        """Returns the held-out texts, their readings and the mean loss over them."""
-        images, texts = run.held
-        rows = np.arange(-(-len(texts) // self.batch_size) * self.batch_size).reshape(-1, self.batch_size) % len(texts)
-
-        def validate(batch):  # the graph takes whole batches, so the last one is filled up from the front
-            sequences = self.sequences_to_sparse([self.text_to_sequence(texts[row]) for row in batch])
-            losses, sparse = run.session.run([run.net.losses, run.net.sparse],
-                                             {run.net.images: images[batch], run.net.sequences: sequences})
-            return losses, [self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sparse)]
-
-        with ThreadPool(_cores()) as pool:
-            results = pool.map(validate, rows)
-        losses = np.concatenate([losses for losses, _ in results])[:len(texts)]
-        return texts, [text for _, batch in results for text in batch][:len(texts)], float(losses.mean())
-
-    def _save(self, run):
-        """Writes the checkpoint of this step, then config.json, and then removes what is no longer needed.
-
-        In this order kill -9 at any point leaves a folder that loads. So does a power cut, because each is on the disk
-        before the next is begun; that takes milliseconds. The checkpoint before stays too, should the disk tear one.
-        """
-        with self._writing(run.folder):
-            try:
-                prefix = run.saver.save(run.session, str(run.folder / "LstmCtcOcr"), run.step, write_meta_graph=False)
-                _to_disk(*run.folder.glob(f"{Path(prefix).name}.*"), run.folder)
-            except BaseException:  # a full disk, say: parts of a checkpoint must not take the room of the next attempt
-                whole = (run.folder / f"LstmCtcOcr-{run.step}.index").exists()  # it is written last
-                for path in run.folder.glob("checkpoint.tmp*" if whole else f"LstmCtcOcr-{run.step}.*"):
-                    path.unlink()
-                raise
-        before, run.saved = run.saved, run.step
-        run.config.update(step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
-                          images_seen=run.step * self.batch_size * run.place.workers,
-                          images=len(run.images) * run.place.workers, epoch_max=self.epoch_max,
-                          lr=self.lr, cpu_minutes=round(self._cpu_minutes(run), 2),
-                          tensorflow=_tensorflow().__version__)
-        self._save_config(run.folder, run.config)
-        kept = {f"LstmCtcOcr-{step}" for step in (run.step, before, run.config.get("best_step"))}
-        for path in run.folder.glob("LstmCtcOcr-*"):
-            if path.name.split(".")[0] not in kept:
-                path.unlink()
-
-    # ------------------------------------------------------------------ reading
+            self._save_config(folder, config)
 
     def _read(self, session, net, images, options=None):
         """images (n, H, W) uint8 -> n (text, confidence) pairs."""
@@ -1299,14 +1112,14 @@ class LstmCtcOcr:
 
     def _read_each(self, sources, options=None):
         """As `recognise`, but an image that cannot be read has its `Error` in its place."""
-        reader, images, results = self._reader, [], []  # before the images: the model says how large they must be
+        reader, images, results = self._reader, [], []
         for source in sources:
             try:
-                images.append(self.load_image(source))
+                images.append(reader.ocr.load_image(source))
                 results.append(None)
             except self.Error as error:
                 results.append(error)
-        readings = iter(self._read(*reader, np.stack(images), options) if images else ())
+        readings = iter(reader.ocr._read(reader.session, reader.net, np.stack(images), options) if images else ())
         return [result or next(readings) for result in results]
 
     def recognise(self, sources):
@@ -1344,7 +1157,8 @@ class LstmCtcOcr:
         files = [file for path in paths for file in _image_files(Path(path))]
         if not files:
             raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders that hold some")
-        self._reader  # first of all, so that a missing model is the only thing said
+        self._say_model()  # first of all, so that a missing model is the only thing said
+        ocr = self._reader.ocr
         truths, readings, faulty = [], [], 0
         for path, text, confidence, fault in self.recognise_files(files):
             faulty += fault is not None
@@ -1354,9 +1168,9 @@ class LstmCtcOcr:
             elif fault:
                 print(fault, file=sys.stderr)
             else:
-                truth = self._truth_of(path)
+                truth = ocr._truth_of(path)
                 verdict = "" if truth is None else f"  {truth} {'right' if text == truth else 'wrong'}"
-                print(f"{text:<{self.words_max_num}}  {confidence:.3f}  {path}{verdict}")
+                print(f"{text:<{ocr.words_max_num}}  {confidence:.3f}  {path}{verdict}")
                 if truth is not None:
                     truths.append(truth)
                     readings.append(text)
@@ -1369,16 +1183,424 @@ class LstmCtcOcr:
         named = LABELLED.fullmatch(path.name)
         return named[2] if named and named[2] and set(named[2]) <= set(self.words) else None
 
+    # ------------------------------------------------------------------ training
+
+    def train(self):
+        """Trains on the folder `dataset`, saves to the model folder and goes on from what is there.
+
+        With TF_CONFIG set, this process is one task of the cluster that it describes (see `_join_cluster`): the chief
+        saves, validates and reports, the workers add their gradients, the parameter servers hold the weights.
+        Returns 0 when `epoch_max` is reached, 128 + the signal's number when told to stop (and saved, if it could).
+        """
+        if not self.net:
+            return dataclasses.replace(self, net="lstm").train()
+        folder = Path(self.model or MODELS / self.net)
+        if (folder / "config.json").exists() and (paper := self._load_config(folder)["paper"]) != self.paper:
+            return dataclasses.replace(self, paper=paper).train()  # as its images were prepared before
+        place = self._join_cluster()
+        if place.job == "ps":
+            return self._serve_parameters(place)
+        if 0 < self.train_max_num < place.workers:
+            raise self.Error(f"--train-max-num {self.train_max_num} leaves some of {place.workers} workers without an "
+                             "image: give at least as many")
+        config = self._training_config(folder) if place.chief else {}
+        if place.chief and (folder / LOCK).exists():
+            with self._alone_in(folder):
+                pass  # if not, that is said now, before the images are decoded
+        files, share = self._training_files(place, config)
+        tf = _tensorflow()
+        with tf.Graph().as_default(), tf.device(place.device), contextlib.ExitStack() as alone:
+            run = self._prepare(place, folder, files, share)
+            if place.chief:
+                alone.enter_context(self._alone_in(folder))
+                run.config = self._training_config(folder)
+                self._note_held_out(run, files, share)
+                self._save_config(folder, run.config)
+                with self._writing(folder):
+                    run.writer = tf.summary.FileWriter(str(folder / "events"))
+            return self._train_loop(run)
+
+    def _training_files(self, place, config):
+        """Returns this process's (path, text) pairs, and the share of digests below which an image is held out.
+
+        That share only ever shrinks while a folder grows, and for one model whatever happens, so that nothing that was
+        trained on is held out later. It depends neither on `val_num` nor on the number of workers.
+        """
+        files = self._labelled_files(Path(self.dataset), place)
+        return files, min(HELD_SHARE, HELD_NUM / (len(files) * place.workers), config.get("held_share", 1))
+
+    def _prepare(self, place, folder, files, share):
+        """Decodes the images and builds the network; returns a `_Run`."""
+        held = max(1, sum(_digest(path) < share for path, _ in files))  # they are the first
+        most = self.train_max_num // place.workers or len(files)
+        images, texts = self.load_images(files[:held + most])
+        count = max(0, len(images) - held)
+        if count < self.batch_size:
+            raise self.Error(f"{self.dataset} leaves {count} images to train on, fewer than one batch of "
+                             f"{self.batch_size}: render more, or lower --batch-size")
+        steps_per_epoch = count // self.batch_size
+        net = self._build_training(steps_per_epoch, place)
+        return self._Run(
+            place=place, folder=folder, net=net, images=images, texts=texts, held=np.arange(min(held, self.val_num)),
+            rows=np.arange(held, len(images)), steps_per_epoch=steps_per_epoch,
+            last=math.ceil(self.epoch_max * steps_per_epoch),
+            saver=_tensorflow().train.Saver(max_to_keep=0, save_relative_paths=True))  # `_save` keeps best and newest
+
+    @staticmethod
+    def _note_held_out(run, files, share):
+        """Writes down which images are validated on; with others than before, forgets what was best on those."""
+        names = "/".join(os.path.basename(path) for path, _ in files[:len(run.held)])
+        held_out = hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        if run.config.get("held_out") != held_out:
+            _forget_best(run.config)
+        run.config.update(held_share=share, held_out=held_out)
+
+    def _training_config(self, folder):
+        """Returns the folder's config, or a new one; raises `Error` if the folder was trained with other settings."""
+        config = self._plan()
+        if not (folder / "config.json").exists():
+            return config
+        known = self._load_config(folder)
+        for name in config:
+            if known.get(name) != config[name]:
+                raise self.Error(f"{folder} was trained with {_flag(name)} {known.get(name)}, not {config[name]}: give "
+                                 "the same to go on with it, or another folder with --model")
+        return known
+
+    def _train_loop(self, run):
+        """Steps, reports, saves, and stops: after the last step, or when told to."""
+        chief = run.place.chief
+        open_session = self._session_in_cluster if run.place.servers else self._session_alone
+        with open_session(run) as session, self._begin(run) as run.bar, \
+                _deferred_stop() if chief else contextlib.nullcontext([]) as stop:
+            for images, sequences in _one_ahead(self._batches(run)):
+                if chief and run.step >= run.last:
+                    break
+                feeds, before = {run.net.images: images, run.net.sequences: sequences}, run.step
+                if not self._step(run, session, feeds, stop):
+                    self._leave(run, feeds, stop)
+                if chief:
+                    with _lost_servers_left_to_the_next_step():
+                        self._between_steps(run, before, feeds, stop)
+                if stop:
+                    break
+            run.finished = not stop
+        if stop:
+            print(_stopped(run), file=sys.stderr)
+            return 128 + stop[0]
+        if chief:
+            print(f"{run.step} steps done; best accuracy {run.config.get('accuracy')} in {run.folder}", file=sys.stderr)
+        return 0
+
+    def _begin(self, run):
+        """Reads off where the training stands, and returns its progress bar."""
+        run.step = run.saved = int(run.session.run(run.net.step))
+        run.reported, run.begun = (time.monotonic(), run.step), time.process_time()
+        run.cpu_before = run.config.get("cpu_minutes", 0) - run.begun / 60
+        bar = tqdm(total=run.last * self.batch_size, initial=run.step * self.batch_size, unit="img", disable=None)
+        bar.write(f"{len(run.rows)} images to train on, {len(run.held)} held out; from step {run.step} to {run.last}",
+                  file=sys.stderr)
+        return bar
+
+    def _batches(self, run):
+        """Yields (images, sparse sequences) from `run.step` on; the seed and the step alone say which images."""
+        for step in itertools.count(run.step):
+            epoch, batch = divmod(step, run.steps_per_epoch)
+            if batch == 0 or step == run.step:
+                order = np.random.default_rng([self.seed, epoch]).permutation(run.rows)
+            rows = order[batch * self.batch_size:(batch + 1) * self.batch_size]
+            yield run.images[rows], self.sequences_to_sparse([self.text_to_sequence(run.texts[row]) for row in rows])
+
+    def _step(self, run, session, feeds, stop):
+        """Runs one training step; returns False if told to stop while the step waits for another task."""
+        fetches = [run.net.loss, run.net.gradient_norm, run.net.train]
+        if run.place.servers:
+            waiting = run.stepping.submit(session.run, fetches, feeds)
+            while not waiting.done() and not stop:
+                concurrent.futures.wait([waiting], timeout=1)  # in this thread signals are heard
+            if not waiting.done():
+                return False
+            loss, norm, step = waiting.result()
+        else:
+            loss, norm, step = session.run(fetches, feeds)
+        self._require_finite(run, loss, norm)
+        run.losses.append(float(loss))
+        run.bar.update((int(step) - run.step) * self.batch_size)
+        run.bar.set_postfix(loss=f"{np.mean(run.losses[-100:]):.3f}", accuracy=run.config.get("accuracy"))
+        run.step = int(step)
+        return True
+
+    def _between_steps(self, run, before, feeds, stop):
+        """Reports and saves where it is time for it, after the step that followed step `before`."""
+        due = run.step // REPORT_STEPS > before // REPORT_STEPS and self._validation_is_due(run)
+        report, save_steps = run.step >= run.last or due, max(1, round(self.save_epoch * run.steps_per_epoch))
+        if report or stop or run.step // save_steps > before // save_steps:
+            self._require_finite(run, run.session.run(run.net.loss, feeds))  # of the weights to be saved
+            if report:
+                self._report(run, feeds)
+            self._save(run)
+
+    def _leave(self, run, feeds, stop):
+        """Saves and ends this process, whose step still waits for another task: nothing else ends such a step."""
+        with contextlib.suppress(_tensorflow().errors.OpError, RuntimeError):  # that task may be a parameter server
+            self._between_steps(run, run.step, feeds, stop)
+        print(_stopped(run), file=sys.stderr, flush=True)
+        os._exit(128 + stop[0])
+
+    def _require_finite(self, run, *values):
+        if not np.isfinite(values).all():
+            raise self.Error(f"the loss or its gradient is no longer a number after step {run.step}: lower --lr; the "
+                             f"checkpoint of step {run.saved} in {run.folder} is intact")
+
+    def _validation_is_due(self, run):
+        """Whether one more validation stays under its share of the time; the first one's cost is a guess."""
+        elapsed = time.process_time() - run.begun  # a machine that was busy, or stopped, for a while does not count
+        cost = run.validation or elapsed / len(run.losses) / self.batch_size * len(run.held) / 3
+        return run.validating + cost <= VALIDATION_SHARE * elapsed
+
+    def _report(self, run, feeds):
+        """Validates on the held-out images; prints the article's figures and writes them for TensorBoard."""
+        begun, now, (last_time, last_step) = time.process_time(), time.monotonic(), run.reported
+        epoch, batch = divmod(run.step, run.steps_per_epoch)
+        speed = (run.step - last_step) * self.batch_size / (now - last_time)
+        images, sequences = feeds.values()
+        train = score([self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sequences)],
+                      [text for text, _ in self._read(run.session, run.net, images)])
+        truths, readings, loss = self._validate(run)
+        held = score(truths, readings)
+        wrong = [row for row, truth in enumerate(truths) if readings[row] != truth]
+        figures = {"lr": self._learning_rate((run.step - 1) / run.steps_per_epoch), "images_per_second": speed,
+                   "train/loss": float(np.mean(run.losses[last_step - run.step:])), "train/edit_distance": train["cer"],
+                   "validation/loss": loss, "validation/edit_distance": held["cer"],
+                   "validation/accuracy": held["accuracy"], "cpu_minutes": self._cpu_minutes(run)}
+        lines = [f"epoch {epoch}  batch {batch} of {run.steps_per_epoch}  step {run.step}  lr {figures['lr']:.2e}  "
+                 f"{speed:.0f} images/s",
+                 f"train       loss {figures['train/loss']:.3f}  edit distance {train['cer']:.4f}",
+                 f"validation  loss {loss:.3f}  edit distance {held['cer']:.4f}  accuracy {held['accuracy']:.2%}",
+                 "accuracy by length  " + _shares(held["by_length"])]
+        lines += [f"True {_spelt(truths[row])} <====> {_spelt(readings[row])}" for row in (wrong + [0])[:3]]
+        tqdm.write("\n".join(lines) + "\n", file=sys.stderr)
+        self._write_summaries(run, figures, [(run.images[run.held[row]], truths[row], readings[row])
+                                             for row in wrong[:8]])
+        if held["accuracy"] >= run.config.get("accuracy", 0):
+            run.config.update(accuracy=held["accuracy"], validated_on=len(truths), best_step=run.step)
+        run.reported = time.monotonic(), run.step
+        run.validation = time.process_time() - begun
+        run.validating += run.validation
+
+    @staticmethod
+    def _cpu_minutes(run):
+        """What all cores have spent on it: earlier parts and validations count, decoding the images does not."""
+        return run.cpu_before + time.process_time() / 60
+
+    def _validate(self, run):
+        """Returns the held-out texts, their readings and the mean loss over them."""
+        count = -(-len(run.held) // self.batch_size)  # the graph takes whole batches: the last is filled from the front
+        batches = np.resize(run.held, (count, self.batch_size))
+
+        def validate(rows):
+            sequences = self.sequences_to_sparse([self.text_to_sequence(run.texts[row]) for row in rows])
+            losses, sparse = run.session.run([run.net.losses, run.net.sparse],
+                                             {run.net.images: run.images[rows], run.net.sequences: sequences})
+            return losses, [self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sparse)]
+
+        with ThreadPool(_cores()) as pool:
+            results = pool.map(validate, batches)
+        losses = np.concatenate([losses for losses, _ in results])[:len(run.held)]
+        readings = [text for _, batch in results for text in batch][:len(run.held)]
+        return [run.texts[row] for row in run.held], readings, float(losses.mean())
+
+    @staticmethod
+    def _write_summaries(run, figures, wrong):
+        """Writes figures {tag: value} and wrong readings [(image (H, W), truth, reading)] as a TensorBoard event."""
+        tf = _tensorflow()
+        values = [tf.Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
+        if wrong:
+            rows = []
+            for image, truth, reading in wrong:
+                caption = np.full((16, image.shape[1]), 255, np.uint8)
+                cv2.putText(caption, f"{truth} -> {reading}", (2, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, 0)
+                rows += [255 - image, caption]
+            picture = np.vstack(rows)
+            values.append(tf.Summary.Value(tag="validation/wrong", image=tf.Summary.Image(
+                height=picture.shape[0], width=picture.shape[1], colorspace=1,
+                encoded_image_string=cv2.imencode(".png", picture)[1].tobytes())))
+        run.writer.add_summary(tf.Summary(value=values), run.step)
+        run.writer.flush()
+
+    def _save(self, run):
+        """Writes the checkpoint of this step, then config.json, and then removes what is no longer needed.
+
+        In this order kill -9 at any point leaves a folder that loads. So does a power cut, because each is on the disk
+        before the next is begun; that takes milliseconds. The checkpoint before stays too, should the disk tear one.
+        """
+        with self._writing(run.folder):
+            try:
+                prefix = run.saver.save(run.session, str(run.folder / "LstmCtcOcr"), run.step, write_meta_graph=False)
+                _to_disk(*run.folder.glob(f"{Path(prefix).name}.*"), run.folder)
+            except BaseException:  # a full disk, say: parts of a checkpoint must not take the room of the next attempt
+                whole = (run.folder / f"LstmCtcOcr-{run.step}.index").exists()  # it is written last
+                for path in run.folder.glob("checkpoint.tmp*" if whole else f"LstmCtcOcr-{run.step}.*"):
+                    path.unlink()
+                raise
+        before, run.saved = run.saved, run.step
+        run.config.update(step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
+                          images_seen=run.step * self.batch_size * run.place.workers,
+                          images=len(run.rows) * run.place.workers, epoch_max=self.epoch_max,
+                          lr=self.lr, cpu_minutes=round(self._cpu_minutes(run), 2),
+                          tensorflow=_tensorflow().__version__)
+        self._save_config(run.folder, run.config)
+        kept = {f"LstmCtcOcr-{step}" for step in (run.step, before, run.config.get("best_step"))}
+        for path in run.folder.glob("LstmCtcOcr-*"):
+            if path.name.split(".")[0] not in kept:
+                path.unlink()
+    @contextlib.contextmanager
+    def _session_alone(self, run):
+        """The session that trains in this process alone."""
+        tf = _tensorflow()
+        init = tf.global_variables_initializer()
+        run.net.loss.graph.finalize()
+        with tf.Session(config=_session_config()) as run.session:
+            run.session.run(init)
+            self._resume(run, run.session)
+            yield run.session
+
+    def _resume(self, run, session):
+        """Loads the newest checkpoint if there is one; forgets what was best if that was torn and came later."""
+        if any(run.folder.glob("LstmCtcOcr-*.index")) and \
+                self._restore(session, run.saver, run.folder) < run.config.get("best_step", 0):
+            _forget_best(run.config)
+
+    # ------------------------------------------------------------------ training on several machines
+
+    @staticmethod
+    def _join_cluster():
+        """Returns this process's place in the cluster that TF_CONFIG describes, its server started; or else alone.
+
+        TF_CONFIG is as TensorFlow documents it: {"cluster": {"chief": [address], "worker": [...], "ps": [...]}, "task":
+        {"type": ..., "index": ...}}; without a chief, the first worker is it. Raises `LstmCtcOcr.Error` if it is not.
+        """
+        if not os.environ.get("TF_CONFIG"):
+            return LstmCtcOcr._Place()
+        tf = _tensorflow()
+        try:
+            resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+            cluster, job, index = resolver.cluster_spec(), resolver.task_type, int(resolver.task_id or 0)
+            tasks = [(job, index) for job in ("chief", "worker", "ps") if job in cluster.jobs
+                     for index in cluster.task_indices(job)]
+            servers = [task for task in tasks if task[0] == "ps"]
+            workers = tasks[:len(tasks) - len(servers)]
+            if (job, index) not in tasks or not workers or len(workers) > 1 > len(servers):
+                raise ValueError("it must name a chief or worker, a ps if they are several, and a task that is one of "
+                                 "them")
+            if tasks == workers:
+                return LstmCtcOcr._Place()
+            with _quiet_stderr():
+                server = tf.train.Server(cluster, job, index, config=_session_config())
+        except (ValueError, TypeError, AttributeError, KeyError, tf.errors.OpError) as error:
+            raise LstmCtcOcr.Error(f"TF_CONFIG: {str(error).splitlines()[0]}") from None
+        here, number = f"/job:{job}/task:{index}", workers.index((job, index)) if (job, index) in workers else None
+        for each in (signal.SIGINT, signal.SIGTERM):  # who waits for others inside TensorFlow would not hear of one;
+            signal.signal(each, signal.SIG_DFL)  # the chief saves first, from when it trains
+        return LstmCtcOcr._Place(
+            job=job, index=index, chief=number == 0, number=number, workers=len(workers), servers=len(servers),
+            target=server.target, device=tf.train.replica_device_setter(cluster=cluster, worker_device=here),
+            sees=["/job:ps", here])
+
+    def _serve_parameters(self, place):
+        """Holds a share of the weights for the workers until they are done."""
+        tf = _tensorflow()
+        with tf.Graph().as_default(), tf.Session(place.target, config=_session_config(place)) as session:
+            finished = self._finished_queue(place.index, place.workers).dequeue()
+            print(f"holds weights for {place.workers} workers", file=sys.stderr)
+            session.run(finished)
+            with contextlib.suppress(tf.errors.DeadlineExceededError):  # of one that has died there is no word
+                for _ in range(place.workers - 1):
+                    session.run(finished, options=tf.RunOptions(timeout_in_ms=10_000))
+            time.sleep(3)  # while they close their sessions
+        return 0
+
+    @staticmethod
+    def _finished_queue(server, workers):
+        """The queue on a parameter server to which every worker that is done adds an entry."""
+        tf = _tensorflow()
+        with tf.device(f"/job:ps/task:{server}"):
+            return tf.FIFOQueue(workers, tf.bool, shapes=[], shared_name=f"finished_{server}")
+
+    def _require_agreement(self, plan):
+        """Raises `Error` if the chief trains with other settings than this worker."""
+        for name, value in plan.items():
+            if self._plan()[name] != value:
+                raise self.Error(f"the chief trains with {_flag(name)} {value}, not {self._plan()[name]}: give the "
+                                 "same to every task of the cluster")
+
+    def _open_in_cluster(self, run):
+        """Returns a `MonitoredSession`; it, and whatever it opens anew, is ready once the chief has set the weights."""
+        tf, place, net, graph = _tensorflow(), run.place, run.net, run.net.loss.graph
+        config, init = _session_config(place), tf.global_variables_initializer()
+        manager = tf.train.SessionManager(tf.local_variables_initializer(), recovery_wait_secs=1, ready_op=(
+            None if place.chief else tf.report_uninitialized_variables([net.plan])))
+
+        def create():
+            with graph.as_default():  # it may be opened again by the thread that runs the steps
+                if place.chief:
+                    return manager.prepare_session(place.target, init, config=config, init_fn=functools.partial(
+                        self._resume, run))
+                return manager.wait_for_session(place.target, config)
+
+        def begin(session, coordinator):
+            run.session, run.opened = session, run.opened + 1
+            if run.opened > 1:
+                print(f"lost a parameter server; going on from step {session.run(net.step)}", file=sys.stderr)
+            if place.chief:
+                session.run(net.plan.initializer)  # now the weights are ready for the workers, who wait for it
+
+        begun = tf.train.SessionRunHook()
+        begun.after_create_session = begin
+        hooks = [net.replicas.make_session_run_hook(place.chief, num_tokens=0), begun]
+        return tf.train.MonitoredSession(types.SimpleNamespace(create_session=create), hooks, stop_grace_period_secs=1)
+
+    @contextlib.contextmanager
+    def _session_in_cluster(self, run):
+        """The session that trains with others, and goes on when a parameter server that it lost is there again.
+
+        A worker's ends without an error when the chief has done the last step.
+        """
+        tf = _tensorflow()
+        with concurrent.futures.ThreadPoolExecutor(1) as run.stepping:
+            try:
+                session = self._open_in_cluster(run)
+                if not run.place.chief:
+                    plan = json.loads(run.session.run(run.net.plan))
+                    run.last = plan.pop("last")
+                    self._require_agreement(plan)
+                yield session
+            except tf.errors.OutOfRangeError:  # the chief is done, and has closed the queue that the workers wait at
+                run.finished = True
+            except tf.errors.OpError as error:
+                if not _is_lost_server(error):
+                    raise
+                raise self.Error("lost a parameter server: start it again, and then this") from None
+            if run.finished:
+                with contextlib.suppress(tf.errors.OpError):  # the parameter servers may have gone already
+                    run.session.run(run.net.finished)
+                threading.excepthook = lambda _: None  # closing cancels TensorFlow's thread that applies gradients
+            # Closing all of it closes that queue, so that a chief who leaves too early must not.
+            closing = threading.Thread(target=(session if run.finished else run.session).close, daemon=True)
+            closing.start()
+            closing.join(5)  # it would wait for ever for a parameter server that has gone before
+
     # ------------------------------------------------------------------ service
 
     def create_app(self):
         """Returns the Flask application, its model loaded and asked once."""
-        self._reader  # first, because the model says how large an image is
-        self._service.model = {name: value for name, value in self._load_config(self._model_to_read()).items()
+        reader = self._reader
+        self._service.model = {name: value for name, value in reader.config.items()
                                if name in ("net", "words", "words_max_num", "step", "accuracy")}
         for _ in range(_cores()):
             threading.Thread(target=self._read_jobs, daemon=True).start()
-        self._read_in_batches([cv2.imencode(".png", np.zeros((self.im_height, self.im_width), np.uint8))[1].tobytes()])
+        self._read_in_batches([cv2.imencode(".png", np.zeros((reader.ocr.im_height, reader.ocr.im_width), np.uint8))[1]
+                                .tobytes()])
         self._service.token = self.token or os.environ.get(TOKEN_VARIABLE, "")
         app = flask.Flask(__name__, static_folder=None)
         app.json.sort_keys = False
@@ -1592,13 +1814,14 @@ class LstmCtcOcr:
         if Path(directory).exists():
             raise self.Error(f"{directory} is there already: name a new folder")
         tf, folder = _tensorflow(), self._model_to_read()
-        self._adopt(folder)
+        config = self._load_config(folder)
+        ocr = self._with_architecture(config, folder)
         with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, self._writing(directory):
             encoded = tf.placeholder(tf.string, [None], "images")
-            net = self._build_reading(types.SimpleNamespace(images=tf.map_fn(self._load_in_graph, encoded, tf.uint8)))
-            self._restore(session, self._reading_saver(), folder, self._load_config(folder).get("best_step"))
+            net = ocr._build_reading(tf.map_fn(ocr._load_in_graph, encoded, tf.uint8))
+            self._restore(session, self._reading_saver(), folder, config.get("best_step", config.get("step")))
             tf.saved_model.simple_save(session, str(directory), {"images": encoded},
-                                       {"text": self._texts_in_graph(net.sparse), "confidence": net.confidence})
+                                       {"text": ocr._texts_in_graph(net.sparse), "confidence": net.confidence})
         print(f"{directory} takes {{'images': [encoded, ...]}} and gives text and confidence", file=sys.stderr)
 
     def _load_in_graph(self, encoded):
@@ -2222,22 +2445,13 @@ def _spelt(text):
     return "[" + ", ".join(text) + "]"
 
 
-def _write_summaries(writer, step, figures, wrong):
-    """Writes figures {tag: value} and wrong readings [(image (H, W), truth, reading)] as a TensorBoard event."""
-    tf = _tensorflow()
-    values = [tf.Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
-    if wrong:
-        rows = []
-        for image, truth, reading in wrong:
-            caption = np.full((16, image.shape[1]), 255, np.uint8)
-            cv2.putText(caption, f"{truth} -> {reading}", (2, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, 0)
-            rows += [255 - image, caption]
-        picture = np.vstack(rows)
-        values.append(tf.Summary.Value(tag="validation/wrong", image=tf.Summary.Image(
-            height=picture.shape[0], width=picture.shape[1], colorspace=1,
-            encoded_image_string=cv2.imencode(".png", picture)[1].tobytes())))
-    writer.add_summary(tf.Summary(value=values), step)
-    writer.flush()
+def _forget_best(config):
+    for name in ("accuracy", "validated_on", "best_step"):
+        config.pop(name, None)
+
+
+def _stopped(run):
+    return f"stopped and saved at step {run.saved} of {run.last}; the same command goes on from there"
 
 
 # ---------------------------------------------------------------------- images and files
@@ -2284,6 +2498,23 @@ def _image_files(path):
     files = [path / entry.name for entry in os.scandir(path) if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES
              and not entry.name.startswith(".")]
     return sorted(files, key=lambda file: (int(re.match(r"\d*", file.name)[0] or -1), file.name))
+
+
+def _digest(path):
+    """A number of 0 to 1 that a file's name alone decides."""
+    name = os.fsencode(os.path.basename(path))
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") / 2 ** 64
+
+
+def _model_folder(model):
+    """The folder of a model: of that path, or of that name if it ships."""
+    shipped = MODELS / "pretrained" / model
+    return shipped if not Path(model).exists() and shipped.is_dir() else Path(model)
+
+
+def _shown(folder):
+    """A path as messages have it: from this script's folder on, if it is in there."""
+    return folder.relative_to(HOME) if folder.is_absolute() and folder.is_relative_to(HOME) else folder
 
 
 def _to_disk(*paths):
@@ -2494,7 +2725,7 @@ def _quiet_stderr():
         os.close(null)
 
 
-def _session_config(place=ALONE):
+def _session_config(place=LstmCtcOcr._Place()):
     """One core an operation, as many operations at once as there are cores: see `LstmCtcOcr.logits`.
 
     Where the processor can, convolutions, their normalisation and all matrix products but BlockLSTM's are done in
@@ -2515,50 +2746,10 @@ def _has_bfloat16():
         return False
 
 
-def _join_cluster():
-    """Returns this process's place in the cluster that TF_CONFIG describes, its server started; without it, `ALONE`.
-
-    TF_CONFIG is as TensorFlow documents it: {"cluster": {"chief": [address], "worker": [...], "ps": [...]}, "task":
-    {"type": ..., "index": ...}}; without a chief, the first worker is it. Raises `LstmCtcOcr.Error` if it is not.
-    """
-    if not os.environ.get("TF_CONFIG"):
-        return ALONE
-    tf = _tensorflow()
-    try:
-        resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-        cluster, job, index = resolver.cluster_spec(), resolver.task_type, int(resolver.task_id or 0)
-        tasks = [(job, index) for job in ("chief", "worker", "ps") if job in cluster.jobs
-                 for index in cluster.task_indices(job)]
-        servers = [task for task in tasks if task[0] == "ps"]
-        workers = tasks[:len(tasks) - len(servers)]
-        if (job, index) not in tasks or not workers or len(workers) > 1 > len(servers):
-            raise ValueError("it must name a chief or worker, a ps if they are several, and a task that is one of them")
-        if tasks == workers:
-            return ALONE
-        with _quiet_stderr():
-            server = tf.train.Server(cluster, job, index, config=_session_config())
-    except (ValueError, TypeError, AttributeError, KeyError, tf.errors.OpError) as error:
-        raise LstmCtcOcr.Error(f"TF_CONFIG: {str(error).splitlines()[0]}") from None
-    here, number = f"/job:{job}/task:{index}", workers.index((job, index)) if (job, index) in workers else None
-    for each in (signal.SIGINT, signal.SIGTERM):  # who waits for others inside TensorFlow would not hear of one;
-        signal.signal(each, signal.SIG_DFL)  # the chief saves first, from when it trains
-    return types.SimpleNamespace(
-        job=job, index=index, chief=number == 0, number=number, workers=len(workers), servers=len(servers),
-        target=server.target, device=tf.train.replica_device_setter(cluster=cluster, worker_device=here),
-        sees=["/job:ps", here])
-
-
 def _is_lost_server(error):
     """Whether an exception says that a parameter server has gone, not that something is wrong."""
     tf = sys.modules.get("tensorflow")
     return tf and isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError))
-
-
-def _finished_queue(server, workers):
-    """The queue on a parameter server to which every worker that is done adds an entry."""
-    tf = _tensorflow()
-    with tf.device(f"/job:ps/task:{server}"):
-        return tf.FIFOQueue(workers, tf.bool, shapes=[], shared_name=f"finished_{server}")
 
 
 def _cores():
@@ -2595,6 +2786,16 @@ def _follow_parent():
     threading.Thread(target=follow, daemon=True).start()
 
 
+@contextlib.contextmanager
+def _lost_servers_left_to_the_next_step():
+    """Passes over the loss of a parameter server: the next step meets it too, and waits for the server."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_lost_server(error):
+            raise
+
+
 def _one_ahead(iterable):
     """Yields from an iterable, computing the next item in another thread meanwhile."""
     iterator, end = iter(iterable), object()
@@ -2620,6 +2821,9 @@ def _signals_held():
 def _deferred_stop():
     """Turns Ctrl-C and SIGTERM into an entry of the list that it yields, so that what is under way is finished."""
     caught = []
+    if threading.current_thread() is not threading.main_thread():  # only that one hears signals
+        yield caught
+        return
     before = {number: signal.signal(number, lambda number, _: caught.append(number))
               for number in (signal.SIGINT, signal.SIGTERM)}
     try:
