@@ -99,7 +99,8 @@ def test_the_architecture_comes_from_the_model(trained, dataset):
     path = next(dataset.glob("*.png"))
     (_, text, confidence, fault), = ocr.recognise_files([path])
     assert fault is None and set(text) <= set("AX") and 0 < confidence <= 1
-    assert (ocr.words, ocr.im_width, ocr.n_hidden) == ("AX", 96, 48)
+    known = ocr._reader.ocr
+    assert (known.words, known.im_width, known.n_hidden) == ("AX", 96, 48)
 
 
 @pytest.mark.parametrize("label_parts", [1, 3])

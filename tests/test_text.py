@@ -67,6 +67,7 @@ def test_a_letter_outside_the_alphabet_is_named():
     (dict(batch_size=-1), "--batch-size must be above 0"),
     (dict(lr=0.0), "--lr must be above 0"),
     (dict(lr=float("nan")), "--lr must be above 0"),
+    (dict(epoch_max=float("inf")), "--epoch-max must be above 0 and finite"),
     (dict(seed=-1), "--seed must not be negative"),
     (dict(beam_width=101), "--beam-width must be 1 to 100"),
     (dict(net="transformer"), "--net must be one of"),
