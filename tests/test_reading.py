@@ -152,6 +152,60 @@ def test_what_the_user_trained_is_read_with_from_then_on(trained, tmp_path, monk
     assert read_with() == "lstm" and read_with(net="cnn_lstm") == "cnn_lstm"  # the last one trained, or the one named
 
 
+def test_a_model_that_never_learnt_does_not_take_over_silently(trained, tmp_path, monkeypatch, capfd):
+    shutil.copytree(PRETRAINED, tmp_path / "pretrained")
+    shutil.copytree(trained, tmp_path / "lstm")
+    path = tmp_path / "lstm" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "accuracy": 0.03}))
+    monkeypatch.setattr("lstm_ctc_ocr.MODELS", tmp_path)
+    assert main(["test"]) == 0
+    passed, reading = capfd.readouterr().err.splitlines()
+    assert "lstm is passed over: it read only 3.0% of its held-out images" in passed
+    assert "reading with" in reading and "cnn_lstm, 99.6% of 2,000 held-out images" in reading
+    assert main(["test", "--model", str(tmp_path / "lstm")]) == 0  # asked for, it reads
+    assert "3.0% of" in capfd.readouterr().err
+
+
+def test_a_shipped_model_is_had_by_its_name(capfd):
+    assert main(["test", "--model", "lstm"]) == 0
+    captured = capfd.readouterr()
+    assert "my-model/pretrained/lstm" in captured.err and "3 of 3" in captured.out
+
+
+@pytest.mark.parametrize("name, value", [("n_hidden", "48"), ("words", 7), ("accuracy", "high"), ("step", None)])
+def test_a_config_of_another_type_is_one_line(name, value, trained, tmp_path, capfd):
+    shutil.copytree(trained, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    assert main(["test", "--model", str(tmp_path / "model")]) == 2
+    message, = capfd.readouterr().err.splitlines()
+    assert "config.json" in message
+
+
+def test_the_config_is_read_once_before_the_weights(trained, tmp_path, monkeypatch):
+    """A training beside it writes a newer one meanwhile: its accuracy and step are not those of what was loaded."""
+    shutil.copytree(trained, tmp_path / "model")
+    restore = LstmCtcOcr._restore
+
+    def train_on(self, *args):
+        path = tmp_path / "model" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "accuracy": 1.0, "best_step": 999, "words": "QY"}))
+        return restore(self, *args)
+
+    monkeypatch.setattr(LstmCtcOcr, "_restore", train_on)
+    reader = LstmCtcOcr(model=str(tmp_path / "model"))._reader
+    assert reader.config["accuracy"] < 1 and reader.config["best_step"] != 999 and reader.ocr.words == "AX"
+
+
+def test_publishing_over_a_training_is_refused(trained, tmp_path):
+    ocr = LstmCtcOcr(model=str(trained))
+    with ocr._alone_in(tmp_path / "other"):
+        before = sorted(path.name for path in (tmp_path / "other").iterdir())
+        with pytest.raises(LstmCtcOcr.Error, match="another training is at work"):
+            ocr.publish(tmp_path / "other")
+        assert sorted(path.name for path in (tmp_path / "other").iterdir()) == before
+
+
 def test_publishing_keeps_the_readings_and_drops_the_rest(trained, dataset, tmp_path):
     files = sorted(dataset.glob("*.png"))[:20]
     LstmCtcOcr(model=str(trained)).publish(tmp_path / "small")
