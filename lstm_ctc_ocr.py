@@ -82,6 +82,7 @@ CTCS = ("tensorflow", "warp")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
 LOCK = ".lock"  # in a model folder: whoever trains there holds it
+LENGTH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # N or MIN-MAX
 SHARD = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)  # I/N
 STALE = 600  # seconds after which nobody is writing a .part file any more: it takes milliseconds
 
@@ -201,13 +202,16 @@ class LstmCtcOcr:
         except KeyError as error:
             raise self.Error(f"{text!r} holds {error}, which is not in --words {self.words}") from None
 
-    def sequence_to_text(self, sequence):
-        """Undoes `text_to_sequence`; a letter counts once the most of its parts are there, in their order."""
+    def sequence_to_text(self, sequence, words=None):
+        """Undoes `text_to_sequence`; a letter counts once the most of its parts are there, in their order.
+
+        words: the letters that the classes stand for, if not `self.words`.
+        """
         text, last, seen = "", None, 0
         for letter, part in (divmod(number, self.label_parts) for number in sequence):
             seen = seen + 1 if last and letter == last[0] and part > last[1] else 1
             if seen == self.label_parts // 2 + 1:
-                text += self.words[letter]
+                text += (words or self.words)[letter]
             last = letter, part
         return text
 
@@ -563,6 +567,71 @@ class LstmCtcOcr:
         (sparse,), log_probability = tf.nn.ctc_beam_search_decoder(  # merge_repeated would read AAA as A
             logits, steps, self.beam_width, top_paths=1, merge_repeated=False)
         return sparse, log_probability[:, 0]
+
+    @dataclasses.dataclass(frozen=True)
+    class Known:
+        """What is known of a text before it is read: the settings `letters` and `length`, or a request's."""
+        letters: str = ""
+        length: str = ""
+
+    def known(self, letters="", length=""):
+        """Returns what is known of a text as `texts` takes it; raises `Error` where this model cannot read such."""
+        letters = "".join(dict.fromkeys(letters))
+        if strange := [letter for letter in letters if not self._read_as(letter, letters)]:
+            raise self.Error(f"letters {letters!r}: this model does not know {', '.join(strange)}; it knows "
+                             f"{self.words}")
+        if length:
+            self._bounds(length)
+        return self.Known(letters, length)
+
+    def _bounds(self, length):
+        """The least and the most letters that "N" or "MIN-MAX" allows."""
+        match = LENGTH.fullmatch(length)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high <= self.words_max_num:  # so many fit into the steps, see `__post_init__`
+            raise self.Error(f"length must be N or MIN-MAX, from 1 to this model's {self.words_max_num}, not "
+                             f"{length!r}")
+        return low, high
+
+    def _read_as(self, letter, letters):
+        """The model's letters that are read as `letter` where only `letters` can be: it, and its other case."""
+        return [word for word in self.words if word == letter or word.swapcase() == letter and word not in letters]
+
+    def texts(self, logits, known=Known()):
+        """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs.
+
+        The confidence is the probability that the network gives to the text (with --label-parts, to the sequence of
+        parts), exp(-CTC loss). What is `known` does not raise it: it is low where the image holds something else. Where
+        only one case of a letter is allowed, the other one is read as it.
+        """
+        words, parts = known.letters or self.words, self.label_parts
+        p = softmax(logits)
+        if known.letters:
+            p = p @ self._folds(words)
+        low, high = self._bounds(known.length) if known.length else (0, self.words_max_num)
+        longest, fits, follows = high if parts == 1 else self.words_max_num * parts, None, None
+        if known.length:
+            fits = lambda sequence: low <= len(self.sequence_to_text(sequence, words)) <= high  # noqa: E731
+            follows = self._whole_letters(len(words)) if parts > 1 else None
+        found = most_probable(p, self.beam_width, longest, fits, follows)
+        return [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
+
+    def _folds(self, letters):
+        """The matrix that adds up the classes read as each of `letters`, and drops the others, the blank last."""
+        matrix = np.zeros((len(self.words), len(letters)))
+        for column, letter in enumerate(letters):
+            for word in self._read_as(letter, letters):
+                matrix[self._class_of[word], column] = 1
+        folds = np.zeros((len(self.words) * self.label_parts + 1, len(letters) * self.label_parts + 1))
+        folds[:-1, :-1], folds[-1, -1] = np.kron(matrix, np.eye(self.label_parts)), 1
+        return folds
+
+    def _whole_letters(self, count):
+        """Which class may follow which, 0 or -inf, where each of `count` letters has all its parts in order."""
+        classes = np.arange(count * self.label_parts + 1)  # the blank, last, stands for nothing before
+        begins, ends = classes % self.label_parts == 0, (classes + 1) % self.label_parts == 0
+        ends[-1] = True
+        return np.where(ends[:, None] & begins | ~ends[:, None] & (classes == classes[:, None] + 1), 0, -np.inf)
 
     def _build_input(self, batch_size=None):
         """Begins a network in the default graph: its tensors by name, so far the images alone."""
@@ -1446,6 +1515,148 @@ def _warp_ctc(logits, labels, lengths):
     if status:
         raise LstmCtcOcr.Error(f"warp-ctc failed with status {status}")
     return losses, gradients
+
+
+# ---------------------------------------------------------------------- the most probable text
+
+TINY = 1e-300  # what a probability counts at least in the search, so that every text has one to compare
+ODD = np.uint64(0x9E3779B97F4A7C15)  # hashes a prefix: that of a longer one is the shorter one's times this, + class
+
+
+def softmax(logits):
+    """(T, B, C) -> probabilities (T, B, C) float64."""
+    p = np.exp(logits - logits.max(axis=2, keepdims=True), dtype=np.float64)
+    return p / p.sum(axis=2, keepdims=True)
+
+
+def most_probable(p, beam_width, longest, fits=None, follows=None):
+    """The most probable of the sequences that CTC can read from p (T, B, C), each step's probabilities, blank last.
+
+    Returns B pairs (sequence, probability); the probability is exact: exp(-CTC loss), so it means the same however the
+    sequence was found. First the best class of each step is tried. If the sequence that they spell has more than one
+    half, it is the most probable, for those of all sequences add up to at most 1. Only else a beam search looks further
+    (`_beam_search`), among sequences of up to `longest` classes, and what it leaves is compared by exact probabilities.
+    fits(sequence) says which sequences may be answered; None: all. follows: as `_beam_search` has it; given, it is
+    asked besides, for sequences that fit by all means.
+    """
+    sequences = _greedy(p)
+    results = list(zip(sequences, sequence_probabilities(sequences, p).tolist()))
+    hard = [b for b, (sequence, probability) in enumerate(results)
+            if probability <= 0.5 or fits and not fits(sequence)]
+    if not hard:
+        return results
+    rules = [None] if follows is None else [None, follows]
+    searches = [_beam_search(p[:, hard], beam_width, longest, fits, rule) for rule in rules]
+    for b, *found in zip(hard, *searches):
+        candidates = sum(found, [sequences[b]] * (not fits or fits(sequences[b])))
+        exact = sequence_probabilities(candidates, p[:, [b] * len(candidates)])
+        results[b] = candidates[exact.argmax()], float(exact.max())
+    return results
+
+
+def _greedy(p):
+    """The best class of each step, repeats merged and blanks dropped: p (T, B, C) -> B sequences."""
+    best = p.argmax(axis=2)  # (T, B)
+    begins = best < p.shape[2] - 1
+    begins[1:] &= best[1:] != best[:-1]
+    return [column[kept].tolist() for column, kept in zip(best.T, begins.T)]
+
+
+def sequence_probabilities(sequences, p):
+    """The probability of each of B sequences, all its alignments added up: p (T, B, C), blank last -> (B,) float64.
+
+    The forward recursion of Graves et al. (2006), section 4.1. It needs no logarithms: float64 loses only what is below
+    1e-300 in the end.
+    """
+    lengths, blank = np.array([len(sequence) for sequence in sequences]), p.shape[2] - 1
+    states = np.full((len(sequences), 2 * lengths.max() + 1), blank)  # (B, S): letters with blanks around them
+    for row, sequence in zip(states, sequences):
+        row[1:2 * len(sequence):2] = sequence
+    skips = np.zeros(states.shape)  # 1 where a path may come from the state before the last one
+    skips[:, 1:2] = 1
+    skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
+    rows = np.arange(len(sequences))
+    paths = np.zeros((len(sequences), states.shape[1] + 2))  # (B, S + 2): what ends in each state, two before the first
+    paths[:, 1] = 1  # whence the first step reaches the first two states
+    for emitted in p[:, rows[:, None], states]:  # (B, S)
+        now = paths[:, :-2] * skips
+        now += paths[:, 1:-1]
+        now += paths[:, 2:]
+        now *= emitted
+        paths[:, 2:] = now
+        paths[:, 1] = 0
+    return np.minimum(1, paths[rows, 2 * lengths + 2] + paths[rows, 2 * lengths + 1])
+
+
+@dataclasses.dataclass
+class _Beam:
+    """The W likeliest prefixes of each length L from 0 on; arrays (B, L, W)."""
+    blank: np.ndarray  # log of the probability of a prefix by the paths that end with a blank
+    letter: np.ndarray  # and of those that end with its last class
+    last: np.ndarray  # its last class; the blank, if it is empty
+    key: np.ndarray  # its hash, by which it is known if it comes a second way; 0 where there is none yet
+    sequence: np.ndarray  # (B, L, W, L - 1), what is not used of it arbitrary
+
+
+def _beam_search(p, beam_width, longest, fits=None, follows=None):
+    """CTC's prefix beam search (Hannun et al., 2014, arXiv:1408.2873), with a beam for every length up to `longest`.
+
+    So a sequence of every length is found, however unlikely. p (T, B, C), blank last; follows (C, C), 0 or -inf, by a
+    last class and the next one: which may come next. Returns for each of B the `beam_width` best sequences that fit.
+    """
+    steps, batch, classes = p.shape
+    shape = batch, longest + 1, beam_width
+    beam = _Beam(np.full(shape, -np.inf), np.full(shape, -np.inf), np.full(shape, classes - 1),
+                 np.zeros(shape, np.uint64), np.zeros((*shape, longest), np.int16))
+    beam.blank[:, 0, 0], beam.key[:, 0, 0] = 0, 1
+    # Those beyond cannot win: of a prefix's extensions W at most are in the beam already, and one is its last class.
+    count = min(classes - 1, 2 * beam_width + 1) if follows is None else classes - 1
+    likely = np.argpartition(p[..., :-1], -count, axis=2)[..., -count:]  # (T, B, K)
+    place = np.full(p.shape, count)  # (T, B, C): where in `likely` a class is; K if it is not
+    np.put_along_axis(place, likely, np.arange(count), axis=2)
+    for log_p, *classes_of_step in zip(np.log(np.maximum(p, TINY)), likely, place):
+        _advance(beam, log_p, *classes_of_step, follows)
+    score, found = np.logaddexp(beam.blank, beam.letter).reshape(batch, -1), []
+    for b, order in enumerate(np.argsort(-score, axis=1)):
+        ranked = (beam.sequence[b, n // beam_width, n % beam_width, :n // beam_width].tolist() for n in order
+                  if score[b, n] > -np.inf)
+        found.append(list(itertools.islice(filter(fits or (lambda _: True), ranked), beam_width)))
+    return found
+
+
+def _advance(beam, log_p, likely, place, follows):
+    """Takes a beam one step on: log_p (B, C), blank last; likely (B, K) and place (B, C): see `_beam_search`."""
+    batch, lengths, width = beam.last.shape
+    b, n, w = np.ogrid[:batch, :lengths, :width]
+    log_last, total = log_p[b, beam.last], np.logaddexp(beam.blank, beam.letter)
+    stay_blank, stay_letter = total + log_p[:, None, None, -1], beam.letter + log_last
+    longer = np.empty((batch, lengths, width, likely.shape[1] + 1))  # the last for what is not among the likely
+    longer[..., :-1] = total[..., None] + np.take_along_axis(log_p, likely, axis=1)[:, None, None]
+    longer[b, n, w, place[b, beam.last]] = beam.blank + log_last  # a repeat needs a blank between
+    if follows is not None:
+        longer[..., :-1] += follows[beam.last[..., None], likely[:, None, None]]
+    # What is in the beam already, and also one of its prefixes made longer, is the same text.
+    child = beam.key[:, :-1, :, None] * ODD + beam.last[:, 1:, None].astype(np.uint64)
+    i, j, parent, known = np.nonzero(child == beam.key[:, 1:, None])
+    to, at = (i, j + 1, known), (i, j, parent)
+    gained = np.where(beam.last[at] == beam.last[to], beam.blank[at], total[at]) + log_p[i, beam.last[to]]
+    stay_letter[to] = np.logaddexp(stay_letter[to], gained)
+    longer[(*at, place[i, beam.last[to]])] = -np.inf
+    scores = np.full((batch, lengths, width * (likely.shape[1] + 1)), -np.inf)
+    scores[..., :width] = np.logaddexp(stay_blank, stay_letter)
+    scores[:, 1:, width:] = longer[:, :-1, :, :-1].reshape(batch, lengths - 1, -1)
+    best = np.argpartition(scores, -width, axis=2)[..., -width:]
+    score, stays = scores[b, n, best], best < width
+    parent, added = np.divmod(best - width, likely.shape[1])
+    added, origin = likely[b, added], (b, n - ~stays, np.where(stays, best, parent))
+    beam.blank = np.where(stays, stay_blank[origin], -np.inf)
+    beam.letter = np.where(stays, stay_letter[origin], score)
+    beam.key = np.where(stays, beam.key[origin], beam.key[origin] * ODD + added.astype(np.uint64))
+    beam.key[score == -np.inf] = 0
+    beam.last = np.where(stays, beam.last[origin], added)
+    beam.sequence = beam.sequence[origin]
+    i, j, k = np.nonzero(~stays)
+    beam.sequence[i, j, k, j - 1] = added[i, j, k]
 
 
 # ---------------------------------------------------------------------- accuracy
