@@ -142,7 +142,9 @@ class LstmCtcOcr:
     # --- reading
     model: str = setting("", "model folder; empty: my-model/<net>, or to read with until there is one, "
                                 "my-model/pretrained/<net>")
-    beam_width: int = setting(4, "beam of the search, 1 to 100")
+    beam_width: int = setting(4, "beam of the search, 1 to 100; in reading, for each length that a text may have")
+    letters: str = setting("", "letters that alone can be read; of one case, they stand for the other case too")
+    length: str = setting("", "N or MIN-MAX: letters that a text has, for sure")
     host: str = setting("127.0.0.1", "address to serve on")
     port: int = setting(5050, "port to serve on")
     image_root: str = setting(str(HOME / "dataset"), "only images under this folder can be asked for by path")
@@ -556,7 +558,7 @@ class LstmCtcOcr:
         return warp(logits)
 
     def decode(self, logits):
-        """Beam search over logits (T, B, C), blank last.
+        """TensorFlow's beam search over logits (T, B, C), blank last: validates, and reads in a SavedModel.
 
         Returns the texts as a sparse tensor (B, .) int64, and the log of the confidence, (B,) float32: the probability
         that the network gives to the text, summed over the alignments that the beam has kept. With a wide enough beam
@@ -577,12 +579,16 @@ class LstmCtcOcr:
     def known(self, letters="", length=""):
         """Returns what is known of a text as `texts` takes it; raises `Error` where this model cannot read such."""
         letters = "".join(dict.fromkeys(letters))
-        if strange := [letter for letter in letters if not self._read_as(letter, letters)]:
-            raise self.Error(f"letters {letters!r}: this model does not know {', '.join(strange)}; it knows "
-                             f"{self.words}")
+        for letter in letters:
+            if not self._read_as(letter, letters):
+                raise self.Error(f"letters: this model does not know {letter!r}, it knows {self.words}")
         if length:
             self._bounds(length)
         return self.Known(letters, length)
+
+    @functools.cached_property
+    def _known_by_settings(self):
+        return self.known(self.letters, self.length)
 
     def _bounds(self, length):
         """The least and the most letters that "N" or "MIN-MAX" allows."""
@@ -640,10 +646,15 @@ class LstmCtcOcr:
         return types.SimpleNamespace(
             images=tf.placeholder(tf.uint8, [batch_size, self.im_height, self.im_width], "images"))
 
-    def _build_reading(self, net):
-        """Adds to the tensors `net` all that leads from images to texts."""
+    def _build_reading(self, net, temperature=1):
+        """Adds to the tensors `net` all that leads from images to texts.
+
+        temperature: divides the logits, so that confidences are as high as readings are often right (Guo et al., 2017).
+        """
         tf = _tensorflow()
         net.logits = self.logits(net.images)
+        if temperature != 1:
+            net.logits /= temperature
         net.sparse, log_probability = self.decode(net.logits)
         net.confidence = tf.exp(log_probability)
         return net
@@ -790,11 +801,12 @@ class LstmCtcOcr:
         tf, folder = _tensorflow(), self._model_to_read()
         self._adopt(folder)
         with tf.Graph().as_default() as graph:
-            net = self._build_reading(self._build_input())
+            net = self._build_reading(self._build_input(), self._load_config(folder).get("temperature", 1))
             net.saver = self._reading_saver()
             session = tf.Session(config=_session_config())
             self._restore(session, net.saver, folder, self._load_config(folder).get("best_step"))
             graph.finalize()  # nothing may be added to it per request
+        self._known_by_settings  # said now, if the model cannot read such
         return session, net
 
     def publish(self, folder):
@@ -1112,31 +1124,47 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ reading
 
-    def _read(self, session, net, images, options=None):
-        """images (n, H, W) uint8 -> n (text, confidence) pairs."""
-        sparse, confidence = session.run([net.sparse, net.confidence], {net.images: images}, options)
-        return [(self.sequence_to_text(sequence), float(probability))
-                for sequence, probability in zip(self.sparse_to_sequences(sparse), confidence)]
+    def _read(self, session, net, images, known=(), options=None):
+        """images (n, H, W) uint8, and what is `Known` of each, or of none -> n (text, confidence) pairs."""
+        logits = session.run(net.logits, {net.images: images}, options)
+        known = known or [self.Known()] * len(images)
+        readings = {}
+        for each in set(known):
+            rows = [row for row, of_row in enumerate(known) if of_row == each]
+            readings.update(zip(rows, self.texts(logits[:, rows], each)))
+        return [readings[row] for row in range(len(images))]
 
-    def _read_each(self, sources, options=None):
-        """As `recognise`, but an image that cannot be read has its `Error` in its place."""
-        reader, images, results = self._reader, [], []  # before the images: the model says how large they must be
-        for source in sources:
+    def _read_each(self, sources, known=(), options=None):
+        """As `recognise`, but an image that cannot be read has its `Error` in its place.
+
+        known: what is `Known` of each; by default what the settings say.
+        """
+        reader, images, rows, results = self._reader, [], [], []  # before the images: the model says how large they are
+        for row, source in enumerate(sources):
             try:
                 images.append(self.load_image(source))
+                rows.append(row)
                 results.append(None)
             except self.Error as error:
                 results.append(error)
-        readings = iter(self._read(*reader, np.stack(images), options) if images else ())
-        return [result or next(readings) for result in results]
+        if images:
+            known = known or [self._known_by_settings] * len(sources)
+            readings = self._read(*reader, np.stack(images), [known[row] for row in rows], options)
+            for row, reading in zip(rows, readings):
+                results[row] = reading
+        return results
 
-    def recognise(self, sources):
+    def recognise(self, sources, letters="", length=""):
         """Reads images, each a path or the bytes of a file, as one batch; returns their (text, confidence) pairs.
 
-        The confidence is the probability that the network gives to the text, see `decode`. The model is loaded at the
-        first call. Raises `Error` if it cannot be, or for the first image that cannot be read.
+        letters, length: what is known of the texts, as the settings of these names, which hold where nothing is given.
+        The confidence is the probability that the network gives to the text, see `texts`. The model is loaded at the
+        first call. Raises `Error` if it cannot be, or cannot read such texts, or for the first image that cannot be
+        read.
         """
-        readings = self._read_each(sources)
+        self._reader  # it says which letters can be known
+        known = self.known(letters or self.letters, length or self.length)
+        readings = self._read_each(sources, [known] * len(sources))
         for reading in readings:
             if isinstance(reading, self.Error):
                 raise reading
@@ -1166,9 +1194,9 @@ class LstmCtcOcr:
         if not files:
             raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders that hold some")
         self._reader  # first of all, so that a missing model is the only thing said
-        truths, readings, faulty = [], [], 0
+        truths, readings, confidences = [], [], []
         for path, text, confidence, fault in self.recognise_files(files):
-            faulty += fault is not None
+            confidences += [confidence] * (not fault)
             if as_json:
                 print(json.dumps({"img_path": str(path), "error": fault} if fault else
                                  {"img_path": str(path), "ocr_ret": text, "confidence": confidence}))
@@ -1183,7 +1211,16 @@ class LstmCtcOcr:
                     readings.append(text)
         if truths and not as_json:
             print("\n" + describe(score(truths, readings)))
-        return 1 if faulty else 0
+        if sum(confidence < 0.5 for confidence in confidences) > len(confidences) / 2:
+            print(self._strange_images(), file=sys.stderr)
+        return 1 if len(confidences) < len(files) else 0
+
+    def _strange_images(self):
+        """The line that says what to do about images of which most are read with little confidence."""
+        learn = "label a few hundred of them, and `train --dataset FOLDER --start-from general`"
+        if self._model_to_read().name != "general":
+            learn = f"try `--model general`, or {learn}"
+        return f"most of these do not look like what this model has learnt (confidence below 0.5): {learn}"
 
     def _truth_of(self, path):
         """The label in a file's name, or None if there is none of this alphabet."""
@@ -1199,7 +1236,8 @@ class LstmCtcOcr:
                                if name in ("net", "words", "words_max_num", "step", "accuracy")}
         for _ in range(_cores()):
             threading.Thread(target=self._read_jobs, daemon=True).start()
-        self._read_in_batches([cv2.imencode(".png", np.zeros((self.im_height, self.im_width), np.uint8))[1].tobytes()])
+        self._read_in_batches([cv2.imencode(".png", np.zeros((self.im_height, self.im_width), np.uint8))[1].tobytes()],
+                              self._known_by_settings)
         self._service.token = self.token or os.environ.get(TOKEN_VARIABLE, "")
         app = flask.Flask(__name__, static_folder=None)
         app.json.sort_keys = False
@@ -1262,27 +1300,36 @@ class LstmCtcOcr:
             flask.abort(404, "no such image under the image root")
         if data is False:
             flask.abort(413, f"the file has more than {MAX_BODY:,} bytes")
-        return {"img_path": img_path, **self._answer([data])[0]}
+        return {"img_path": img_path, **self._answer([data], flask.request.args)[0]}
 
     def _answer_post(self):
         """POST /captchaOcr: one image as the body, or as JSON, or one or several as a form's files."""
-        kind = flask.request.mimetype
+        kind, known = flask.request.mimetype, flask.request.values
         if kind == "multipart/form-data":
             datas = [file.read() for file in flask.request.files.getlist("image")]
         elif kind == "application/json":
-            datas = [_base64_image(flask.request.get_json(silent=True))]
+            body = flask.request.get_json(silent=True)
+            datas = [_base64_image(body)]
+            known = {**known, **body}
         elif kind.startswith("image/"):
             datas = [flask.request.get_data()]
         else:
             flask.abort(415, "send an image/* body, JSON with the image as base64, or a form with files named image")
         if not 1 <= len(datas) <= MAX_IMAGES:
             flask.abort(400, f"send 1 to {MAX_IMAGES} images, as files named image")
-        answers = self._answer(datas)
+        answers = self._answer(datas, known)
         return answers[0] if len(answers) == 1 else {"results": answers}
 
-    def _answer(self, datas):
-        """Reads files' bytes; returns for each what the service says about it, or ends the request with an error."""
+    def _answer(self, datas, known):
+        """Reads files' bytes; returns for each what the service says about it, or ends the request with an error.
+
+        known: a mapping that may hold `letters` and `length`; where it does not, the settings do.
+        """
         service = self._service
+        try:
+            known = self.known(*(str(known.get(name) or getattr(self, name)) for name in ("letters", "length")))
+        except self.Error as error:
+            flask.abort(error.status, str(error))
         if not all(data.startswith(SIGNATURES) for data in datas):
             flask.abort(415, "that is no PNG, JPEG, GIF, BMP, WebP or TIFF image")
         with service.lock:
@@ -1290,7 +1337,7 @@ class LstmCtcOcr:
                 raise ServiceUnavailable("too many images are waiting; try again soon", retry_after=1)
             service.waiting += len(datas)
         try:
-            readings = self._read_in_batches(datas)
+            readings = self._read_in_batches(datas, known)
         except self.Error as error:
             flask.abort(error.status, str(error))
         finally:
@@ -1300,11 +1347,11 @@ class LstmCtcOcr:
             service.images_read += len(datas)
         return [{"ocr_ret": text, "confidence": confidence} for text, confidence in readings]
 
-    def _read_in_batches(self, datas):
+    def _read_in_batches(self, datas, known):
         """`recognise` for many threads at once: other threads read in batches what all of them have asked for."""
         futures = [concurrent.futures.Future() for _ in datas]
-        for job in zip(datas, futures):
-            self._service.jobs.put(job)
+        for data, future in zip(datas, futures):
+            self._service.jobs.put((data, known, future))
         concurrent.futures.wait(futures)  # all of them, although one may be no image
         return [future.result() for future in futures]
 
@@ -1320,9 +1367,9 @@ class LstmCtcOcr:
             with contextlib.suppress(queue.Empty):
                 while len(batch) < SERVE_BATCH:
                     batch.append(jobs.get_nowait())
-            datas, futures = zip(*batch)
+            datas, known, futures = zip(*batch)
             try:
-                readings = self._read_each(datas, options)
+                readings = self._read_each(datas, known, options)
             except Exception as error:  # whoever asked is told, and the next batch is read
                 readings = [error] * len(batch)
             for future, reading in zip(futures, readings):
@@ -1416,8 +1463,10 @@ class LstmCtcOcr:
         self._adopt(folder)
         with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, self._writing(directory):
             encoded = tf.placeholder(tf.string, [None], "images")
-            net = self._build_reading(types.SimpleNamespace(images=tf.map_fn(self._load_in_graph, encoded, tf.uint8)))
-            self._restore(session, self._reading_saver(), folder, self._load_config(folder).get("best_step"))
+            config = self._load_config(folder)
+            net = self._build_reading(types.SimpleNamespace(images=tf.map_fn(self._load_in_graph, encoded, tf.uint8)),
+                                      config.get("temperature", 1))
+            self._restore(session, self._reading_saver(), folder, config.get("best_step"))
             tf.saved_model.simple_save(session, str(directory), {"images": encoded},
                                        {"text": self._texts_in_graph(net.sparse), "confidence": net.confidence})
         print(f"{directory} takes {{'images': [encoded, ...]}} and gives text and confidence", file=sys.stderr)
@@ -1824,25 +1873,28 @@ def describe_service():
     def answers(good, *codes):
         return {"200": good, **{str(code): {"$ref": "#/components/responses/Error"} for code in (401, 503, *codes)}}
 
-    def record(**properties):
-        return {"type": "object", "required": list(properties), "properties": properties}
+    def record(optional={}, **properties):
+        return {"type": "object", "required": list(properties), "properties": {**properties, **optional}}
 
     binary, text, number = {"type": "string", "format": "binary"}, {"type": "string"}, {"type": "number", "minimum": 0}
     reading = record(ocr_ret=text, confidence=number)
+    known = {"letters": {**text, "description": "letters that alone can be read, such as ABC"},
+             "length": {**text, "pattern": f"^{LENGTH.pattern}$", "description": "letters of the text: N or MIN-MAX"}}
+    restrictions = [{"name": name, "in": "query", "schema": schema} for name, schema in known.items()]
     readings = {"anyOf": [reading, record(results={"type": "array", "items": reading})]}
     body = {**content(binary, "image/*"),
-            **content(record(image={"type": "string", "format": "byte"})),
-            **content(record(image={"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": binary}),
+            **content(record(known, image={"type": "string", "format": "byte"})),
+            **content(record(known, image={"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": binary}),
                       "multipart/form-data")}
     return {
         "openapi": "3.1.0", "info": {"title": "lstm_ctc_ocr", "version": VERSION},
         "paths": {
             "/captchaOcr": {
                 "get": {"summary": "Reads an image under the image root", "parameters": [
-                    {"name": "img_path", "in": "query", "required": True, "schema": {**text, "minLength": 1}}],
-                    "responses": answers({"description": "its text", "content": content(
+                    {"name": "img_path", "in": "query", "required": True, "schema": {**text, "minLength": 1}},
+                    *restrictions], "responses": answers({"description": "its text", "content": content(
                         record(img_path=text, ocr_ret=text, confidence=number))}, 400, 404, 413, 415, 422)},
-                "post": {"summary": "Reads one image, or several files of a form",
+                "post": {"summary": "Reads one image, or several files of a form", "parameters": restrictions,
                          "requestBody": {"required": True, "content": body},
                          "responses": answers({"description": "its text, or theirs in order",
                                                "content": content(readings)}, 400, 413, 415, 422)}},
@@ -2084,9 +2136,9 @@ COMMANDS = {
     "train": ("train on the rendered captchas, or go on from the last checkpoint",
               "dataset model net words words_max_num im_width im_height train_max_num val_num n_hidden batch_size "
               "epoch_max lr save_epoch seed beam_width label_parts ctc"),
-    "test": ("read images: one line each", "model net beam_width"),
+    "test": ("read images: one line each", "model net beam_width letters length"),
     "start": ("serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
-              "model net beam_width host port image_root token"),
+              "model net beam_width letters length host port image_root token"),
     "export": ("write a SavedModel for TensorFlow Serving", "model net beam_width"),
 }
 
