@@ -28,8 +28,10 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import hmac
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -46,12 +48,12 @@ import sys
 import threading
 import time
 import types
+import warnings
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-MAX_PIXELS = 4_000_000  # of an image file; OpenCV takes this from the environment when it is imported
+MAX_PIXELS = 4_000_000  # of an image file; OpenCV takes this from the environment when it is first imported
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
-os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # what is wrong with an image is said by `load_image`
 
 try:
     import fcntl
@@ -59,30 +61,56 @@ except ImportError:  # Windows
     fcntl = None
 
 import cv2  # noqa: E402
+import captcha
 import flask
 import numpy as np
 import waitress
 from captcha.image import ImageCaptcha
+from PIL import Image, ImageFont
 from tqdm import tqdm
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import HTTPException, ServiceUnavailable, Unauthorized
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # `load_image` says what is wrong with an image
+warnings.filterwarnings("ignore", module=r"PIL\.")  # nor does it matter what Pillow thinks of a header
 
 VERSION = "1.0.0"
 HOME = Path(__file__).resolve().parent
 MODELS = HOME / "my-model"
 MODEL_FORMAT = 1  # what config.json must say; raised when older folders can no longer be read
 # What a model folder fixes:
-ARCHITECTURE = ("net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height")
-NETS = ("lstm", "cnn_lstm")
-CONVOLUTIONS = ((32, 5, 4, 2), (48, 3, 2, 2), (96, 3, 2, 1), (128, 3, 2, 1))  # channels, size, strides down, across
-PROJECTION = 128  # features that each step hands to the LSTM
+ARCHITECTURE = ("net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height", "paper")
+UNSAID = {"paper": "brightest"}  # what a config.json of before these were settings means
+NETS = ("lstm", "cnn_lstm", "wide_cnn_lstm")
+CONVOLUTIONS = {"cnn_lstm": ((32, 5, 4, 2), (48, 3, 2, 2), (96, 3, 2, 1), (128, 3, 2, 1)),  # channels, size, strides
+                "wide_cnn_lstm": ((32, 5, 2, 2), (48, 3, 2, 2), (96, 3, 2, 1), (128, 3, 2, 1))}  # down, across
+PROJECTION = {"cnn_lstm": 128, "wide_cnn_lstm": 160}  # features that each step hands to the LSTM
+PAPERS = ("border", "brightest")
+MIN_PART = 8  # images of a batch that a core works on: of fewer, batch normalisation's statistics are too rough
 STATISTICS = "statistics"  # the graph's collection of batch normalisation's (variable, value of it in a batch)
 PLAN = "plan"  # the collection of a variable by which the chief tells the workers how it trains; never saved
 CTCS = ("tensorflow", "warp")
+HEADERS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # kinds of which Pillow is asked for the size
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
+LOOKS = ("plain", "varied")
+LOOK = ".look.json"  # in a folder of rendered captchas: how they were drawn
+CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
+# What varied captchas are made of, with weights; all of --words together has the last one.
+ALPHABETS = ((CAPITALS, 24), (CAPITALS + DIGITS, 26), (CAPITALS.lower(), 8), (CAPITALS.lower() + DIGITS, 14),
+             (DIGITS, 12), (None, 16))
+PLAIN_SHARE = 0.1  # of varied captchas: those that the captcha package draws
+GLYPH_SIZES = (20, 34, 58)  # pixels an em; a letter is drawn once at each, and scaled down from the next larger one
+MAX_ASPECT = 4.3  # width over height, about: letters far apart move closer together rather than exceed it
+FONT_SUFFIXES = {".ttf", ".otf"}
+FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts",
+                "/System/Library/Fonts", "C:/Windows/Fonts")
 LOCK = ".lock"  # in a model folder: whoever trains there holds it
 LENGTH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # N or MIN-MAX
+DECODED_HEAD = 4096  # bytes before the images of a file of decoded ones: a page, so that these begin at one
+DECODED_LOCK = ".decoded.lock"  # in a folder of images: whoever decodes them holds it
+PREPROCESSING = 1  # raised when `load_image` gives something else than before
+DECODE_BATCH = 512  # images after which what is decoded is safe on the disk
 SHARD = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)  # I/N
 STALE = 600  # seconds after which nobody is writing a .part file any more: it takes milliseconds
 
@@ -115,21 +143,27 @@ class LstmCtcOcr:
     """The whole system; its fields are its settings. Constructing it opens nothing and builds nothing."""
 
     # --- the task
-    words: str = setting("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "the letters that an image may hold")
+    words: str = setting(None, "the letters that an image may hold; if not given A-Z, and in varied captchas a-z and "
+                               "0-9 too")
     words_max_num: int = setting(10, "the most letters in an image")
     im_width: int = setting(256, "image width in pixels, and so the LSTM's time steps")
     im_height: int = setting(64, "image height in pixels, and so the input of a step")
     # --- the images
     dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images, <i>_<LABEL>.png")
+    look: str = setting("plain", "plain: as the captcha package draws them; varied: in every way that captchas differ")
+    fonts: tuple = setting((), "folders of the fonts for varied captchas; if not given the captcha package's and the "
+                               "system's")
     im_total_num: int = setting(100_000, "images to render (100,000 take 0.9 GB on disk)")
     workers: int = setting(0, "processes that render; 0: one a core")
     shard: str = setting("1/1", "what to render of it, I/N: of N machines with the same settings, the part of the I-th")
     train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (100,000 take 1.6 GB of memory)")
     val_num: int = setting(2000, "images held out to validate on, at most a tenth of the folder")
     # --- the network
-    net: str = setting("", "lstm, the article's, or cnn_lstm, with convolutions in front; empty: train lstm, read with "
-                           "what was trained last or else with the shipped cnn_lstm")
-    n_hidden: int = setting(256, "LSTM cells; cnn_lstm has half of them each way")
+    net: str = setting("", "lstm, the article's, cnn_lstm, with convolutions in front, or wide_cnn_lstm, with larger "
+                           "ones; empty: train lstm, read with what was trained last or else with the shipped cnn_lstm")
+    n_hidden: int = setting(256, "LSTM cells; behind convolutions there are half of them each way")
+    paper: str = setting("border", "what is no ink: border, the colour that prevails along the image's edge, so that "
+                                   "light letters on dark paper are read too, or brightest, the brightest grey")
     label_parts: int = setting(1, "classes a letter: 3 splits it in left, middle and right, so that no blank has to "
                                   "stand between equal letters")
     # --- training
@@ -151,6 +185,18 @@ class LstmCtcOcr:
     token: str = setting("", "what clients must show, as a bearer token or as HTTP Basic's password; better given in "
                              f"the environment, as {TOKEN_VARIABLE}")
 
+    @dataclasses.dataclass
+    class _Look:
+        """What the parts of one varied captcha have in common; colours are (3,) float32, BGR of 0 to 255."""
+        chance: random.Random
+        noise: np.random.Generator
+        fonts: tuple  # (path, those letters that it has) of each
+        height: int  # of the image in pixels
+        size: float  # of the letters, pixels an em
+        paper: np.ndarray
+        ink: np.ndarray
+        contrast: int  # the least difference in brightness between letters and paper
+
     class Error(ValueError):
         """Something that the user can mend, in one line that says what to do."""
         status = 422  # of the service's answer
@@ -161,6 +207,9 @@ class LstmCtcOcr:
 
     def __post_init__(self):
         """Raises `Error` for settings that cannot work."""
+        if self.words is None:
+            object.__setattr__(self, "words", CAPITALS if self.look == "plain" else
+                               CAPITALS + CAPITALS.lower() + DIGITS)
         positive = ("words_max_num", "im_width", "im_height", "im_total_num", "n_hidden", "batch_size", "epoch_max",
                     "lr", "save_epoch", "val_num")
         for name in positive:
@@ -183,7 +232,8 @@ class LstmCtcOcr:
         index, count = map(int, SHARD.fullmatch(self.shard).groups()) if SHARD.fullmatch(self.shard) else (0, 0)
         if not 1 <= index <= count:
             raise self.Error(f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
-        for name, choices in ("net", ("", *NETS)), ("ctc", CTCS), ("label_parts", (1, 3)):
+        for name, choices in (("net", ("", *NETS)), ("look", LOOKS), ("paper", PAPERS), ("ctc", CTCS),
+                              ("label_parts", (1, 3))):
             if getattr(self, name) not in choices:
                 raise self.Error(f"{_flag(name)} must be one of {', '.join(map(str, filter(None, choices)))}, not "
                                  f"{getattr(self, name)}")
@@ -191,7 +241,7 @@ class LstmCtcOcr:
     @property
     def steps(self):
         """Time steps T that the network makes of an image: its width, over the strides of the convolutions."""
-        strides = [across for *_, across in CONVOLUTIONS] if self.net == "cnn_lstm" else []
+        strides = [across for *_, across in CONVOLUTIONS.get(self.net, ())]
         return functools.reduce(lambda width, stride: -(-width // stride), strides, self.im_width)
 
     # ------------------------------------------------------------------ text, sequences, sparse tensors
@@ -257,6 +307,9 @@ class LstmCtcOcr:
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._refuse_strangers(folder)
+        if self.look == "varied":
+            with self._writing(folder):
+                _replace(folder / LOOK, json.dumps(self._origin()) + "\n")
         numbers = range(index - 1, self.im_total_num, count)
         with _deferred_stop() as stop, self._renderers() as pool, \
                 tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None) as bar:
@@ -293,7 +346,7 @@ class LstmCtcOcr:
 
     def _render(self, i):
         """Renders image i unless it is there already. Returns what went wrong, or None."""
-        random.seed(f"{self.seed}-{i}")  # captcha 0.7.0 draws from this module's generator
+        random.seed(f"{self.seed}-{i}")  # for the captcha package, too, which draws from this module's generator
         label = self._draw_label(random)
         path = Path(self.dataset, f"{i}_{label}.png")
         if _is_whole_png(path):
@@ -301,7 +354,7 @@ class LstmCtcOcr:
         part = path.with_name(f".{i}-{secrets.token_hex(4)}.part")  # its own: another run may be at the same image
         try:
             # No fsync: an image that a power cut tears lacks its end, and is rendered again.
-            part.write_bytes(_renderer(self.im_width, self.im_height).generate(label).getvalue())
+            part.write_bytes(self._draw(label))
             os.replace(part, path)  # a file has its final name only once it is whole
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -310,7 +363,33 @@ class LstmCtcOcr:
 
     def _draw_label(self, generator):
         """A random label; generator: the module `random`, or a `random.Random`."""
-        return "".join(generator.choice(self.words) for _ in range(generator.randint(1, self.words_max_num)))
+        letters, longest = self.words, self.words_max_num
+        length = generator.randint(1, longest)
+        if self.look == "varied":  # mostly one case, and most often 4 to 6 letters, as others have them
+            (alphabet, _), = generator.choices(ALPHABETS, [weight for _, weight in ALPHABETS])
+            letters = [letter for letter in letters if letter in (alphabet or letters)] or letters
+            length = length if generator.random() < .45 else generator.randint(min(4, longest), min(6, longest))
+        return "".join(generator.choice(letters) for _ in range(length))
+
+    def _draw(self, label):
+        """A captcha as a PNG file's bytes, drawn by the module `random`'s generator."""
+        if self.look == "plain" or random.random() < PLAIN_SHARE:
+            return _renderer(self.im_width, self.im_height).generate(label).getvalue()
+        pixels = draw_varied(label, random.getrandbits(64), _find_fonts(self._font_folders(), self.words))
+        return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+
+    def _font_folders(self):
+        return tuple(self.fonts) or (str(Path(captcha.__file__).parent), *map(os.path.expanduser, FONT_FOLDERS))
+
+    def _origin(self):
+        """What the images of a folder have in common beside what their names tell: the look, and what draws letters."""
+        if self.look == "plain":
+            return {"look": "plain"}
+        fonts = _find_fonts(self._font_folders(), self.words)
+        if missing := set(self.words).difference(*(letters for _, letters in fonts)):
+            raise self.Error(f"no font in {', '.join(self._font_folders())} has {sorted(missing)}: name folders of "
+                             "fonts that have them with --fonts, or give other --words")
+        return {"look": "varied", "fonts": [Path(path).name for path, _ in fonts]}
 
     def _refuse_strangers(self, folder):
         for path in folder.glob(".*.part"):  # left behind by kill -9, or else another shard is writing it just now
@@ -318,16 +397,27 @@ class LstmCtcOcr:
                 if path.stat().st_mtime < time.time() - STALE:
                     path.unlink()
         files = [(path, named) for path in folder.iterdir() if (named := LABELLED.fullmatch(path.name))]
+        if files and (known := self._origin_of(folder)) != self._origin():
+            raise self.Error(f"{folder} holds {known['look']} images, or drawn with other fonts: give the same --look "
+                             "and --fonts, or another --dataset")
         for path, named in files:
             expected = self._draw_label(random.Random(f"{self.seed}-{int(named[1])}"))
             if named[2] != expected:
                 raise self.Error(f"{folder} holds images of another --seed, --words or --words-max-num: {path.name} "
                                  f"would be {named[1]}_{expected}.png; give the same settings, or another --dataset")
-        for path, _ in files[:1]:
+        for path, _ in files[:1] if self.look == "plain" else ():
             image = cv2.imread(str(path))
             if image is not None and image.shape[:2] != (self.im_height, self.im_width):
                 raise self.Error(f"{folder} holds images of {image.shape[1]} x {image.shape[0]} pixels: give the same "
                                  "--im-width and --im-height, or another --dataset")
+
+    @staticmethod
+    def _origin_of(folder):
+        """How a folder's images were drawn, see `_origin`; what holds no word of it is plain."""
+        try:
+            return json.loads((Path(folder) / LOOK).read_text())
+        except (OSError, ValueError):
+            return {"look": "plain"}
 
     # ------------------------------------------------------------------ loading images
 
@@ -335,7 +425,7 @@ class LstmCtcOcr:
         """Loads an image as the network sees it; the only preprocessing there is.
 
         source: a path, or the bytes of an image file; any size, mode and depth that OpenCV reads.
-        Returns (H, W) uint8, how much ink there is: 0 for the paper, 255 for the image's darkest stroke. An image of
+        Returns (H, W) uint8, how much ink there is: 0 for the paper, 255 for the strongest stroke. An image of
         another height is scaled to H; one that is then wider than W is squeezed into it, as the renderer does with long
         texts, and a narrower one has paper added on its right.
         Raises `Error`, which names the file and the fault.
@@ -343,51 +433,197 @@ class LstmCtcOcr:
         name = "the image" if isinstance(source, bytes) else source
         try:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+            count = _pixel_count(data)
+            decodable = 0 < count <= MAX_PIXELS or not count and data and _opencv_has_limit()
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if decodable else None
         except OSError as error:
             raise self.Error(f"{name}: {error.strerror}") from None
         except cv2.error as error:
-            if "IMAGE_PIXELS" in str(error):  # from the header alone, before anything is decoded
+            if "IMAGE_PIXELS" in str(error):
                 raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels") from None
             raise self.Error(f"{name}: {error.err or error}") from None
         except ValueError as error:  # a NUL in the path
             raise self.Error(f"{name}: {error}") from None
+        if count > MAX_PIXELS:
+            raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels")
         if pixels is None:
             raise self.Error(f"{name}: not a whole image of a kind that OpenCV reads")
-        return self._ink(_grey(pixels))
+        return self._ink(self._colours(pixels))
 
-    def _ink(self, grey):
-        """(h, w) float32, 1 white, -> (H, W) uint8."""
-        height, width = grey.shape
+    @staticmethod
+    def _colours(pixels):
+        """Pixels (h, w) or (h, w, channels) as OpenCV decodes them -> (h, w, 1 or 3) float32, 1 white.
+
+        What is transparent is white.
+        """
+        whole = pixels.dtype.kind in "iu"
+        white = np.iinfo(pixels.dtype).max if whole else max(np.nanmax(pixels), 1e-9)
+        pixels = (pixels.astype(np.float32) / np.float32(white)).reshape(*pixels.shape[:2], -1)
+        if not whole:
+            pixels = np.nan_to_num(pixels)
+        if pixels.shape[2] in (2, 4):
+            colour, alpha = pixels[..., :-1], pixels[..., -1:]
+            pixels = colour * alpha + (1 - alpha)
+        return pixels if pixels.shape[2] == 3 else pixels[..., :1]
+
+    def _ink(self, colours):
+        """Ink by how far its colour is from that of the paper: (h, w, 1 or 3) float32 -> (H, W) uint8."""
+        if self.paper == "brightest" and colours.shape[2] == 3:
+            colours = cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY)[..., None]
+        height, width, channels = colours.shape
         fitted = min(self.im_width, max(1, round(width * self.im_height / height)))
         if (height, width) != (self.im_height, fitted):
             method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
-            grey = cv2.resize(grey, (fitted, self.im_height), interpolation=method)
-        ink = grey.max() - grey
+            colours = cv2.resize(colours, (fitted, self.im_height), interpolation=method).reshape(
+                self.im_height, fitted, channels)
+        if self.paper == "brightest":
+            paper = colours.max()
+        else:  # the median along the edge
+            edge, inside = max(1, self.im_height // 16), np.zeros((self.im_height, fitted), bool)
+            inside[edge:-edge, edge:-edge] = True
+            along = colours[~inside]
+            paper = np.partition(along, len(along) // 2, axis=0)[len(along) // 2]
+        ink = np.abs(colours - paper).max(axis=2)
         image = np.zeros((self.im_height, self.im_width), np.uint8)
         image[:, :fitted] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
         return image
 
-    def load_images(self, files):
-        """Loads (path, text) pairs into memory: returns images (n, H, W) uint8 and their n texts.
+    @dataclasses.dataclass(frozen=True)
+    class _DecodedImages:
+        """Images in a file, to be indexed as an array (n, H, W) uint8 by rows; a slice of them is not loaded yet.
 
-        Files that are no images are named on stderr and left out.
+        The file is mapped for each access anew (as nanoGPT maps its data): pages that were read once are the system's
+        to keep or to drop, not this process's memory.
         """
-        images = np.empty((len(files), self.im_height, self.im_width), np.uint8)
+        file: object  # open: `DECODED_HEAD` bytes, then images (H, W) uint8
+        size: tuple  # H, W
+        rows: np.ndarray  # (n,) int64: which images of the file these are
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, rows):
+            if isinstance(rows, slice):
+                return dataclasses.replace(self, rows=self.rows[rows])
+            count = (os.fstat(self.file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
+            pixels = np.memmap(self.file, np.uint8, "r", DECODED_HEAD, (count, *self.size))
+            return np.array(pixels[self.rows[rows]])
+
+    @dataclasses.dataclass(frozen=True)
+    class _DecodedFile:
+        """A file beside the images of a folder that holds them decoded, and its index.
+
+        Both begin with the same 8 random bytes: they belong together. In the index follows a stamp (8 bytes) for each
+        image that is whole. Images are only ever added, an image's stamp once it is on the disk; so whoever reads
+        meanwhile needs no lock, and what kill -9 or a power cut leaves without a stamp is written over.
+        """
+        folder: Path
+        key: str  # what the images depend on besides their files
+        size: tuple  # H, W
+
+        @property
+        def paths(self):
+            """(pixels, index)"""
+            return [self.folder / f".decoded-{self.key}.{kind}" for kind in ("pixels", "index")]
+
+        def _open(self):
+            """Returns the file of pixels and its images' stamps, (n,) uint64; None and none if they are no pair."""
+            try:
+                file, index = open(self.paths[0], "rb"), np.fromfile(self.paths[1], "<u8")
+            except FileNotFoundError:
+                return None, np.empty(0, np.uint64)
+            if not len(index) or file.read(8) != index[:1].tobytes():
+                return None, np.empty(0, np.uint64)
+            count = (os.fstat(file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
+            return file, index[1:][:max(0, count)]
+
+        def find(self, stamps):
+            """Returns the images of these stamps (n,) as `_DecodedImages`, whose row is -1 where there is none."""
+            file, known = self._open()
+            if not len(known):
+                return LstmCtcOcr._DecodedImages(file, self.size, np.full(len(stamps), -1))
+            order = np.argsort(known)
+            places = order[np.minimum(np.searchsorted(known, stamps, sorter=order), len(known) - 1)]
+            return LstmCtcOcr._DecodedImages(file, self.size, np.where(known[places] == stamps, places, -1))
+
+        @contextlib.contextmanager
+        def locked(self):
+            """Keeps other processes from adding images until it ends; waits for one that does."""
+            with open(self.folder / DECODED_LOCK, "w") as lock:
+                try:
+                    if fcntl:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"another process is decoding the images of {self.folder}: waiting for it", file=sys.stderr)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                except OSError:  # of a file system that has no locks
+                    pass
+                yield
+
+        def drop_stale(self):
+            """Begins a new pair of files if there is none, or if most of its images have left the folder."""
+            file, known = self._open()
+            if file and (not len(known) or np.isin(known, _stamps(_image_files(self.folder))).mean() >= 0.5):
+                return
+            token = secrets.token_bytes(8)
+            for path, head in zip(self.paths, (token.ljust(DECODED_HEAD, b"\0"), token)):
+                path.unlink(missing_ok=True)  # another training may go on with the old one
+                path.write_bytes(head)
+
+        def add(self, stamps, images):
+            """Adds n images (H, W) uint8 of stamps (n,); only under `locked`."""
+            count = len(self._open()[1])
+            with open(self.paths[0], "r+b") as pixels, open(self.paths[1], "r+b") as index:
+                pixels.seek(DECODED_HEAD + count * math.prod(self.size))
+                pixels.write(b"".join(images))
+                pixels.flush()
+                os.fsync(pixels.fileno())
+                index.truncate(8 * (1 + count))  # a stamp that was only half written
+                index.seek(8 * (1 + count))
+                index.write(stamps.tobytes())
+
+    def load_images(self, files):
+        """Decodes the images of one folder, (path, text) pairs: returns `_DecodedImages` and their texts.
+
+        Decoded images stay in a file of that folder, so that later only what is new or has changed is decoded. Files
+        that are no images are named on stderr and left out. Raises `Error` if that file cannot be written.
+        """
+        folder = Path(files[0][0]).parent
+        decoded = self._DecodedFile(folder, self._preprocessing, (self.im_height, self.im_width))
+        stamps = _stamps(path for path, _ in files)
+        images = decoded.find(stamps)
+        if (images.rows < 0).any():
+            with self._writing(folder), decoded.locked():
+                self._decode_missing(decoded, files, stamps)
+            images = decoded.find(stamps)
+        good = np.flatnonzero(images.rows >= 0)
+        return dataclasses.replace(images, rows=images.rows[good]), [files[row][1] for row in good]
+
+    @property
+    def _preprocessing(self):
+        """What decoded images depend on besides their files, as a part of a file's name."""
+        return f"{self.im_width}x{self.im_height}-{self.paper}-{PREPROCESSING}"
+
+    def _decode_missing(self, decoded, files, stamps):
+        """Adds to a file of decoded images those of `files` that it lacks; names on stderr what is no image."""
+        decoded.drop_stale()
+        missing, faults = np.flatnonzero(decoded.find(stamps).rows < 0), []
 
         def load(row):
             try:
-                images[row] = self.load_image(files[row][0])
+                return self.load_image(files[row][0])
             except self.Error as error:
-                return str(error)
+                faults.append((row, error))
 
-        with ThreadPool(_cores()) as pool:  # OpenCV decodes outside the interpreter's lock
-            faults = list(tqdm(pool.imap(load, range(len(files)), chunksize=50), total=len(files), unit="img",
-                               desc="loading", disable=None))
-        for fault in filter(None, faults):
+        with ThreadPool(_cores()) as pool, tqdm(total=len(missing), unit="img", desc="decoding", disable=None) as bar:
+            for start in range(0, len(missing), DECODE_BATCH):  # OpenCV decodes outside the interpreter's lock
+                rows = missing[start:start + DECODE_BATCH]
+                images = pool.map(load, rows)
+                whole = [image is not None for image in images]
+                decoded.add(stamps[rows[whole]], [image for image in images if image is not None])
+                bar.update(len(rows))
+        for _, fault in sorted(faults, key=lambda fault: fault[0]):
             print(f"left out: {fault}", file=sys.stderr)
-        good = [row for row, fault in enumerate(faults) if not fault]
-        return images if len(good) == len(files) else images[good], [files[row][1] for row in good]
 
     def _labelled_files(self, folder, place=ALONE):
         """Returns the (path, text) of every labelled image, in an order that the seed and the names fix.
@@ -414,7 +650,7 @@ class LstmCtcOcr:
                              "create_dataset`, or name another folder with --dataset")
         # By a digest of each name: a folder that grows keeps its order, so no image trained on is ever held out later.
         names.sort(key=lambda named: random.Random(f"{self.seed}-{named[0]}").random())
-        return [(folder / named[0], named[2]) for named in names]
+        return [(os.path.join(folder, named[0]), named[2]) for named in names]  # a million Paths would take 0.5 GB
 
     # ------------------------------------------------------------------ the network
 
@@ -425,15 +661,24 @@ class LstmCtcOcr:
         one half of the batch on each runs half again as fast.
         """
         tf = _tensorflow()
-        parts = next(n for n in range(_cores(), 0, -1) if n == 1 or images.shape[0] and images.shape[0] % n == 0)
         with tf.variable_scope("", reuse=tf.AUTO_REUSE):
-            return tf.concat([self._logits(part, training) for part in tf.split(images, parts)], axis=1)
+            parts = tf.split(images, self._parts(images.shape[0]))
+            return tf.concat([self._logits(part, training) for part in parts], axis=1)
+
+    @staticmethod
+    def _parts(batch_size):
+        """How many equal parts a batch is split into, at most one a core; None: of unknown size.
+
+        None has fewer than `MIN_PART` images: batch normalisation takes its statistics from each part alone.
+        """
+        most = min(_cores(), (batch_size or 0) // MIN_PART)
+        return max((n for n in range(1, most + 1) if batch_size % n == 0), default=1)
 
     def _logits(self, images, training):
         tf = _tensorflow()
         ink = tf.cast(images, tf.float32) * (3 / 255)
-        if self.net == "cnn_lstm":
-            x = tf.nn.relu(self.dense(self.convolutions(ink, training), PROJECTION, "projection"))
+        if self.net in CONVOLUTIONS:
+            x = tf.nn.relu(self.dense(self.convolutions(ink, training), PROJECTION[self.net], "projection"))
             x = tf.concat([self.lstm(x, "forward"), tf.reverse(self.lstm(tf.reverse(x, [0]), "backward"), [0])], axis=2)
         else:
             x = self.lstm(tf.transpose(ink, [2, 0, 1]))  # columns (T, B, H) -> (T, B, N)
@@ -443,7 +688,7 @@ class LstmCtcOcr:
         """Features of an image's columns: ink (B, H, W) -> (T, B, F); T is W over the strides, F all that is above."""
         tf = _tensorflow()
         x = ink[..., None]  # (B, H, W, 1)
-        for number, (channels, size, down, across) in enumerate(CONVOLUTIONS, 1):
+        for number, (channels, size, down, across) in enumerate(CONVOLUTIONS[self.net], 1):
             with tf.variable_scope(f"convolution{number}"):
                 kernel = tf.get_variable("kernel", [size, size, x.shape[3], channels])
                 x = tf.nn.conv2d(x, kernel, [1, down, across, 1], "SAME")
@@ -479,7 +724,7 @@ class LstmCtcOcr:
     def lstm(self, x, name="lstm"):
         """One layer over x (T, B, I) float32: returns its outputs, (T, B, N)."""
         tf = _tensorflow()
-        cells = self.n_hidden // 2 if self.net == "cnn_lstm" else self.n_hidden
+        cells = self.n_hidden // 2 if self.net in CONVOLUTIONS else self.n_hidden
         kernel = tf.get_variable(f"{name}/kernel", [x.shape[2] + cells, 4 * cells])
         bias = tf.get_variable(f"{name}/bias", [4 * cells], initializer=tf.zeros_initializer())
         return self._lstm_layer()(x, kernel, bias)
@@ -732,7 +977,10 @@ class LstmCtcOcr:
         except (OSError, ValueError) as error:
             raise self.Error(f"{path} cannot be read ({error}): restore it, or name another folder with "
                              "--model") from None
-        if not isinstance(config, dict) or config.get("format") != MODEL_FORMAT or not config.keys() >= {*ARCHITECTURE}:
+        config = config if isinstance(config, dict) else {}
+        for name, value in UNSAID.items():
+            config.setdefault(name, value)
+        if config.get("format") != MODEL_FORMAT or not config.keys() >= {*ARCHITECTURE}:
             raise self.Error(f"{path} is not of format {MODEL_FORMAT}, which this version reads: train anew, or name "
                              "another folder with --model")
         return config
@@ -1474,31 +1722,83 @@ class LstmCtcOcr:
     def _load_in_graph(self, encoded):
         """`load_image` as TensorFlow operations: the bytes of a file () string -> (H, W) uint8."""
         tf = _tensorflow()
-        pixels = tf.cast(tf.io.decode_image(encoded, expand_animations=False), tf.float32) / 255  # (h, w, channels)
+        pixels = self._decode_in_graph(encoded)  # (h, w, channels)
         channels = tf.shape(pixels)[2]
         alpha = tf.cond(channels % 2 < 1, lambda: pixels[..., -1:], lambda: tf.ones_like(pixels[..., :1]))
-        grey = tf.cond(channels < 3, lambda: pixels[..., :1],
-                       lambda: tf.tensordot(pixels[..., :3], [[0.299], [0.587], [0.114]], 1))
-        grey = grey * alpha + 1 - alpha
-        height, width = tf.shape(grey)[0], tf.shape(grey)[1]
+        colours = tf.cond(channels < 3, lambda: tf.tile(pixels[..., :1], [1, 1, 3]), lambda: pixels[..., :3])
+        colours = colours * alpha + 1 - alpha
+        if self.paper == "brightest":
+            colours = tf.tensordot(colours, [[0.299], [0.587], [0.114]], 1)
+        height, width = tf.shape(colours)[0], tf.shape(colours)[1]
         fitted = tf.clip_by_value(tf.cast(tf.round(width * self.im_height / height), tf.int32), 1, self.im_width)
         size = [self.im_height, fitted]
-        grey = tf.case([(tf.reduce_all(tf.equal([height, width], size)), lambda: grey),
-                        (height > self.im_height, lambda: tf.image.resize_area(grey[None], size)[0])],
-                       lambda: tf.image.resize_bilinear(grey[None], size, half_pixel_centers=True)[0])[..., 0]
-        ink = tf.reduce_max(grey) - grey
+        colours = tf.case([(tf.reduce_all(tf.equal([height, width], size)), lambda: colours),
+                           (height > self.im_height, lambda: tf.image.resize_area(colours[None], size)[0])],
+                          lambda: tf.image.resize_bilinear(colours[None], size, half_pixel_centers=True)[0])
+        if self.paper == "brightest":
+            paper = tf.reduce_max(colours)
+        else:
+            edge = max(1, self.im_height // 16)
+            inside = tf.pad(tf.ones([self.im_height - 2 * edge, tf.maximum(0, fitted - 2 * edge)], tf.bool),
+                            [[edge, edge], [tf.minimum(edge, fitted), tf.maximum(0, tf.minimum(edge, fitted - edge))]])
+            along = tf.sort(tf.boolean_mask(colours, ~inside), axis=0)
+            paper = along[tf.shape(along)[0] // 2]
+        ink = tf.reduce_max(tf.abs(colours - paper), axis=2)
         image = tf.round(ink * (255 / tf.maximum(tf.reduce_max(ink), MIN_CONTRAST)))
         image = tf.pad(image, [[0, 0], [0, self.im_width - fitted]])
         return tf.ensure_shape(tf.cast(image, tf.uint8), [self.im_height, self.im_width])
 
+    @staticmethod
+    def _decode_in_graph(encoded):
+        """The bytes of a file () string -> (h, w, channels) float32, 1 white, the last of 2 or 4 channels alpha.
+
+        What TensorFlow would decode otherwise than OpenCV is refused.
+        """
+        tf = _tensorflow()
+
+        def holds(position, *values):
+            part = tf.strings.substr(encoded, position, len(values[0]))
+            return tf.reduce_any([tf.equal(part, value) for value in values])
+
+        def png():  # of red, green and blue only, a tRNS chunk is looked at when four channels are asked for
+            return tf.cast(tf.cond(holds(25, b"\2"), lambda: tf.io.decode_png(encoded, 4, tf.uint16),
+                                   lambda: tf.io.decode_png(encoded, 0, tf.uint16)), tf.float32) / 65535
+
+        def jpeg():
+            return tf.cast(tf.io.decode_jpeg(encoded, 3, dct_method="INTEGER_ACCURATE"), tf.float32) / 255
+
+        def gif():
+            with require(_is_plain_gif(encoded), "a GIF with transparency, or of frames that do not fill it"):
+                return tf.cast(tf.io.decode_image(encoded, 3, expand_animations=False), tf.float32) / 255
+
+        def bmp():
+            shades = b"".join(bytes([shade, shade, shade, 0]) for shade in range(256))
+            plain = holds(28, b"\x18\0", b"\x20\0") | holds(28, b"\x08\0") & holds(54, shades)
+            with require(plain & holds(30, bytes(4)), "a BMP of colours from a palette, or a compressed one"):
+                return tf.cast(tf.io.decode_bmp(encoded)[..., :3], tf.float32) / 255  # OpenCV ignores the fourth
+
+        def other():
+            with require(False, "what is no PNG, JPEG, GIF or BMP image"):
+                return tf.zeros([1, 1, 1])
+
+        def require(holds, fault):
+            return tf.control_dependencies([tf.debugging.Assert(holds, [f"cannot read {fault}: convert it to PNG"])])
+
+        return tf.case([(holds(0, b"\x89PNG"), png), (holds(0, b"\xff\xd8"), jpeg), (holds(0, b"GIF8"), gif),
+                        (holds(0, b"BM"), bmp)], other)
+
     def _texts_in_graph(self, sparse):
         """`sequence_to_text` as TensorFlow operations: sparse sequences (B, .) -> (B,) string."""
         tf = _tensorflow()
-        numbers = tf.sparse.to_dense(sparse, default_value=-1)
+        numbers = tf.sparse.to_dense(sparse, default_value=-1)  # (B, longest), which may be 0
         letters, parts = numbers // self.label_parts, numbers % self.label_parts
-        goes_on = tf.pad(tf.equal(letters[:, 1:], letters[:, :-1]) & (parts[:, 1:] > parts[:, :-1]), [[0, 0], [1, 0]])
+
+        def before(values):  # each step's predecessor
+            return tf.pad(values, [[0, 0], [1, 0]])[:, :-1]
+
+        goes_on = tf.equal(letters, before(letters + 1) - 1) & (parts > before(parts)) & (numbers >= 0)
         # Of one part, each is a letter. Of three, a letter counts at its second: where one goes on that did not before.
-        counts = goes_on & ~tf.pad(goes_on[:, :-1], [[0, 0], [1, 0]]) if self.label_parts > 1 else numbers >= 0
+        counts = goes_on & ~before(goes_on) if self.label_parts > 1 else numbers >= 0
         return tf.strings.reduce_join(tf.where(counts, tf.gather([*self.words], tf.maximum(letters, 0)),
                                                tf.fill(tf.shape(letters), "")), axis=1)
 
@@ -1515,6 +1815,423 @@ class LstmCtcOcr:
             reason = re.search(r"(.+)\n\s*\[\[", text) or re.match(".*", text)  # TensorFlow puts a traceback around it
             raise self.Error(f"cannot write to {folder} ({reason[reason.re.groups]}); run the same command again once "
                              "that is mended") from None
+
+
+def _is_plain_gif(encoded):
+    """Whether a GIF's bytes () string begin with a frame of the whole size and no transparent colour; () bool."""
+    tf = _tensorflow()
+    data = tf.io.decode_raw(encoded, tf.uint8)
+    ahead = [data[offset:tf.size(data) - 8 + offset] for offset in range(9)]  # at each place, the 9 bytes from there
+    control = tf.reduce_all([tf.equal(ahead[i], value) for i, value in ((0, 0x21), (1, 0xF9), (2, 4), (7, 0))], 0)
+    transparent = control & tf.equal(tf.bitwise.bitwise_and(ahead[3], tf.constant(1, tf.uint8)), 1)
+    size = [tf.equal(ahead[5 + i], data[6 + i]) for i in range(4)]
+    frame = tf.reduce_all([tf.equal(ahead[0], 0x2C), *(tf.equal(ahead[i], 0) for i in range(1, 5)), *size], 0)
+    return tf.reduce_any(frame) & ~tf.reduce_any(transparent[:tf.argmax(tf.cast(frame, tf.uint8))])
+
+
+# ---------------------------------------------------------------------- captchas of every look
+
+def draw_varied(text, seed, fonts):
+    """Draws a captcha in a look of its own, which the seed decides: returns (h, w, 3) uint8, BGR.
+
+    fonts: (path, letters that it has) each. The image is 22 to 90 pixels high and as wide as its letters want.
+    """
+    chance = random.Random(seed)
+    height = chance.randint(22, 45) if chance.random() < .45 else chance.randint(40, 90)
+    size = max(13, height * (chance.uniform(.55, 1.05) if chance.random() < .8 else chance.uniform(.35, .6)))
+    paper, contrast = _draw_paper_colour(chance), chance.choice((50, 75, 100, 130))
+    look = LstmCtcOcr._Look(chance, np.random.default_rng(chance.getrandbits(64)), fonts, height, size, paper,
+                            _contrasting(chance, paper, contrast), contrast)
+    letters, opacity = _draw_letters(look, text)  # (h, w, 3), (h, w)
+    canvas = _draw_paper(look, opacity.shape)
+    _clutter(look, canvas, over=False)
+    if chance.random() < .5:
+        letters, opacity = _warp(look, 1, letters, opacity)
+    canvas = canvas * (1 - opacity[..., None]) + letters
+    _clutter(look, canvas, over=True)
+    if chance.random() < .12:
+        canvas, = _warp(look, .5, canvas)
+    return _degrade(look, canvas)
+
+
+def _brightness(colour):
+    return float(np.dot(colour, (.114, .587, .299)))
+
+
+def _any_colour(chance):
+    grey = chance.uniform(0, 255)
+    return np.float32([grey] * 3 if chance.random() < .25 else [chance.uniform(0, 255) for _ in range(3)])
+
+
+def _draw_paper_colour(chance):
+    white, black = np.float32([255] * 3), np.float32([0] * 3)
+    kind, = chance.choices(("white", "pale", "black", "dark", "any"), (30, 32, 10, 12, 16))
+    tint = np.float32([chance.uniform(0, 1) for _ in range(3)])
+    return {"white": white, "pale": white - 60 * tint, "black": black, "dark": 90 * tint,
+            "any": _any_colour(chance)}[kind]
+
+
+def _contrasting(chance, other, least):
+    """A colour at least so much brighter or darker than another one."""
+    for _ in range(30):
+        colour = _any_colour(chance) if chance.random() < .8 else np.float32([chance.choice((0, 0, 255))] * 3)
+        if abs(_brightness(colour) - _brightness(other)) >= least:
+            return colour
+    return np.float32([0 if _brightness(other) > 127 else 255] * 3)
+
+
+@functools.cache
+def _find_fonts(folders, words):
+    """Returns (path, those of the letters `words` that it has) of every font under folders, in the order of names."""
+    paths = {path for folder in folders for path in Path(folder).rglob("*") if path.suffix.lower() in FONT_SUFFIXES}
+    fonts = [(str(path), _letters_of(str(path), words)) for path in sorted(paths, key=lambda path: (path.name, path))]
+    return tuple((path, letters) for path, letters in fonts if len(letters) > len(words) / 2)
+
+
+def _letters_of(font, words):
+    """Those of the letters `words` that a font draws; not what it draws as a box, nor a small letter as its capital."""
+    try:
+        shapes = {letter: bytes(_face(font, 12).getmask(letter)) for letter in {*words, *words.upper(), "\uffff"}}
+    except OSError:  # no font after all
+        return ""
+    return "".join(letter for letter in words if any(shapes[letter]) and shapes[letter] != shapes["\uffff"]
+                   and (letter == letter.upper() or shapes[letter] != shapes.get(letter.upper())))
+
+
+@functools.lru_cache(4096)
+def _face(font, size):
+    return ImageFont.truetype(font, size, layout_engine=ImageFont.Layout.BASIC)  # the other one is not everywhere
+
+
+@functools.lru_cache(32768)
+def _glyph(font, letter, size):
+    """Returns a letter's (h, w) uint8, with room to grow, how far below the baseline its middle is, and its advance."""
+    face, room = _face(font, size), size // 8 + 1
+    mask = face.getmask(letter, mode="L")
+    pixels = np.asarray(mask, np.uint8).reshape(mask.size[::-1])
+    return (cv2.copyMakeBorder(pixels, *[room] * 4, cv2.BORDER_CONSTANT),
+            face.getbbox(letter, anchor="ls")[1] + mask.size[1] / 2, face.getlength(letter))
+
+
+def _draw_letters(look, text):
+    """The text: its colours times their opacity, (h, w, 3) float32, and that opacity, (h, w) float32 of 0 to 1."""
+    chance, size = look.chance, look.size
+    placed, width = _place_letters(look, text)
+    margin = look.height * (chance.uniform(.02, .15) if chance.random() < .5 else chance.uniform(.1, .9))
+    shape = look.height, int(max(width + 2 * margin, look.height * chance.choice((1.1, 1.5, 2, 2.5, 3))))
+    slack = shape[1] - width
+    left = slack / 2 if chance.random() < .5 else chance.uniform(min(margin, slack / 2), max(slack - margin, slack / 2))
+    capital = .36 * size  # half the height of one
+    baseline = look.height / 2 + capital + chance.uniform(-.6, .6) * max(0, look.height / 2 - capital)
+    drift = chance.choice((0, 0, chance.uniform(-.12, .12))) * look.height / len(text)  # of the baseline, a letter
+    layer = np.zeros((*shape, 3), np.float32), np.zeros(shape, np.float32)
+    crisp, paint = chance.random() < .12, _draw_style(look)
+    several = chance.random() < .3
+    for number, (mask, matrix, x, y) in enumerate(placed):
+        y += baseline + drift * (number - len(text) / 2)
+        y = min(max(y, .3 * size), max(look.height - .3 * size, .3 * size))
+        colour = _contrasting(chance, look.paper, look.contrast) if several else look.ink
+        for shade, shape_of_it, (dx, dy) in paint(mask, colour):
+            _stamp(layer, shape_of_it, matrix, left + x + dx, y + dy, shade, crisp)
+    if chance.random() < .07 and size > 26:
+        holes = _pattern(look, shape)
+        layer = layer[0] * holes[..., None], layer[1] * holes
+    fade = np.float32(chance.choice([1] * 9 + [chance.uniform(.55, .9)]))
+    return layer[0] * fade, layer[1] * fade
+
+
+def _place_letters(look, text):
+    """Chooses font, scale, turn and place of each letter.
+
+    Returns for each (glyph, matrix (2, 2), x, y), x and y of its middle from the text's left and from the baseline, and
+    the width of all.
+    """
+    chance, size, height = look.chance, look.size, look.height
+    level = next((level for level in GLYPH_SIZES if level >= .9 * size), GLYPH_SIZES[-1])
+    swing, grow = chance.choice((0, 0, 5, 12, 20, 32)), chance.choice((0, 0, .08, .2))
+    jitter = chance.choice((0, 0, .05, .12, .2))
+    slant, slants = chance.choice((0, 0, 0, chance.uniform(-.35, .35))), chance.choice((0, 0, .15, .3))
+    turn, stretch = chance.choice((0, 0, 0, chance.uniform(-12, 12))), chance.choice((1, 1, chance.uniform(.75, 1.3)))
+    spacing = chance.choice((chance.uniform(.72, .95), 1, chance.uniform(.95, 1.15), chance.uniform(1.1, 1.5),
+                             chance.uniform(1.4, 2.4)))
+    spacing = max(min(.8, spacing), min(spacing, MAX_ASPECT * height / (len(text) * .6 * size * stretch)))
+    one_font, font = chance.random() < .7, _font_for(look, text)
+    placed, pen = [], 0.0
+    for letter in text:
+        mask, middle, advance = _glyph(font if one_font else _font_for(look, letter), letter, level)
+        scale = size / level * (1 + chance.uniform(-grow, grow))
+        angle = math.radians(turn + chance.uniform(-swing, swing))
+        rotation = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        lean = slant + chance.uniform(-slants, slants)
+        matrix = rotation @ np.array([[stretch * scale, -lean * scale], [0, scale]])
+        width = max(advance, mask.shape[1] - level // 4) * stretch * scale
+        placed.append((mask, matrix, pen + width / 2, middle * scale + chance.uniform(-jitter, jitter) * size))
+        pen += width * spacing + (chance.uniform(0, .25) * size if spacing > 1.3 else 0)
+    return placed, pen - width * (spacing - 1)
+
+
+def _font_for(look, text):
+    """The path of a font that has all of these letters, if there is one."""
+    for _ in range(20):
+        path, letters = look.chance.choice(look.fonts)
+        if set(text) <= set(letters):
+            return path
+    return max(look.fonts, key=lambda font: len(set(text) & set(font[1])))[0]
+
+
+def _draw_style(look):
+    """Returns the function (glyph, colour) -> [(colour, glyph, (right, down))]: what is drawn, one over another."""
+    chance, size = look.chance, look.size
+    style, = chance.choices(("filled", "bold", "hollow", "edged", "shadow"), (58, 10, 12, 10, 10))
+    other, weight = _contrasting(chance, look.ink, 40), chance.uniform(14, 26)
+    away = chance.choice((-1, 1)) * max(1, size / 16), max(1, size / 16)
+
+    def grown(mask, operation, by):
+        width = by * max(1, round(mask.shape[0] / weight)) + 1
+        return cv2.morphologyEx(mask, operation, np.ones((width, width), np.uint8))
+
+    return {"filled": lambda mask, colour: [(colour, mask, (0, 0))],
+            "bold": lambda mask, colour: [(colour, grown(mask, cv2.MORPH_DILATE, 1), (0, 0))],
+            "hollow": lambda mask, colour: [(colour, grown(mask, cv2.MORPH_GRADIENT, 1), (0, 0))],
+            "edged": lambda mask, colour: [(other, grown(mask, cv2.MORPH_DILATE, 2), (0, 0)), (colour, mask, (0, 0))],
+            "shadow": lambda mask, colour: [(other, mask, away), (colour, mask, (0, 0))]}[style]
+
+
+def _stamp(layer, mask, matrix, x, y, colour, crisp):
+    """Draws a glyph over a layer (colours, opacity), its middle at x, y."""
+    colours, opacity = layer
+    reach = np.abs(matrix) @ [mask.shape[1] / 2, mask.shape[0] / 2]
+    left, right = max(0, int(x - reach[0])), min(opacity.shape[1], int(x + reach[0]) + 2)
+    if left >= right:
+        return
+    offset = [x - left, y] - matrix @ [mask.shape[1] / 2, mask.shape[0] / 2]
+    drawn = cv2.warpAffine(mask, np.column_stack([matrix, offset]), (right - left, opacity.shape[0])) / np.float32(255)
+    drawn = np.float32(drawn > .3) if crisp else drawn
+    colours[:, left:right] += drawn[..., None] * (colour - colours[:, left:right])
+    opacity[:, left:right] += drawn * (1 - opacity[:, left:right])
+
+
+def _pattern(look, shape):
+    """What is left of letters that are hatched, or sparse pixels: (h, w) bool."""
+    chance = look.chance
+    if chance.random() < .5:
+        return look.noise.random(shape, np.float32) < chance.uniform(.45, .85)
+    return _stripes(look, shape, chance.uniform(0, math.pi), chance.uniform(3, 6), chance.uniform(.55, .8))
+
+
+def _stripes(look, shape, angle, step, share):
+    """Stripes in that angle, one every `step` pixels and `share` of it wide: (h, w) bool."""
+    y, x = np.ogrid[:shape[0], :shape[1]]
+    return (x * math.cos(angle) + y * math.sin(angle) + look.chance.uniform(0, step)) % step < step * share
+
+
+def _draw_paper(look, shape):
+    """The paper before anything is drawn on it: (h, w, 3) float32."""
+    chance, (height, width) = look.chance, shape
+    kind, = chance.choices(("flat", "gradient", "texture", "grid", "rings", "patches"), (45, 15, 14, 10, 8, 8))
+    y, x = np.ogrid[:height, :width]
+    if kind == "flat":
+        share = np.zeros(shape)
+    elif kind == "gradient":
+        angle = chance.uniform(0, 2 * math.pi)
+        share = .5 + .5 * (math.cos(angle) * (2 * x / width - 1) + math.sin(angle) * (2 * y / height - 1)) / 1.42
+    elif kind == "texture":
+        grain, method = chance.choice((1, 1, 2, 4, 10)), chance.choice((cv2.INTER_CUBIC, cv2.INTER_NEAREST))
+        share = cv2.resize(look.noise.random((height // grain + 2, width // grain + 2)), (width, height),
+                           interpolation=method)
+    elif kind == "grid":
+        angle, step = chance.choice((0, math.pi / 2, chance.uniform(0, math.pi))), chance.uniform(4, 16)
+        one, other = (_stripes(look, shape, angle + turn, step, chance.choice((.5, .2))) for turn in (0, math.pi / 2))
+        share = chance.choice((one, one | other, one ^ other))
+    elif kind == "rings":
+        distance = np.hypot(x - chance.uniform(0, width), y - chance.uniform(-1, 2) * height)
+        share = .5 + .5 * np.sin(distance * (2 * math.pi / chance.uniform(4, 14)))
+        share = share > .6 if chance.random() < .5 else share
+    else:
+        share = np.zeros(shape)
+        for _ in range(chance.randint(2, 8)):
+            corners = [(chance.randint(-10, width), chance.randint(-10, height)) for _ in range(chance.randint(3, 5))]
+            cv2.fillPoly(share, [np.array(corners)], chance.random())
+    other = _any_colour(chance)  # brought so near to the paper that letters stand out from both
+    room = .45 * abs(_brightness(look.ink) - _brightness(look.paper))
+    step = (other - look.paper) * min(1, room / max(abs(_brightness(other) - _brightness(look.paper)), 20))
+    return look.paper + np.float32(share)[..., None] * step
+
+
+def _clutter(look, canvas, over):
+    """Disturbs the canvas (h, w, 3) with lines, dots and the like, under the letters or over them."""
+    chance, shape = look.chance, canvas.shape[:2]
+    for _ in range(chance.choices((0, 1, 2, 3), (8, 7, 2, .5) if over else (8, 7, 3, 1))[0]):
+        draw, = chance.choices(*zip(*CLUTTER))
+        for _ in range(chance.choice((1, 1, 2)) if draw in (_lines, _curves, _dots) else 1):
+            faint = look.paper + (look.ink - look.paper) * chance.uniform(.15, .5)
+            colour, = chance.choices((look.ink, _any_colour(chance), faint, look.paper), (4, 5, 3, over))
+            opacity = chance.choice((1, 1, chance.uniform(.3, .8))) * (.5 if draw in FAINT else 1)
+            strength = opacity * abs(_brightness(colour) - _brightness(look.paper))
+            misleads = strength > 35 or colour is look.paper  # may be taken for ink, or hides it: thinner than letters
+            thickness = max(1, round(chance.uniform(.25, .95 if misleads else 1.6) * look.size / 11))
+            mask = np.zeros(shape, np.uint8)
+            draw(look, mask, thickness, cv2.LINE_AA if chance.random() < .8 else cv2.LINE_8)
+            canvas += (mask * np.float32(opacity / 255))[..., None] * (colour - canvas)
+
+
+def _anywhere(look, shape, beyond=.1):
+    """A point on the canvas, or a little beyond it."""
+    return tuple(look.chance.uniform(-beyond, 1 + beyond) * length for length in shape[::-1])
+
+
+def _trace(mask, points, thickness, line):
+    """Draws a line through points (n, 2), in pixels and parts of them."""
+    cv2.polylines(mask, [np.int32(np.multiply(points, 8))], False, 255, thickness, line, shift=3)
+
+
+def _lines(look, mask, thickness, line):
+    for _ in range(look.chance.randint(1, 3)):
+        (x0, y0), (x1, y1) = _anywhere(look, mask.shape), _anywhere(look, mask.shape)
+        if look.chance.random() < .5:  # all across
+            x0, x1 = look.chance.uniform(-.1, .2) * mask.shape[1], look.chance.uniform(.8, 1.1) * mask.shape[1]
+        _trace(mask, [(x0, y0), (x1, y1)], thickness, line)
+
+
+def _curves(look, mask, thickness, line):
+    """Cubic Bezier curves, and sines."""
+    chance, (height, width), t = look.chance, mask.shape, np.linspace(0, 1, 24)[:, None]
+    for _ in range(chance.randint(1, 2)):
+        if chance.random() < .5:
+            a, b, c, d = (np.array(_anywhere(look, mask.shape)) for _ in range(4))
+            if chance.random() < .6:
+                a[0], d[0] = chance.uniform(-.1, .15) * width, chance.uniform(.85, 1.1) * width
+            points = (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t ** 2 * c + t ** 3 * d
+        else:
+            wave = np.sin(t * width / height * chance.uniform(.5, 4) + chance.uniform(0, 6))
+            points = np.hstack([t * width, height * (chance.uniform(.2, .8) + chance.uniform(.05, .35) * wave)])
+        _trace(mask, points, thickness, line)
+
+
+def _dots(look, mask, thickness, line):
+    height, width = mask.shape
+    radius = round(look.chance.choice((0, 0, .5, 1, 1.5)) * max(1, height / 45))
+    count = int(height * width * look.chance.uniform(.002, .03) / (1 + 2 * radius * radius))
+    xs, ys = look.noise.integers(0, width, count), look.noise.integers(0, height, count)
+    mask[ys, xs] = 255
+    for x, y in zip(xs.tolist(), ys.tolist()) if radius else ():
+        cv2.circle(mask, (x, y), radius, 255, look.chance.choice((-1, -1, 1)), line)
+
+
+def _blots(look, mask, thickness, line):
+    chance, height = look.chance, mask.shape[0]
+    for _ in range(chance.randint(1, 4)):
+        axes = [chance.randint(height // 8, height // 2) for _ in range(2)]
+        cv2.ellipse(mask, np.int32(_anywhere(look, mask.shape)).tolist(), axes, chance.randint(0, 180), 0, 360, 255, -1,
+                    line)
+
+
+def _arcs(look, mask, thickness, line):
+    chance, (height, width) = look.chance, mask.shape
+    for _ in range(chance.randint(1, 3)):
+        axes = chance.randint(height // 4, width // 2 + 1), chance.randint(height // 6, height)
+        begin = chance.randint(0, 360)
+        cv2.ellipse(mask, np.int32(_anywhere(look, mask.shape)).tolist(), axes, chance.randint(0, 180), begin,
+                    begin + chance.randint(40, 300), 255, thickness, line)
+
+
+def _hairs(look, mask, thickness, line):
+    for _ in range(look.chance.randint(8, 50)):
+        (x, y), angle = _anywhere(look, mask.shape), look.chance.uniform(0, 2 * math.pi)
+        length = look.chance.uniform(2, mask.shape[0] / 4)
+        _trace(mask, [(x, y), (x + length * math.cos(angle), y + length * math.sin(angle))], 1, line)
+
+
+def _grid(look, mask, thickness, line):
+    chance, (height, width) = look.chance, mask.shape
+    thickness, step = max(1, thickness // 2), chance.uniform(.12, .45) * height
+    slant = chance.choice((0, 0, chance.uniform(-.5, .5))) * height
+    for x in np.arange(chance.uniform(0, step), width, step):
+        _trace(mask, [(x, 0), (x + slant, height)], thickness, line)
+    for y in np.arange(chance.uniform(0, step), height, step) if chance.random() < .7 else ():
+        _trace(mask, [(0, y), (width, y + slant)], thickness, line)
+
+
+def _border(look, mask, thickness, line):
+    cv2.rectangle(mask, (0, 0), (mask.shape[1] - 1, mask.shape[0] - 1), 255, max(1, thickness // 2))
+
+
+def _rings(look, mask, thickness, line):
+    centre, step = np.int32(_anywhere(look, mask.shape)).tolist(), look.chance.uniform(.1, .4) * mask.shape[0]
+    for number in range(1, 12):
+        cv2.circle(mask, centre, round(number * step), 255, max(1, thickness // 2), line)
+
+
+def _small_letters(look, mask, thickness, line):
+    for _ in range(look.chance.randint(5, 30)):
+        font, letters = look.chance.choice(look.fonts)
+        glyph, *_ = _glyph(font, look.chance.choice(letters), GLYPH_SIZES[0])
+        x, y = (max(0, int(length)) for length in _anywhere(look, mask.shape, 0))
+        part = mask[y:y + glyph.shape[0], x:x + glyph.shape[1]]
+        np.maximum(part, glyph[:part.shape[0], :part.shape[1]], out=part)
+
+
+CLUTTER = ((_lines, 18), (_curves, 20), (_dots, 20), (_blots, 6), (_arcs, 8), (_hairs, 8), (_grid, 8), (_border, 5),
+           (_small_letters, 5), (_rings, 4))
+FAINT = (_blots, _small_letters)
+
+
+def _warp(look, force, *layers):
+    """Bends layers (h, w, ...) alike: waves, random dents, lenses."""
+    chance, (height, width) = look.chance, layers[0].shape[:2]
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    dx, dy = np.zeros_like(x), np.zeros_like(y)
+    for _ in range(chance.choice((1, 1, 2))):
+        kind = chance.choices(("wave", "dents", "lens"), (5, 3, 2))[0]
+        if kind == "wave":
+            high = force * chance.uniform(.02, .08) * height
+            dy += high * np.sin(x * (2 * math.pi / (chance.uniform(.5, 3) * height)) + chance.uniform(0, 7))
+            dx += high * chance.choice((0, .8)) * np.sin(
+                y * (2 * math.pi / (chance.uniform(.6, 2) * height)) + chance.uniform(0, 7))
+        elif kind == "dents":
+            rows = chance.randint(3, 5)
+            for shift in (dx, dy):
+                coarse = look.noise.normal(0, force * chance.uniform(.02, .06) * height,
+                                           (rows, 1 + max(2, rows * width // height)))
+                shift += cv2.resize(np.float32(coarse), (width, height), interpolation=cv2.INTER_CUBIC)
+        else:
+            cx, cy, radius = chance.uniform(.2, .8) * width, chance.uniform(.3, .7) * height, chance.uniform(.6, 1.5)
+            pull = np.clip(1 - np.hypot(x - cx, y - cy) / (radius * height), 0, 1) * force * chance.uniform(-.3, .3)
+            dx += (x - cx) * pull
+            dy += (y - cy) * pull
+    edge = cv2.BORDER_REPLICATE if len(layers) == 1 else cv2.BORDER_CONSTANT
+    return [cv2.remap(layer, x + dx, y + dy, cv2.INTER_LINEAR, borderMode=edge) for layer in layers]
+
+
+def _degrade(look, canvas):
+    """What a picture suffers until it is a file: (h, w, 3) float32 -> uint8."""
+    chance, noise, (height, width) = look.chance, look.noise, canvas.shape[:2]
+    if chance.random() < .2:
+        canvas = cv2.GaussianBlur(canvas, (0, 0), chance.uniform(.3, 1.1) * max(.7, height / 60))
+    if chance.random() < .15 and height > 40:
+        share, method = chance.uniform(.4, .8), chance.choice((cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC))
+        small = cv2.resize(canvas, None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
+        canvas = cv2.resize(small, (width, height), interpolation=method)
+    if chance.random() < .22:
+        strength = chance.choice((chance.uniform(3, 12), chance.uniform(3, 12), chance.uniform(10, 30)))
+        canvas = canvas + strength * noise.standard_normal((height, width, chance.choice((1, 3))), np.float32)
+    if chance.random() < .12:
+        hit = noise.random((height, width)) < chance.uniform(.01, .08)
+        canvas[hit] = noise.choice([0, 255, _brightness(look.ink)], (hit.sum(), 1))
+    if chance.random() < .1:
+        canvas = canvas * chance.uniform(.5, .95) + chance.uniform(0, 40)
+    pixels = np.uint8(np.clip(canvas, 0, 255))
+    if chance.random() < .12:
+        pixels = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    if chance.random() < .06:
+        pixels = 255 - pixels
+    if chance.random() < .05:
+        step = chance.choice((32, 51, 64, 85))
+        pixels = np.uint8(np.clip((np.int32(pixels) + step // 2) // step * step, 0, 255))
+    if chance.random() < .35:
+        jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, chance.randint(30, 92)])[1]
+        pixels = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)
+    return pixels
 
 
 # ---------------------------------------------------------------------- Baidu's Warp-CTC
@@ -1785,17 +2502,39 @@ def _write_summaries(writer, step, figures, wrong):
 
 # ---------------------------------------------------------------------- images and files
 
-def _grey(pixels):
-    """Pixels (h, w) or (h, w, channels) as OpenCV decodes them -> (h, w) float32, 1 white; transparent is white."""
-    whole = pixels.dtype.kind in "iu"
-    white = np.iinfo(pixels.dtype).max if whole else max(np.nanmax(pixels), 1e-9)
-    pixels = (pixels.astype(np.float32) / np.float32(white)).reshape(*pixels.shape[:2], -1)
-    if not whole:
-        pixels = np.nan_to_num(pixels)
-    if pixels.shape[2] in (2, 4):
-        colour, alpha = pixels[..., :-1], pixels[..., -1:]
-        pixels = colour * alpha + (1 - alpha)
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY) if pixels.shape[2] == 3 else pixels[..., 0]
+def _pixel_count(data):
+    """Width times height of an image file, from its header alone; 0 where Pillow makes nothing of that."""
+    try:
+        with Image.open(io.BytesIO(data), formats=HEADERS) as image:
+            return math.prod(image.size)
+    except Image.DecompressionBombError:
+        return math.inf
+    except Exception:  # a header can be wrong in many ways
+        return 0
+
+
+@functools.cache
+def _opencv_has_limit():
+    """Whether OpenCV itself refuses more than `MAX_PIXELS`: not if it was imported before this script set them."""
+    try:
+        cv2.imdecode(np.frombuffer(b"P4 2000 %d\n" % (MAX_PIXELS // 2000 + 1), np.uint8), cv2.IMREAD_UNCHANGED)
+        return False
+    except cv2.error:
+        return True
+
+
+def _stamps(paths):
+    """(n,) uint64: digests of files' names, sizes and times of change; a missing file's is that of no image."""
+    def stamp(path):
+        try:
+            about = os.stat(path)
+            facts = f"/{about.st_size}/{about.st_mtime_ns}"
+        except (OSError, ValueError):  # which `load_image` will say
+            facts = ""
+        name = os.fsencode(os.path.basename(path) + facts)
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+    return np.fromiter(map(stamp, paths), np.uint64)
 
 
 def _image_files(path):
@@ -1818,6 +2557,13 @@ def _to_disk(*paths):
                 raise
         finally:
             os.close(descriptor)
+
+
+def _replace(path, text):
+    """Writes a small file whole or not at all; several may do so at once."""
+    part = path.with_name(f".{secrets.token_hex(4)}.part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def _is_whole_png(path):
@@ -2079,13 +2825,31 @@ def _finished_queue(server, workers):
 
 
 def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """The cores that this process may use: those it is bound to, and no more than its container's quota pays for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, math.ceil(min(cores, _cpu_quota())))
+
+
+def _cpu_quota(root=Path("/")):
+    """CPUs that the process's control group and those above it leave it (Linux's cgroup v2, `cpu.max`), or inf."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    own = next((line.removeprefix("0::") for line in groups if line.startswith("0::")), "/")
+    quotas, group = [math.inf], PurePosixPath(own)
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # without a limit: max 100000
+            quota, period = (root / "sys/fs/cgroup" / str(folder).lstrip("/") / "cpu.max").read_text().split()
+            quotas.append(int(quota) / int(period))
+    return min(quotas)
 
 
 def _follow_parent():
     """Makes this process end when its parent has ended, and only then: signals to the whole group are the parent's."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(1)
 
     def follow():
         multiprocessing.parent_process().join()
@@ -2132,7 +2896,7 @@ def _deferred_stop():
 
 COMMANDS = {
     "create_dataset": ("render captchas to train on",
-                       "dataset im_total_num words words_max_num im_width im_height seed workers shard"),
+                       "dataset look fonts im_total_num words words_max_num im_width im_height seed workers shard"),
     "train": ("train on the rendered captchas, or go on from the last checkpoint",
               "dataset model net words words_max_num im_width im_height train_max_num val_num n_hidden batch_size "
               "epoch_max lr save_epoch seed beam_width label_parts ctc"),
@@ -2154,8 +2918,10 @@ def _parser():
     for command, (text, names) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
         for field in map(fields.get, names.split()):
-            sub.add_argument(_flag(field.name), type=field.type, default=field.default, metavar=field.type.__name__,
-                             help=field.metadata["help"] + " (%(default)s)" * (field.default != ""))
+            several = dict(type=str, nargs="+", metavar="DIR") if field.type is tuple else {}
+            shown = "" if field.default in ("", (), None) else " (%(default)s)"
+            sub.add_argument(_flag(field.name), **{"type": field.type, "metavar": field.type.__name__, **several},
+                             default=field.default, help=field.metadata["help"] + shown)
         if command == "export":
             sub.add_argument("directory", metavar="DIR", help="a new folder; TensorFlow Serving wants <name>/<number>")
         if command == "test":

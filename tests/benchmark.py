@@ -114,15 +114,15 @@ def multiplications(ocr):
 
     classes = len(ocr.words) * ocr.label_parts + 1
     dense = 3 * ocr.steps * ocr.n_hidden * classes
-    if ocr.net != "cnn_lstm":
+    if ocr.net not in lstm_ctc_ocr.CONVOLUTIONS:
         return lstm(ocr.im_height, ocr.n_hidden, False) + dense
     height, width, channels, total = ocr.im_height, ocr.im_width, 1, dense
-    for number, (outputs, size, down, across) in enumerate(lstm_ctc_ocr.CONVOLUTIONS):
+    for number, (outputs, size, down, across) in enumerate(lstm_ctc_ocr.CONVOLUTIONS[ocr.net]):
         height, width = -(-height // down), -(-width // across)
         total += (3 if number else 2) * height * width * size ** 2 * channels * outputs
         channels = outputs
-    total += 3 * ocr.steps * height * channels * lstm_ctc_ocr.PROJECTION
-    return total + 2 * lstm(lstm_ctc_ocr.PROJECTION, ocr.n_hidden // 2, True)
+    features = lstm_ctc_ocr.PROJECTION[ocr.net]
+    return total + 3 * ocr.steps * height * channels * features + 2 * lstm(features, ocr.n_hidden // 2, True)
 
 
 def benchmark_train(ocr, folder):

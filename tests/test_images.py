@@ -1,18 +1,26 @@
 """Rendering, and the one way in which images are loaded."""
 
+import io
 import os
 import re
+import struct
+import subprocess
+import sys
+import zlib
 
+import captcha
 import cv2
 import numpy as np
 import pytest
-from conftest import TASK, flags, spawn
+from conftest import ROOT, TASK, flags, spawn
+from PIL import Image
 
 from lstm_ctc_ocr import LstmCtcOcr, main
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """What is in a folder of images; the file into which training has decoded them is not."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".decoded")}
 
 
 def test_the_seed_alone_decides_every_byte(dataset, tmp_path):
@@ -66,6 +74,51 @@ def test_a_folder_of_other_images_is_not_mixed_into(dataset, capfd, other):
     assert "another --dataset" in capfd.readouterr().err
 
 
+# ---- captchas of every look
+
+FONTS = os.path.join(os.path.dirname(captcha.__file__), "data")
+
+
+def varied(folder, **settings):
+    return main(["create_dataset", "--look", "varied", "--fonts", FONTS, *flags(dataset=folder, **settings)])
+
+
+def test_the_seed_decides_every_byte_of_varied_captchas(tmp_path):
+    """Whatever renders them: one worker, two, or two shards at a time that go on where others stopped."""
+    assert varied(tmp_path / "1", im_total_num=40, workers=1) == 0
+    for shard in ("2/2", "1/2"):
+        assert varied(tmp_path / "2", im_total_num=40, workers=2, shard=shard) == 0
+    files = contents(tmp_path / "1")
+    assert len(files) == 41 and contents(tmp_path / "2") == files  # the images, and what they were drawn with
+    assert varied(tmp_path / "3", im_total_num=5, seed=1) == 0
+    assert not set(contents(tmp_path / "3").values()) <= set(files.values())
+
+
+def test_varied_captchas_vary(tmp_path):
+    """Letters of both cases and digits, heights as others have them, paper light and dark, and no two alike."""
+    assert varied(tmp_path, im_total_num=120) == 0
+    images = [cv2.imread(str(path)) for path in tmp_path.glob("*.png")]
+    labels = [path.stem.split("_")[1] for path in tmp_path.glob("*.png")]
+    assert {len(label) for label in labels} == set(range(1, 11))
+    assert len(set("".join(labels))) > 55 and any(label.isdigit() for label in labels)
+    heights = {image.shape[0] for image in images}
+    assert min(heights) < 30 and max(heights) > 80 and all(22 <= height <= 90 for height in heights)
+    papers = [np.median(image[:3]) for image in images]
+    assert min(papers) < 60 and max(papers) > 240
+    assert all(image.std() > 2 for image in images)  # there is something to see on each
+
+
+@pytest.mark.parametrize("other", [dict(look="plain"), dict(look="varied", words="ÄÖ"), dict(look="varied", fonts="no")])
+def test_varied_captchas_are_not_mixed_with_others(other, tmp_path, capfd):
+    assert varied(tmp_path, im_total_num=3, words="ABC") == 0
+    before = contents(tmp_path)
+    settings = dict(dict(look="varied", fonts=FONTS, words="ABC", dataset=tmp_path, im_total_num=9), **other)
+    if settings["look"] == "plain":
+        del settings["fonts"]
+    assert main(["create_dataset", *flags(**settings)]) == 2
+    assert len(capfd.readouterr().err.splitlines()[-1]) < 400 and contents(tmp_path) == before
+
+
 # ---- loading
 
 def png(pixels, suffix=".png"):
@@ -105,7 +158,6 @@ def test_the_same_picture_in_any_file_gives_the_same_input(colour, kind):
 
 
 def test_a_palette_is_looked_up(colour, tmp_path):
-    from PIL import Image
     Image.fromarray(colour[..., ::-1]).convert("P").save(tmp_path / "palette.png")
     ink, palette = (LstmCtcOcr().load_image(source) for source in (png(colour), tmp_path / "palette.png"))
     assert np.abs(palette.astype(int) - ink).mean() < 4
@@ -136,3 +188,219 @@ def test_what_is_no_whole_image_is_one_error_that_names_the_file(colour, kind, t
 def test_an_unreadable_path_is_one_error(name, fault, tmp_path):
     with pytest.raises(LstmCtcOcr.Error, match=fault):
         LstmCtcOcr().load_image(tmp_path / name)
+
+
+def huge(kind):
+    """The first bytes of an image of 60,000 x 60,000 pixels, with nothing behind its header."""
+    size = struct.pack("<II", 60000, 60000)
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
+    chunks = b"\0\0\0\r" + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0\0\0\0IDAT5\xaf\x06\x1e"
+    return {"PNG": b"\x89PNG\r\n\x1a\n" + chunks,
+            "BMP": b"BM" + struct.pack("<IHHII", 54, 0, 0, 54, 40) + size + struct.pack("<HHIIIIII", 1, 24, *[0] * 6),
+            "GIF": b"GIF89a" + b"\x60\xea" * 2 + bytes(3) + b",\0\0\0\0" + b"\x60\xea" * 2 + b"\0\x02\0",
+            "JPEG": b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 60000, 60000) + b"\x03\1\x11\0\2\x11\0\3\x11\0",
+            "PBM": b"P4 60000 60000\n", "large PBM": b"P4 3000 2000\n" + bytes(750_000)}[kind]
+
+
+def test_too_many_pixels_are_refused_from_the_header_whatever_was_imported_before(tmp_path):
+    """OpenCV reads its limit when it is imported, which somebody else may have done."""
+    kinds = ["PNG", "BMP", "GIF", "JPEG", "PBM", "large PBM"]
+    for kind in kinds:
+        (tmp_path / kind).write_bytes(huge(kind))
+    code = ("import sys; before = sys.argv[1] == 'before'\n"
+            "if before: import cv2\n"
+            "import lstm_ctc_ocr, cv2 as opencv\n"
+            "decode = opencv.imdecode\n"
+            "def imdecode(data, how):\n"
+            "    assert len(data) < 100 or not before, 'decoded'\n"
+            "    return decode(data, how)\n"
+            "opencv.imdecode = imdecode\n"
+            "for path in sys.argv[2:]:\n"
+            "    try: lstm_ctc_ocr.LstmCtcOcr().load_image(path)\n"
+            "    except lstm_ctc_ocr.LstmCtcOcr.Error as error: print(error)")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENCV")}
+    for order in ("before", "after"):
+        process = subprocess.run([sys.executable, "-c", code, order, *(str(tmp_path / kind) for kind in kinds)],
+                                 cwd=ROOT, capture_output=True, text=True, env=environment)
+        lines = process.stdout.splitlines()
+        assert len(lines) == 6 and process.stderr == ""
+        assert all("more than 4,000,000 pixels" in line for line in lines[:4])
+        assert all(("not a whole image" if order == "before" else "more than 4,000,000") in line for line in lines[4:])
+
+
+# ---- the same in the graph that `export` writes
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def exported_kinds(colour):
+    """Files of a coloured picture by the name of their kind."""
+    rgb = Image.fromarray(colour[..., ::-1])
+    grey, palette = rgb.convert("L"), rgb.quantize(16)
+    blue = tuple(int(value) for value in colour[(colour != 255).all(axis=2)].min(axis=0)[::-1])
+    faint = rgb.convert("RGBA")
+    faint.putalpha(grey.point(lambda value: 255 - value))
+    below = Image.fromarray(np.where(np.array(grey)[..., None] < 255, np.array(faint), [0, 0, 0, 0]).astype(np.uint8))
+    other = palette.copy()
+    other.paste(1, (0, 0, 256, 20))
+    return {
+        "grey": saved(grey, "PNG"), "RGB": saved(rgb, "PNG"), "palette": saved(palette, "PNG"),
+        "palette tRNS": saved(other, "PNG", transparency=1), "RGB tRNS": saved(rgb, "PNG", transparency=blue),
+        "grey tRNS": saved(grey, "PNG", transparency=255), "LA": saved(faint.convert("LA"), "PNG"),
+        "RGBA": saved(below, "PNG"), "1 bit": saved(grey.convert("1"), "PNG"),
+        "16 bit": png(np.array(grey).astype(np.uint16) * 250 + 77), "RGB 16 bit": png(colour.astype(np.uint16) * 255),
+        "RGBA 16 bit": png(np.array(below).astype(np.uint16) * 255), "JPEG": saved(rgb, "JPEG"),
+        "grey JPEG": saved(grey, "JPEG"), "CMYK JPEG": saved(rgb.convert("CMYK"), "JPEG"),
+        "GIF": saved(palette, "GIF"), "animated GIF": saved(palette, "GIF", save_all=True, append_images=[other]),
+        "BMP": saved(rgb, "BMP"), "grey BMP": saved(grey, "BMP"), "RGBA BMP": saved(below, "BMP"),
+        "transparent GIF": saved(other, "GIF", transparency=1), "palette BMP": saved(palette, "BMP"),
+        "1 bit BMP": saved(grey.convert("1"), "BMP"), "WebP": saved(rgb, "WEBP"), "text": b"hello", "empty": b"",
+    }
+
+
+REFUSED = {"transparent GIF": "a GIF with transparency", "palette BMP": "a BMP of colours from a palette",
+           "1 bit BMP": "a BMP", "WebP": "no PNG, JPEG, GIF or BMP", "text": "no PNG", "empty": "no PNG"}
+
+
+@pytest.fixture(scope="module")
+def load_in_graph():
+    import tensorflow.compat.v1 as tf
+    with tf.Graph().as_default(), tf.Session() as session:
+        encoded = tf.placeholder(tf.string, [])
+        image = LstmCtcOcr()._load_in_graph(encoded)
+        yield lambda data: session.run(image, {encoded: data})
+
+
+@pytest.mark.parametrize("size", [(64, 256), (40, 120), (100, 300)], ids=str)
+@pytest.mark.parametrize("kind", sorted(exported_kinds(np.zeros((64, 256, 3), np.uint8)).keys() - REFUSED.keys()))
+def test_the_export_loads_as_load_image_does(colour, kind, size, load_in_graph):
+    data = exported_kinds(cv2.resize(colour, size[::-1]))[kind]
+    here, there = LstmCtcOcr().load_image(data).astype(int), load_in_graph(data)
+    assert here.max() == 255
+    assert np.abs(here - there).max() <= (3 if kind == "CMYK JPEG" else 1)  # converted by other formulas
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED))
+def test_what_the_export_would_misread_it_refuses_by_name(colour, kind, load_in_graph):
+    import tensorflow.compat.v1 as tf
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"cannot read .*{REFUSED[kind]}"):
+        load_in_graph(exported_kinds(colour)[kind])
+
+
+# ---- decoded once
+
+LOAD = """
+import hashlib, os, sys
+import lstm_ctc_ocr
+from pathlib import Path
+ocr = lstm_ctc_ocr.LstmCtcOcr(words="AX", words_max_num=3, im_width=96, im_height=64)
+lstm_ctc_ocr.DECODE_BATCH, load_image, decoded = 8, ocr.load_image, []
+def load(_, path):
+    decoded.append(path)
+    if len(decoded) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    return load_image(path)
+lstm_ctc_ocr.LstmCtcOcr.load_image = load
+try:
+    images, texts = ocr.load_images(ocr._labelled_files(Path(sys.argv[1])))
+except ocr.Error as error:
+    sys.exit(str(error))
+print(len(decoded), len(images), *(text + hashlib.md5(images[i]).hexdigest() for i, text in enumerate(texts)))
+"""
+
+
+def start_loading(folder, kill_at=0, **options):
+    return subprocess.Popen([sys.executable, "-c", LOAD, folder, str(kill_at)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def loaded(process):
+    """Returns how many images a process has decoded, the digests of all, and its messages."""
+    output, messages = process.communicate()
+    assert "Traceback" not in messages
+    decoded, count, *digests = output.split() or (0, 0)
+    assert int(count) == len(digests)
+    return int(decoded), sorted(digests), messages
+
+
+def expected(ocr, folder):
+    """What loading each image of a folder by itself gives."""
+    import hashlib
+    return sorted(path.stem.split("_")[1] + hashlib.md5(ocr.load_image(path)).hexdigest()
+                  for path in folder.glob("[0-9]*.png"))
+
+
+@pytest.fixture
+def folder(dataset, tmp_path):
+    """40 images of the small task."""
+    for path in sorted(dataset.glob("*.png"))[:40]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_images_are_decoded_once_and_again_only_where_they_have_changed(ocr, folder, dataset):
+    files = sorted(folder.glob("*.png"))
+    assert loaded(start_loading(folder)) == (40, expected(ocr, folder), "")
+    assert loaded(start_loading(folder)) == (0, expected(ocr, folder), "")
+    os.replace(files[0], folder / "900_XXX.png")  # three that are new by name, by size and by time, and two more
+    files[1].write_bytes(files[2].read_bytes())
+    os.utime(files[3], (1, 1))
+    for path in sorted(dataset.glob("*.png"))[40:42]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert loaded(start_loading(folder)) == (5, expected(ocr, folder), "")
+    assert main(["create_dataset", *flags(dataset=folder / "other", im_total_num=3, **TASK)]) == 0
+    assert LstmCtcOcr(**{**TASK, "im_width": 80}).load_images([(files[2], "A")])[0][0].shape == (64, 80)
+
+
+def test_what_cannot_be_decoded_is_left_out_and_nothing_is_copied(ocr, folder, capfd):
+    good = expected(ocr, folder)
+    (folder / "900_AX.png").write_bytes(b"no image")
+    for decoded in 41, 1:  # it is looked at again
+        count, digests, messages = loaded(start_loading(folder))
+        assert (count, digests) == (decoded, good) and messages.count("left out") == 1
+        assert "900_AX.png: not a whole image" in messages
+    images, texts = ocr.load_images(ocr._labelled_files(folder))
+    assert len(images) == len(texts) == 40 and isinstance(images.file.fileno(), int)
+    assert len(images[5:]) == 35 and (images[5:][[0, 3]] == images[[5, 8]]).all()
+
+
+@pytest.mark.parametrize("moment", [1, 9, 20, 40])
+def test_kill_9_while_decoding_loses_a_batch_at_most(moment, ocr, folder):
+    process = start_loading(folder, moment)
+    assert loaded(process)[0] == 0 and process.returncode == -9
+    with open(folder / ".decoded-96x64-border-1.index", "ab") as index:
+        index.write(b"\1\2\3")  # half a stamp
+    decoded, digests, _ = loaded(start_loading(folder))
+    assert decoded == 40 - (moment - 1) // 8 * 8 and digests == expected(ocr, folder)
+
+
+def test_a_disk_that_is_full_while_decoding_is_one_line(ocr, folder):
+    import resource
+    process = start_loading(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000)))
+    decoded, _, messages = loaded(process)
+    message, = messages.splitlines()
+    assert process.returncode == 1 and message.startswith(f"cannot write to {folder} (File too large); run the same")
+    decoded, digests, _ = loaded(start_loading(folder))
+    assert decoded == 24 and digests == expected(ocr, folder)  # two batches of eight went into it
+
+
+def test_two_at_once_decode_each_image_once(ocr, folder):
+    one, other = loaded_both = [loaded(process) for process in [start_loading(folder), start_loading(folder)]]
+    assert one[1] == other[1] == expected(ocr, folder) and sum(decoded for decoded, *_ in loaded_both) == 40
+
+
+def test_a_folder_rendered_anew_does_not_keep_what_was_decoded_before(ocr, folder):
+    loaded(start_loading(folder))
+    pixels = folder / ".decoded-96x64-border-1.pixels"
+    size = pixels.stat().st_size
+    old, _ = ocr.load_images(ocr._labelled_files(folder))
+    before = old[list(range(40))]
+    for path in folder.glob("*.png"):
+        os.utime(path, (2, 2))
+    assert loaded(start_loading(folder)) == (40, expected(ocr, folder), "") and pixels.stat().st_size == size
+    assert (old[list(range(40))] == before).all()  # of a training that still goes on
+    pixels.unlink()  # one file of the two
+    assert loaded(start_loading(folder)) == (40, expected(ocr, folder), "")

@@ -84,22 +84,55 @@ def test_lstm_gradient_is_tensorflows_own(lstm):
 
 
 @pytest.mark.parametrize("net, steps", [("lstm", 16), ("cnn_lstm", 4)])
-def test_a_batch_gives_what_its_images_give_alone(net, steps):
+def test_a_batch_gives_what_its_images_give_alone(net, steps, monkeypatch):
     """No image's answer depends on its neighbours, nor on how the batch is split over the cores."""
+    monkeypatch.setattr(lstm_ctc_ocr, "_cores", lambda: 2)
     ocr = LstmCtcOcr(words="ABC", words_max_num=2, im_width=16, im_height=8, n_hidden=6, net=net)
-    images = np.random.default_rng(0).integers(0, 256, (4, 8, 16), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 16), np.uint8)
 
     def logits(batch):
         with tf.Graph().as_default(), tf.Session() as session:
             tf.set_random_seed(0)
             net = ocr._build_reading(ocr._build_input(batch))
             session.run(tf.global_variables_initializer())
-            return [session.run(net.logits, {net.images: part}) for part in np.split(images, 4 // (batch or 4))]
+            return [session.run(net.logits, {net.images: part}) for part in np.split(images, 16 // (batch or 16))]
 
-    whole, alone, unknown = logits(4), logits(1), logits(None)
-    assert whole[0].shape == (steps, 4, 4) and ocr.steps == steps  # (T, B, C), the blank is the fourth class
+    whole, alone, unknown = logits(16), logits(1), logits(None)
+    assert whole[0].shape == (steps, 16, 4) and ocr.steps == steps  # (T, B, C), the blank is the fourth class
     np.testing.assert_allclose(whole[0], np.concatenate(alone, axis=1), atol=1e-5)
     np.testing.assert_allclose(whole[0], unknown[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("batch, cores, images", [
+    (32, 1, 32), (32, 2, 16), (32, 4, 8), (32, 16, 8), (32, 3, 16), (16, 16, 8), (8, 4, 8), (4, 2, 4), (36, 16, 9)])
+def test_normalisation_never_takes_its_statistics_from_a_few_images(batch, cores, images, monkeypatch):
+    """However many cores there are: what batch_norm is given of a batch, each time that it is called in training."""
+    monkeypatch.setattr(lstm_ctc_ocr, "_cores", lambda: cores)
+    seen, batch_norm = set(), LstmCtcOcr.batch_norm
+    monkeypatch.setattr(LstmCtcOcr, "batch_norm", staticmethod(
+        lambda x, training: seen.add(int(x.shape[0])) or batch_norm(x, training)))
+    ocr = LstmCtcOcr(words="ABC", words_max_num=2, im_width=16, im_height=8, n_hidden=6, net="cnn_lstm")
+    with tf.Graph().as_default():
+        ocr.logits(tf.placeholder(tf.uint8, [batch, 8, 16]), training=True)
+    assert seen == {images}
+
+
+@pytest.mark.parametrize("limits, cpus", [
+    ({}, np.inf), ({"": "max 100000"}, np.inf), ({"": "150000 100000"}, 1.5), ({"a/b": "50000 100000"}, 0.5),
+    ({"a/b": "max 100000", "a": "300000 100000"}, 3), ({"a/b": "400000 100000", "a": "200000 100000"}, 2),
+    ({"a/c": "100000 100000"}, np.inf), ({"a/b": ""}, np.inf)])
+def test_a_containers_cpu_quota_is_kept_to(limits, cpus, tmp_path, monkeypatch):
+    """The smallest of the process's own control group and those above it."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("1:cpu:/elsewhere\n0::/a/b\n")
+    for group, limit in limits.items():
+        (tmp_path / "sys/fs/cgroup" / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys/fs/cgroup" / group / "cpu.max").write_text(limit + "\n")
+    quota = lstm_ctc_ocr._cpu_quota(tmp_path)
+    assert quota == cpus
+    monkeypatch.setattr(lstm_ctc_ocr, "_cpu_quota", lambda: quota)
+    monkeypatch.setattr(lstm_ctc_ocr.os, "sched_getaffinity", lambda _: range(8))
+    assert lstm_ctc_ocr._cores() == min(8, np.ceil(cpus))
 
 
 def enumerate_paths(logits):

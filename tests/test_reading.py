@@ -69,7 +69,7 @@ def test_lines_figures_and_order(trained, dataset, capfd):
     assert code == 0
     rows = [line.split() for line in lines[:IMAGES]]
     assert [row[-2] for row in rows] == [path.stem.split("_")[1] for path in
-                                         sorted(dataset.iterdir(), key=lambda path: int(path.name.split("_")[0]))]
+                                         sorted(dataset.glob("*.png"), key=lambda path: int(path.name.split("_")[0]))]
     assert all((row[-1] == "right") == (row[0] == row[-2]) for row in rows)
     right = sum(row[-1] == "right" for row in rows)
     assert f"accuracy {right / IMAGES:.2%} ({right} of {IMAGES})" in lines[IMAGES + 1]
@@ -77,7 +77,7 @@ def test_lines_figures_and_order(trained, dataset, capfd):
 
 
 def test_an_unreadable_file_does_not_stop_the_others(trained, dataset, tmp_path, capfd):
-    good = sorted(dataset.iterdir())[:2]
+    good = sorted(dataset.glob("*.png"))[:2]
     bad = tmp_path / "5_AX.png"
     bad.write_bytes(b"not an image")
     code, lines, messages = read(capfd, "--model", trained, good[0], bad, tmp_path / "gone.png", good[1])
@@ -89,7 +89,7 @@ def test_an_unreadable_file_does_not_stop_the_others(trained, dataset, tmp_path,
 
 
 def test_a_file_without_a_label_is_read_all_the_same(trained, dataset, tmp_path, capfd):
-    shutil.copy(next(iter(dataset.iterdir())), tmp_path / "captcha.png")
+    shutil.copy(next(dataset.glob("*.png")), tmp_path / "captcha.png")
     code, lines, _ = read(capfd, "--model", trained, tmp_path)
     assert code == 0 and len(lines) == 1 and lines[0].endswith("captcha.png")
 
@@ -97,10 +97,22 @@ def test_a_file_without_a_label_is_read_all_the_same(trained, dataset, tmp_path,
 def test_the_architecture_comes_from_the_model(trained, dataset):
     """Not from the defaults: the small model has other letters, sizes and cells."""
     ocr = LstmCtcOcr(model=str(trained))
-    path = next(iter(dataset.iterdir()))
+    path = next(dataset.glob("*.png"))
     (_, text, confidence, fault), = ocr.recognise_files([path])
     assert fault is None and set(text) <= set("AX") and 0 < confidence <= 1
     assert (ocr.words, ocr.im_width, ocr.n_hidden) == ("AX", 96, 48)
+
+
+@pytest.mark.parametrize("label_parts", [1, 3])
+def test_the_exports_texts_are_those_of_the_sequences(label_parts):
+    """A batch without any letter among them, and letters of which a part is missing."""
+    ocr = LstmCtcOcr(words="ABC", words_max_num=4, label_parts=label_parts)
+    sequences = [[], [0], [0, 1, 2, 3, 4, 5], [1, 2, 0], [0, 2, 0, 1], [8, 8, 7], [0, 1, 2] * 3]
+    sequences = [[number % (3 * label_parts) for number in sequence] for sequence in sequences]
+    for batch in (sequences, sequences[:1], [[], []]):
+        with tf.Graph().as_default(), tf.Session() as session:
+            texts = session.run(ocr._texts_in_graph(tf.SparseTensor(*ocr.sequences_to_sparse(batch))))
+        assert [text.decode() for text in texts] == [ocr.sequence_to_text(sequence) for sequence in batch]
 
 
 def cut_in_half(folder):
@@ -188,7 +200,7 @@ def test_a_temperature_in_the_model_makes_it_less_sure(tmp_path, capfd):
 
 
 def test_publishing_keeps_the_readings_and_drops_the_rest(trained, dataset, tmp_path):
-    files = sorted(dataset.iterdir())[:20]
+    files = sorted(dataset.glob("*.png"))[:20]
     LstmCtcOcr(model=str(trained)).publish(tmp_path / "small")
     before, after = (list(LstmCtcOcr(model=str(folder)).recognise_files(files))
                      for folder in (trained, tmp_path / "small"))

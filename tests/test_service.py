@@ -233,7 +233,7 @@ def test_links_are_resolved_and_only_regular_files_opened(client, name, status):
 
 
 def test_a_model_of_another_size_can_be_served(trained, dataset):
-    path = next(iter(dataset.iterdir()))
+    path = next(dataset.glob("*.png"))
     response = LstmCtcOcr(model=str(trained)).create_app().test_client().post(
         "/captchaOcr", data=path.read_bytes(), headers=PNG)
     assert response.status_code == 200 and set(response.json["ocr_ret"]) <= set("AX")
