@@ -2339,18 +2339,17 @@ def sequence_probabilities(sequences, p):
     for row, sequence in zip(states, sequences):
         row[1:2 * len(sequence):2] = sequence
     skips = np.zeros(states.shape)  # 1 where a path may come from the state before the last one
-    skips[:, 1:2] = 1
     skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
     rows = np.arange(len(sequences))
-    paths = np.zeros((len(sequences), states.shape[1] + 2))  # (B, S + 2): what ends in each state, two before the first
-    paths[:, 1] = 1  # whence the first step reaches the first two states
-    for emitted in p[:, rows[:, None], states]:  # (B, S)
-        now = paths[:, :-2] * skips
-        now += paths[:, 1:-1]
-        now += paths[:, 2:]
-        now *= emitted
-        paths[:, 2:] = now
-        paths[:, 1] = 0
+    emitted = p[:, rows[:, None], states]  # (T, B, S)
+    paths = np.zeros((len(sequences), states.shape[1] + 2))  # (B, S + 2): what ends in each state, two zeros before
+    before_last, last, own = paths[:, :-2], paths[:, 1:-1], paths[:, 2:]
+    own[:, :2] = emitted[0, :, :2]
+    for step in emitted[1:]:
+        now = before_last * skips
+        now += last
+        now += own
+        np.multiply(now, step, out=own)
     return np.minimum(1, paths[rows, 2 * lengths + 2] + paths[rows, 2 * lengths + 1])
 
 
