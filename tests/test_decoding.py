@@ -145,3 +145,10 @@ def test_a_model_of_capitals_reads_small_letters_where_those_are_asked_for(ocr):
     logits = 20 * np.eye(3, dtype=np.float32)[[0, 2, 1]][:, None]  # A-X
     texts = [ocr.texts(logits, ocr.known(letters))[0][0] for letters in ("", "ax", "aX", "Xa")]
     assert texts == ["AX", "ax", "aX", "aX"]
+
+
+def test_a_beam_of_one_does_not_take_a_long_letter_for_two():
+    """AA would need a blank, which this image surely has not; AX and XA need one step of an X."""
+    logits = np.log(np.float32([[[0.99, 0.01, 1e-6]]] * 5))
+    ocr = LstmCtcOcr(words="AX", words_max_num=3, im_width=5, beam_width=1)
+    assert ocr.texts(logits, ocr.known(length="2"))[0][0] in ("AX", "XA")
