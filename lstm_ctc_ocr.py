@@ -106,10 +106,11 @@ FONT_SUFFIXES = {".ttf", ".otf"}
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts",
                 "/System/Library/Fonts", "C:/Windows/Fonts")
 MIN_ACCURACY = 0.5  # of held-out images, from which on a model of the user's is read with rather than what ships
-NUMBERS = ("step", "best_step", "accuracy", "validated_on", "images_seen", "epoch", "cpu_minutes", "held_share")
+NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on", "images_seen", "epoch", "cpu_minutes", "held_share")
 OPENING = threading.Lock()  # held while a model is opened
 HELD_SHARE, HELD_NUM = 0.1, 2000  # images held out: a tenth of a small folder, about 2,000 of a large one
 LOCK = ".lock"  # in a model folder: whoever trains there holds it
+LENGTH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # N or MIN-MAX
 DECODED_HEAD = 4096  # bytes before the images of a file of decoded ones: a page, so that these begin at one
 DECODED_LOCK = ".decoded.lock"  # in a folder of images: whoever decodes them holds it
 PREPROCESSING = 1  # raised when `load_image` gives something else than before
@@ -178,7 +179,9 @@ class LstmCtcOcr:
     # --- reading
     model: str = setting("", "model folder; empty: my-model/<net>, or to read with until there is one, "
                                 "my-model/pretrained/<net>")
-    beam_width: int = setting(4, "beam of the search, 1 to 100")
+    beam_width: int = setting(4, "beam of the search, 1 to 100; in reading, for each length that a text may have")
+    letters: str = setting("", "letters that alone can be read; of one case, they stand for the other case too")
+    length: str = setting("", "N or MIN-MAX: letters that a text has, for sure")
     host: str = setting("127.0.0.1", "address to serve on")
     port: int = setting(5050, "port to serve on")
     image_root: str = setting(str(HOME / "dataset"), "only images under this folder can be asked for by path")
@@ -267,6 +270,16 @@ class LstmCtcOcr:
         net: object  # _Net
         session: object
         saver: object  # of what reading needs
+        known: object  # `Known` of texts, by the settings
+
+    @dataclasses.dataclass
+    class _Beam:
+        """The W likeliest prefixes of each length L from 0 on; arrays (B, L, W)."""
+        blank: np.ndarray  # log of the probability of a prefix by the paths that end with a blank
+        letter: np.ndarray  # and of those that end with its last class
+        last: np.ndarray  # its last class; the blank, if it is empty
+        key: np.ndarray  # its hash, by which it is known if it comes a second way; 0 where there is none yet
+        sequence: np.ndarray  # (B, L, W, L - 1), what is not used of it arbitrary
 
     class Error(ValueError):
         """Something that the user can mend, in one line that says what to do."""
@@ -325,13 +338,16 @@ class LstmCtcOcr:
         except KeyError as error:
             raise self.Error(f"{text!r} holds {error}, which is not in --words {self.words}") from None
 
-    def sequence_to_text(self, sequence):
-        """Undoes `text_to_sequence`; a letter counts once the most of its parts are there, in their order."""
+    def sequence_to_text(self, sequence, words=None):
+        """Undoes `text_to_sequence`; a letter counts once the most of its parts are there, in their order.
+
+        words: the letters that the classes stand for, if not `self.words`.
+        """
         text, last, seen = "", None, 0
         for letter, part in (divmod(number, self.label_parts) for number in sequence):
             seen = seen + 1 if last and letter == last[0] and part > last[1] else 1
             if seen == self.label_parts // 2 + 1:
-                text += self.words[letter]
+                text += (words or self.words)[letter]
             last = letter, part
         return text
 
@@ -872,7 +888,7 @@ class LstmCtcOcr:
         return warp(logits)
 
     def decode(self, logits):
-        """Beam search over logits (T, B, C), blank last.
+        """TensorFlow's beam search over logits (T, B, C), blank last: validates, and reads in a SavedModel.
 
         Returns the texts as a sparse tensor (B, .) int64, and the log of the confidence, (B,) float32: the probability
         that the network gives to the text, summed over the alignments that the beam has kept. With a wide enough beam
@@ -884,15 +900,84 @@ class LstmCtcOcr:
             logits, steps, self.beam_width, top_paths=1, merge_repeated=False)
         return sparse, log_probability[:, 0]
 
+    @dataclasses.dataclass(frozen=True)
+    class Known:
+        """What is known of a text before it is read: the settings `letters` and `length`, or a request's."""
+        letters: str = ""
+        length: str = ""
+
+    def known(self, letters="", length=""):
+        """Returns what is known of a text as `texts` takes it; raises `Error` where this model cannot read such."""
+        letters = "".join(dict.fromkeys(letters))
+        for letter in letters:
+            if not self._read_as(letter, letters):
+                raise self.Error(f"letters: this model does not know {letter!r}, it knows {self.words}")
+        if length:
+            self._bounds(length)
+        return self.Known(letters, length)
+
+    def _bounds(self, length):
+        """The least and the most letters that "N" or "MIN-MAX" allows."""
+        match = LENGTH.fullmatch(length)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high <= self.words_max_num:  # so many fit into the steps, see `__post_init__`
+            raise self.Error(f"length must be N or MIN-MAX, from 1 to this model's {self.words_max_num}, not "
+                             f"{length!r}")
+        return low, high
+
+    def _read_as(self, letter, letters):
+        """The model's letters that are read as `letter` where only `letters` can be: it, and its other case."""
+        return [word for word in self.words if word == letter or word.swapcase() == letter and word not in letters]
+
+    def texts(self, logits, known=Known()):
+        """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs.
+
+        The confidence is the probability that the network gives to the text (with --label-parts, to the sequence of
+        parts), exp(-CTC loss). What is `known` does not raise it: it is low where the image holds something else. Where
+        only one case of a letter is allowed, the other one is read as it.
+        """
+        words, parts = known.letters or self.words, self.label_parts
+        p = softmax(logits)
+        if known.letters:
+            p = p @ self._folds(words)
+        low, high = self._bounds(known.length) if known.length else (0, self.words_max_num)
+        longest, fits, follows = high if parts == 1 else self.words_max_num * parts, None, None
+        if known.length:
+            fits = lambda sequence: low <= len(self.sequence_to_text(sequence, words)) <= high  # noqa: E731
+            follows = self._whole_letters(len(words)) if parts > 1 else None
+        found = most_probable(p, self.beam_width, longest, fits, follows)
+        return [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
+
+    def _folds(self, letters):
+        """The matrix that adds up the classes read as each of `letters`, and drops the others, the blank last."""
+        matrix = np.zeros((len(self.words), len(letters)))
+        for column, letter in enumerate(letters):
+            for word in self._read_as(letter, letters):
+                matrix[self._class_of[word], column] = 1
+        folds = np.zeros((len(self.words) * self.label_parts + 1, len(letters) * self.label_parts + 1))
+        folds[:-1, :-1], folds[-1, -1] = np.kron(matrix, np.eye(self.label_parts)), 1
+        return folds
+
+    def _whole_letters(self, count):
+        """Which class may follow which, 0 or -inf, where each of `count` letters has all its parts in order."""
+        classes = np.arange(count * self.label_parts + 1)  # the blank, last, stands for nothing before
+        begins, ends = classes % self.label_parts == 0, (classes + 1) % self.label_parts == 0
+        ends[-1] = True
+        return np.where(ends[:, None] & begins | ~ends[:, None] & (classes == classes[:, None] + 1), 0, -np.inf)
+
     def _build_input(self, batch_size=None):
         """The images that a network in the default graph is given, (B, H, W) uint8."""
         tf = _tensorflow()
         tf.set_random_seed(self.seed)
         return tf.placeholder(tf.uint8, [batch_size, self.im_height, self.im_width], "images")
 
-    def _build_reading(self, images):
-        """Builds all that leads from images (B, H, W) to texts."""
+    def _build_reading(self, images, temperature=1):
+        """Builds all that leads from images (B, H, W) to texts.
+
+        temperature: divides the logits, so that confidences are as high as readings are often right (Guo et al., 2017).
+        """
         logits = self.logits(images)
+        logits = logits if temperature == 1 else logits / temperature
         sparse, log_probability = self.decode(logits)
         return self._Net(images, logits, sparse, _tensorflow().exp(log_probability))
 
@@ -1076,19 +1161,20 @@ class LstmCtcOcr:
         config = self._load_config(folder)  # before the weights, once: a training beside it may write a newer one
         ocr = self._with_architecture(config, folder)
         with tf.Graph().as_default() as graph:
-            net, saver = ocr._build_reading(ocr._build_input()), self._reading_saver()
+            net = ocr._build_reading(ocr._build_input(), config.get("temperature", 1))
+            saver = self._reading_saver()
             session = tf.Session(config=_session_config())
             self._restore(session, saver, folder, config.get("best_step", config.get("step")))
             graph.finalize()  # nothing may be added to it per request
-        return self._Reader(ocr, folder, config, net, session, saver)
+        return self._Reader(ocr, folder, config, net, session, saver, ocr.known(self.letters, self.length))
 
     def _say_model(self):
         """Says on stderr what is read with, and how well."""
         config = self._reader.config
-        known = ", not validated yet"
+        accuracy = ", not validated yet"
         if "accuracy" in config:
-            known = f", {config['accuracy']:.1%} of {config.get('validated_on', 0):,} held-out images"
-        print(f"reading with {_shown(self._reader.folder)} ({config['net']}{known})", file=sys.stderr)
+            accuracy = f", {config['accuracy']:.1%} of {config.get('validated_on', 0):,} held-out images"
+        print(f"reading with {_shown(self._reader.folder)} ({config['net']}{accuracy})", file=sys.stderr)
 
     def publish(self, folder):
         """Copies the model that this object reads with into `folder`, without what only training needs."""
@@ -1104,31 +1190,47 @@ class LstmCtcOcr:
                     path.unlink()
             self._save_config(folder, config)
 
-    def _read(self, session, net, images, options=None):
-        """images (n, H, W) uint8 -> n (text, confidence) pairs."""
-        sparse, confidence = session.run([net.sparse, net.confidence], {net.images: images}, options)
-        return [(self.sequence_to_text(sequence), float(probability))
-                for sequence, probability in zip(self.sparse_to_sequences(sparse), confidence)]
+    def _read(self, session, net, images, known=(), options=None):
+        """images (n, H, W) uint8, and what is `Known` of each, or of none -> n (text, confidence) pairs."""
+        logits = session.run(net.logits, {net.images: images}, options)
+        known = known or [self.Known()] * len(images)
+        readings = {}
+        for each in set(known):
+            rows = [row for row, of_row in enumerate(known) if of_row == each]
+            readings.update(zip(rows, self.texts(logits[:, rows], each)))
+        return [readings[row] for row in range(len(images))]
 
-    def _read_each(self, sources, options=None):
-        """As `recognise`, but an image that cannot be read has its `Error` in its place."""
-        reader, images, results = self._reader, [], []
-        for source in sources:
+    def _read_each(self, sources, known=(), options=None):
+        """As `recognise`, but an image that cannot be read has its `Error` in its place.
+
+        known: what is `Known` of each; by default what the settings say.
+        """
+        reader, images, rows, results = self._reader, [], [], []
+        for row, source in enumerate(sources):
             try:
                 images.append(reader.ocr.load_image(source))
+                rows.append(row)
                 results.append(None)
             except self.Error as error:
                 results.append(error)
-        readings = iter(reader.ocr._read(reader.session, reader.net, np.stack(images), options) if images else ())
-        return [result or next(readings) for result in results]
+        if images:
+            known = known or [reader.known] * len(sources)
+            readings = reader.ocr._read(reader.session, reader.net, np.stack(images), [known[row] for row in rows],
+                                        options)
+            for row, reading in zip(rows, readings):
+                results[row] = reading
+        return results
 
-    def recognise(self, sources):
+    def recognise(self, sources, letters="", length=""):
         """Reads images, each a path or the bytes of a file, as one batch; returns their (text, confidence) pairs.
 
-        The confidence is the probability that the network gives to the text, see `decode`. The model is loaded at the
-        first call. Raises `Error` if it cannot be, or for the first image that cannot be read.
+        letters, length: what is known of the texts, as the settings of these names, which hold where nothing is given.
+        The confidence is the probability that the network gives to the text, see `texts`. The model is loaded at the
+        first call. Raises `Error` if it cannot be, or cannot read such texts, or for the first image that cannot be
+        read.
         """
-        readings = self._read_each(sources)
+        known = self._reader.ocr.known(letters or self.letters, length or self.length)
+        readings = self._read_each(sources, [known] * len(sources))
         for reading in readings:
             if isinstance(reading, self.Error):
                 raise reading
@@ -1159,9 +1261,9 @@ class LstmCtcOcr:
             raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders that hold some")
         self._say_model()  # first of all, so that a missing model is the only thing said
         ocr = self._reader.ocr
-        truths, readings, faulty = [], [], 0
+        truths, readings, confidences = [], [], []
         for path, text, confidence, fault in self.recognise_files(files):
-            faulty += fault is not None
+            confidences += [confidence] * (not fault)
             if as_json:
                 print(json.dumps({"img_path": str(path), "error": fault} if fault else
                                  {"img_path": str(path), "ocr_ret": text, "confidence": confidence}))
@@ -1176,7 +1278,16 @@ class LstmCtcOcr:
                     readings.append(text)
         if truths and not as_json:
             print("\n" + describe(score(truths, readings)))
-        return 1 if faulty else 0
+        if sum(confidence < 0.5 for confidence in confidences) > len(confidences) / 2:
+            print(self._strange_images(), file=sys.stderr)
+        return 1 if len(confidences) < len(files) else 0
+
+    def _strange_images(self):
+        """The line that says what to do about images of which most are read with little confidence."""
+        learn = "label a few hundred of them, and `train --dataset FOLDER --start-from general`"
+        if self._model_to_read().name != "general":
+            learn = f"try `--model general`, or {learn}"
+        return f"most of these do not look like what this model has learnt (confidence below 0.5): {learn}"
 
     def _truth_of(self, path):
         """The label in a file's name, or None if there is none of this alphabet."""
@@ -1600,7 +1711,7 @@ class LstmCtcOcr:
         for _ in range(_cores()):
             threading.Thread(target=self._read_jobs, daemon=True).start()
         self._read_in_batches([cv2.imencode(".png", np.zeros((reader.ocr.im_height, reader.ocr.im_width), np.uint8))[1]
-                                .tobytes()])
+                               .tobytes()], reader.known)
         self._service.token = self.token or os.environ.get(TOKEN_VARIABLE, "")
         app = flask.Flask(__name__, static_folder=None)
         app.json.sort_keys = False
@@ -1663,27 +1774,36 @@ class LstmCtcOcr:
             flask.abort(404, "no such image under the image root")
         if data is False:
             flask.abort(413, f"the file has more than {MAX_BODY:,} bytes")
-        return {"img_path": img_path, **self._answer([data])[0]}
+        return {"img_path": img_path, **self._answer([data], flask.request.args)[0]}
 
     def _answer_post(self):
         """POST /captchaOcr: one image as the body, or as JSON, or one or several as a form's files."""
-        kind = flask.request.mimetype
+        kind, known = flask.request.mimetype, flask.request.values
         if kind == "multipart/form-data":
             datas = [file.read() for file in flask.request.files.getlist("image")]
         elif kind == "application/json":
-            datas = [_base64_image(flask.request.get_json(silent=True))]
+            body = flask.request.get_json(silent=True)
+            datas = [_base64_image(body)]
+            known = {**known, **body}
         elif kind.startswith("image/"):
             datas = [flask.request.get_data()]
         else:
             flask.abort(415, "send an image/* body, JSON with the image as base64, or a form with files named image")
         if not 1 <= len(datas) <= MAX_IMAGES:
             flask.abort(400, f"send 1 to {MAX_IMAGES} images, as files named image")
-        answers = self._answer(datas)
+        answers = self._answer(datas, known)
         return answers[0] if len(answers) == 1 else {"results": answers}
 
-    def _answer(self, datas):
-        """Reads files' bytes; returns for each what the service says about it, or ends the request with an error."""
+    def _answer(self, datas, known):
+        """Reads files' bytes; returns for each what the service says about it, or ends the request with an error.
+
+        known: a mapping that may hold `letters` and `length`; where it does not, the settings do.
+        """
         service = self._service
+        try:
+            known = self._reader.ocr.known(*(str(known.get(name) or getattr(self, name)) for name in ("letters", "length")))
+        except self.Error as error:
+            flask.abort(error.status, str(error))
         if not all(data.startswith(SIGNATURES) for data in datas):
             flask.abort(415, "that is no PNG, JPEG, GIF, BMP, WebP or TIFF image")
         with service.lock:
@@ -1691,7 +1811,7 @@ class LstmCtcOcr:
                 raise ServiceUnavailable("too many images are waiting; try again soon", retry_after=1)
             service.waiting += len(datas)
         try:
-            readings = self._read_in_batches(datas)
+            readings = self._read_in_batches(datas, known)
         except self.Error as error:
             flask.abort(error.status, str(error))
         finally:
@@ -1701,11 +1821,11 @@ class LstmCtcOcr:
             service.images_read += len(datas)
         return [{"ocr_ret": text, "confidence": confidence} for text, confidence in readings]
 
-    def _read_in_batches(self, datas):
+    def _read_in_batches(self, datas, known):
         """`recognise` for many threads at once: other threads read in batches what all of them have asked for."""
         futures = [concurrent.futures.Future() for _ in datas]
-        for job in zip(datas, futures):
-            self._service.jobs.put(job)
+        for data, future in zip(datas, futures):
+            self._service.jobs.put((data, known, future))
         concurrent.futures.wait(futures)  # all of them, although one may be no image
         return [future.result() for future in futures]
 
@@ -1721,9 +1841,9 @@ class LstmCtcOcr:
             with contextlib.suppress(queue.Empty):
                 while len(batch) < SERVE_BATCH:
                     batch.append(jobs.get_nowait())
-            datas, futures = zip(*batch)
+            datas, known, futures = zip(*batch)
             try:
-                readings = self._read_each(datas, options)
+                readings = self._read_each(datas, known, options)
             except Exception as error:  # whoever asked is told, and the next batch is read
                 readings = [error] * len(batch)
             for future, reading in zip(futures, readings):
@@ -1818,7 +1938,7 @@ class LstmCtcOcr:
         ocr = self._with_architecture(config, folder)
         with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, self._writing(directory):
             encoded = tf.placeholder(tf.string, [None], "images")
-            net = ocr._build_reading(tf.map_fn(ocr._load_in_graph, encoded, tf.uint8))
+            net = ocr._build_reading(tf.map_fn(ocr._load_in_graph, encoded, tf.uint8), config.get("temperature", 1))
             self._restore(session, self._reading_saver(), folder, config.get("best_step", config.get("step")))
             tf.saved_model.simple_save(session, str(directory), {"images": encoded},
                                        {"text": ocr._texts_in_graph(net.sparse), "confidence": net.confidence})
@@ -2388,6 +2508,137 @@ def _warp_ctc(logits, labels, lengths):
     return losses, gradients
 
 
+# ---------------------------------------------------------------------- the most probable text
+
+TINY = 1e-300  # what a probability counts at least in the search, so that every text has one to compare
+ODD = np.uint64(0x9E3779B97F4A7C15)  # hashes a prefix: that of a longer one is the shorter one's times this, + class
+
+
+def softmax(logits):
+    """(T, B, C) -> probabilities (T, B, C) float64."""
+    p = np.exp(logits - logits.max(axis=2, keepdims=True), dtype=np.float64)
+    return p / p.sum(axis=2, keepdims=True)
+
+
+def most_probable(p, beam_width, longest, fits=None, follows=None):
+    """The most probable of the sequences that CTC can read from p (T, B, C), each step's probabilities, blank last.
+
+    Returns B pairs (sequence, probability); the probability is exact: exp(-CTC loss), so it means the same however the
+    sequence was found. First the best class of each step is tried. If the sequence that they spell has more than one
+    half, it is the most probable, for those of all sequences add up to at most 1. Only else a beam search looks further
+    (`_beam_search`), among sequences of up to `longest` classes, and what it leaves is compared by exact probabilities.
+    fits(sequence) says which sequences may be answered; None: all. follows: as `_beam_search` has it; given, it is
+    asked besides, for sequences that fit by all means.
+    """
+    sequences = _greedy(p)
+    results = list(zip(sequences, sequence_probabilities(sequences, p).tolist()))
+    hard = [b for b, (sequence, probability) in enumerate(results)
+            if probability <= 0.5 or fits and not fits(sequence)]
+    if not hard:
+        return results
+    rules = [None] if follows is None else [None, follows]
+    searches = [_beam_search(p[:, hard], beam_width, longest, fits, rule) for rule in rules]
+    for b, *found in zip(hard, *searches):
+        candidates = sum(found, [sequences[b]] * (not fits or fits(sequences[b])))
+        exact = sequence_probabilities(candidates, p[:, [b] * len(candidates)])
+        results[b] = candidates[exact.argmax()], float(exact.max())
+    return results
+
+
+def _greedy(p):
+    """The best class of each step, repeats merged and blanks dropped: p (T, B, C) -> B sequences."""
+    best = p.argmax(axis=2)  # (T, B)
+    begins = best < p.shape[2] - 1
+    begins[1:] &= best[1:] != best[:-1]
+    return [column[kept].tolist() for column, kept in zip(best.T, begins.T)]
+
+
+def sequence_probabilities(sequences, p):
+    """The probability of each of B sequences, all its alignments added up: p (T, B, C), blank last -> (B,) float64.
+
+    The forward recursion of Graves et al. (2006), section 4.1. It needs no logarithms: float64 loses only what is below
+    1e-300 in the end.
+    """
+    lengths, blank = np.array([len(sequence) for sequence in sequences]), p.shape[2] - 1
+    states = np.full((len(sequences), 2 * lengths.max() + 1), blank)  # (B, S): letters with blanks around them
+    for row, sequence in zip(states, sequences):
+        row[1:2 * len(sequence):2] = sequence
+    skips = np.zeros(states.shape)  # 1 where a path may come from the state before the last one
+    skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
+    rows = np.arange(len(sequences))
+    emitted = p[:, rows[:, None], states]  # (T, B, S)
+    paths = np.zeros((len(sequences), states.shape[1] + 2))  # (B, S + 2): what ends in each state, two zeros before
+    before_last, last, own = paths[:, :-2], paths[:, 1:-1], paths[:, 2:]
+    own[:, :2] = emitted[0, :, :2]
+    for step in emitted[1:]:
+        now = before_last * skips
+        now += last
+        now += own
+        np.multiply(now, step, out=own)
+    return np.minimum(1, paths[rows, 2 * lengths + 2] + paths[rows, 2 * lengths + 1])
+
+
+def _beam_search(p, beam_width, longest, fits=None, follows=None):
+    """CTC's prefix beam search (Hannun et al., 2014, arXiv:1408.2873), with a beam for every length up to `longest`.
+
+    So a sequence of every length is found, however unlikely. p (T, B, C), blank last; follows (C, C), 0 or -inf, by a
+    last class and the next one: which may come next. Returns for each of B the `beam_width` best sequences that fit.
+    """
+    steps, batch, classes = p.shape
+    shape = batch, longest + 1, beam_width
+    beam = LstmCtcOcr._Beam(np.full(shape, -np.inf), np.full(shape, -np.inf), np.full(shape, classes - 1),
+                 np.zeros(shape, np.uint64), np.zeros((*shape, longest), np.int16))
+    beam.blank[:, 0, 0], beam.key[:, 0, 0] = 0, 1
+    # Those beyond cannot win: of a prefix's extensions W at most are in the beam already, and one is its last class.
+    count = min(classes - 1, 2 * beam_width + 1) if follows is None else classes - 1
+    likely = np.argpartition(p[..., :-1], -count, axis=2)[..., -count:]  # (T, B, K)
+    place = np.full(p.shape, count)  # (T, B, C): where in `likely` a class is; K if it is not
+    np.put_along_axis(place, likely, np.arange(count), axis=2)
+    for log_p, *classes_of_step in zip(np.log(np.maximum(p, TINY)), likely, place):
+        _advance(beam, log_p, *classes_of_step, follows)
+    score, found = np.logaddexp(beam.blank, beam.letter).reshape(batch, -1), []
+    for b, order in enumerate(np.argsort(-score, axis=1)):
+        ranked = (beam.sequence[b, n // beam_width, n % beam_width, :n // beam_width].tolist() for n in order
+                  if score[b, n] > -np.inf)
+        found.append(list(itertools.islice(filter(fits or (lambda _: True), ranked), beam_width)))
+    return found
+
+
+def _advance(beam, log_p, likely, place, follows):
+    """Takes a beam one step on: log_p (B, C), blank last; likely (B, K) and place (B, C): see `_beam_search`."""
+    batch, lengths, width = beam.last.shape
+    b, n, w = np.ogrid[:batch, :lengths, :width]
+    log_last, total = log_p[b, beam.last], np.logaddexp(beam.blank, beam.letter)
+    stay_blank, stay_letter = total + log_p[:, None, None, -1], beam.letter + log_last
+    longer = np.empty((batch, lengths, width, likely.shape[1] + 1))  # the last for what is not among the likely
+    longer[..., :-1] = total[..., None] + np.take_along_axis(log_p, likely, axis=1)[:, None, None]
+    longer[b, n, w, place[b, beam.last]] = beam.blank + log_last  # a repeat needs a blank between
+    if follows is not None:
+        longer[..., :-1] += follows[beam.last[..., None], likely[:, None, None]]
+    # What is in the beam already, and also one of its prefixes made longer, is the same text.
+    child = beam.key[:, :-1, :, None] * ODD + beam.last[:, 1:, None].astype(np.uint64)
+    i, j, parent, known = np.nonzero(child == beam.key[:, 1:, None])
+    to, at = (i, j + 1, known), (i, j, parent)
+    gained = np.where(beam.last[at] == beam.last[to], beam.blank[at], total[at]) + log_p[i, beam.last[to]]
+    stay_letter[to] = np.logaddexp(stay_letter[to], gained)
+    longer[(*at, place[i, beam.last[to]])] = -np.inf
+    scores = np.full((batch, lengths, width * (likely.shape[1] + 1)), -np.inf)
+    scores[..., :width] = np.logaddexp(stay_blank, stay_letter)
+    scores[:, 1:, width:] = longer[:, :-1, :, :-1].reshape(batch, lengths - 1, -1)
+    best = np.argpartition(scores, -width, axis=2)[..., -width:]
+    score, stays = scores[b, n, best], best < width
+    parent, added = np.divmod(best - width, likely.shape[1])
+    added, origin = likely[b, added], (b, n - ~stays, np.where(stays, best, parent))
+    beam.blank = np.where(stays, stay_blank[origin], -np.inf)
+    beam.letter = np.where(stays, stay_letter[origin], score)
+    beam.key = np.where(stays, beam.key[origin], beam.key[origin] * ODD + added.astype(np.uint64))
+    beam.key[score == -np.inf] = 0
+    beam.last = np.where(stays, beam.last[origin], added)
+    beam.sequence = beam.sequence[origin]
+    i, j, k = np.nonzero(~stays)
+    beam.sequence[i, j, k, j - 1] = added[i, j, k]
+
+
 # ---------------------------------------------------------------------- accuracy
 
 def edit_distance(a, b):
@@ -2590,25 +2841,28 @@ def describe_service():
     def answers(good, *codes):
         return {"200": good, **{str(code): {"$ref": "#/components/responses/Error"} for code in (401, 503, *codes)}}
 
-    def record(**properties):
-        return {"type": "object", "required": list(properties), "properties": properties}
+    def record(optional={}, **properties):
+        return {"type": "object", "required": list(properties), "properties": {**properties, **optional}}
 
     binary, text, number = {"type": "string", "format": "binary"}, {"type": "string"}, {"type": "number", "minimum": 0}
     reading = record(ocr_ret=text, confidence=number)
+    known = {"letters": {**text, "description": "letters that alone can be read, such as ABC"},
+             "length": {**text, "pattern": f"^{LENGTH.pattern}$", "description": "letters of the text: N or MIN-MAX"}}
+    restrictions = [{"name": name, "in": "query", "schema": schema} for name, schema in known.items()]
     readings = {"anyOf": [reading, record(results={"type": "array", "items": reading})]}
     body = {**content(binary, "image/*"),
-            **content(record(image={"type": "string", "format": "byte"})),
-            **content(record(image={"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": binary}),
+            **content(record(known, image={"type": "string", "format": "byte"})),
+            **content(record(known, image={"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": binary}),
                       "multipart/form-data")}
     return {
         "openapi": "3.1.0", "info": {"title": "lstm_ctc_ocr", "version": VERSION},
         "paths": {
             "/captchaOcr": {
                 "get": {"summary": "Reads an image under the image root", "parameters": [
-                    {"name": "img_path", "in": "query", "required": True, "schema": {**text, "minLength": 1}}],
-                    "responses": answers({"description": "its text", "content": content(
+                    {"name": "img_path", "in": "query", "required": True, "schema": {**text, "minLength": 1}},
+                    *restrictions], "responses": answers({"description": "its text", "content": content(
                         record(img_path=text, ocr_ret=text, confidence=number))}, 400, 404, 413, 415, 422)},
-                "post": {"summary": "Reads one image, or several files of a form",
+                "post": {"summary": "Reads one image, or several files of a form", "parameters": restrictions,
                          "requestBody": {"required": True, "content": body},
                          "responses": answers({"description": "its text, or theirs in order",
                                                "content": content(readings)}, 400, 413, 415, 422)}},
@@ -2841,9 +3095,9 @@ COMMANDS = {
     "train": ("train on the rendered captchas, or go on from the last checkpoint",
               "dataset model net words words_max_num im_width im_height train_max_num val_num n_hidden batch_size "
               "epoch_max lr save_epoch seed beam_width label_parts ctc"),
-    "test": ("read images: one line each", "model net beam_width"),
+    "test": ("read images: one line each", "model net beam_width letters length"),
     "start": ("serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
-              "model net beam_width host port image_root token"),
+              "model net beam_width letters length host port image_root token"),
     "export": ("write a SavedModel for TensorFlow Serving", "model net beam_width"),
 }
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tensorflow.compat.v1 as tf
@@ -206,6 +207,53 @@ def test_publishing_over_a_training_is_refused(trained, tmp_path):
         assert sorted(path.name for path in (tmp_path / "other").iterdir()) == before
 
 
+def test_letters_and_length_that_are_known_restrict_the_reading(capfd):
+    sample = ROOT / "dataset" / "test" / "0_PIY.png"
+
+    def answer(*arguments):
+        code, (line,), _ = read(capfd, "--model", SHIPPED, "--json", *arguments, sample)
+        assert code == 0
+        return json.loads(line)["ocr_ret"], json.loads(line)["confidence"]
+
+    text, confidence = answer()
+    assert text == "PIY" and confidence > 0.9
+    assert answer("--length", "3") == answer("--letters", "YIP", "--length", "2-4") == (text, confidence)
+    assert answer("--letters", "ipy") == ("piy", confidence)  # the model knows capitals
+    for length in (1, 2, 4, 10):
+        text, confidence = answer("--length", length)
+        assert len(text) == length and confidence < 0.1  # found, and honest
+    text, confidence = answer("--letters", "ABC")
+    assert set(text) <= set("ABC") and confidence < 0.1
+
+
+def test_images_unlike_what_was_learnt_are_named_as_such(tmp_path, capfd):
+    """The remedy too: `general`, unless it is at work already."""
+    shutil.copytree(SHIPPED, tmp_path / "general")
+    assert read(capfd, "--model", SHIPPED)[2] == ""
+    for folder, general in (SHIPPED, True), (tmp_path / "general", False):
+        _, lines, messages = read(capfd, "--model", folder, "--length", 5)  # the samples have 1, 3 and 8 letters
+        assert len(messages.splitlines()) == 1 and "do not look like what this model has learnt" in messages
+        assert ("--model general" in messages) == general and "--start-from general" in messages
+        assert "accuracy 0.00% (0 of 3)" in lines[4]
+
+
+def test_a_temperature_in_the_model_makes_it_less_sure(tmp_path, capfd):
+    """And its export as much."""
+    shutil.copytree(SHIPPED, tmp_path / "model")
+    config = json.loads((SHIPPED / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "temperature": 3.0}))
+    sure, unsure = ([json.loads(line) for line in read(capfd, "--model", folder, "--json")[1]]
+                    for folder in (SHIPPED, tmp_path / "model"))
+    assert [answer["ocr_ret"] for answer in sure] == [answer["ocr_ret"] for answer in unsure]
+    assert all(a["confidence"] > b["confidence"] + 0.1 for a, b in zip(sure, unsure))
+    assert main(["export", str(tmp_path / "exported"), "--model", str(tmp_path / "model")]) == 0
+    with tf.Graph().as_default(), tf.Session() as session:
+        signature = tf.saved_model.load(session, ["serve"], str(tmp_path / "exported")).signature_def["serving_default"]
+        exported = session.run(signature.outputs["confidence"].name, {
+            signature.inputs["images"].name: [Path(answer["img_path"]).read_bytes() for answer in unsure]})
+    assert exported == pytest.approx([answer["confidence"] for answer in unsure], abs=0.05)  # float32, not bfloat16
+
+
 def test_publishing_keeps_the_readings_and_drops_the_rest(trained, dataset, tmp_path):
     files = sorted(dataset.glob("*.png"))[:20]
     LstmCtcOcr(model=str(trained)).publish(tmp_path / "small")
@@ -219,6 +267,9 @@ def test_publishing_keeps_the_readings_and_drops_the_rest(trained, dataset, tmp_
 @pytest.mark.parametrize("arguments, complaint", [
     (["test", "--model", str(SHIPPED), "tests"], "no images in"),
     (["test", "--beam-width", "0"], "--beam-width must be 1 to 100"),
+    (["test", "--model", str(SHIPPED), "--letters", "AB7"], "this model does not know '7'"),
+    (["test", "--model", str(SHIPPED), "--length", "9-11"], "from 1 to this model's 10, not '9-11'"),
+    (["start", "--model", str(SHIPPED), "--port", "0", "--length", "some"], "length must be N or MIN-MAX"),
     (["create_dataset", "--words", "AA"], "each of them once"),
     (["start", "--image-root", "nowhere"], "--image-root nowhere is not a folder"),
 ])

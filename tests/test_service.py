@@ -90,6 +90,38 @@ def test_an_image_can_be_posted_in_three_ways(server):
             assert status == 200 and list(answer) == ["ocr_ret", "confidence"] and answer["ocr_ret"] == text
 
 
+def test_what_is_known_of_a_text_comes_with_the_request(server):
+    encoded, js = base64.b64encode(SAMPLES["PIY"]).decode(), {"Content-Type": "application/json"}
+    form, headers = as_form(SAMPLES["PIY"])
+    field = b'--b\r\nContent-Disposition: form-data; name="length"\r\n\r\n2\r\n'
+    for method, target, body, kind, length in [
+            ("GET", "?img_path=test/0_PIY.png&length=2", None, {}, 2), ("POST", "?length=4-5", SAMPLES["PIY"], PNG, 4),
+            ("POST", "", field + form, headers, 2), ("POST", "?length=4", form, headers, 4),
+            ("POST", "", json.dumps({"image": encoded, "length": "2"}), js, 2),
+            ("POST", "", json.dumps({"image": encoded, "length": 2, "letters": "ABC"}), js, 2)]:
+        status, answer = ask(server, method, "/captchaOcr" + target, body, kind)
+        assert status == 200 and len(answer["ocr_ret"]) == length and answer["confidence"] < 0.1
+    assert set(answer["ocr_ret"]) <= set("ABC")
+    status, answer = ask(server, "POST", "/captchaOcr?letters=piy&length=", SAMPLES["PIY"], PNG)
+    assert status == 200 and answer["ocr_ret"] == "piy" and answer["confidence"] > 0.9
+
+
+def test_concurrent_requests_are_each_read_under_their_own_restriction(server):
+    lengths = [1, 2, 3, 4] * 20
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda length: ask(server, "POST", f"/captchaOcr?length={length}", SAMPLES["PIY"], PNG),
+                                lengths))
+    assert [len(answer["ocr_ret"]) for _, answer in answers] == lengths
+
+
+def test_the_settings_hold_where_a_request_says_nothing(root):
+    client = application(root, letters="piy")[1].test_client()
+    ask = {query: client.post(f"/captchaOcr?{query}", data=SAMPLES["PIY"], headers=PNG).json["ocr_ret"]
+           for query in ("", "letters=IPY", "length=2")}
+    assert ask[""] == "piy" and ask["letters=IPY"] == "PIY"
+    assert len(ask["length=2"]) == 2 and set(ask["length=2"]) <= set("piy")
+
+
 def test_several_images_are_answered_in_order(server):
     texts = [*SAMPLES] * 20  # more than are read at once
     status, answer = ask(server, "POST", "/captchaOcr", *as_form(*(SAMPLES[text] for text in texts)))
@@ -131,6 +163,10 @@ def header_of_a_bomb():
     ("POST", "/captchaOcr", b"a captcha", "text/plain", 415), ("POST", "/captchaOcr", b"", None, 415),
     ("POST", "/captchaOcr", b"<svg/>", "image/svg+xml", 415), ("POST", "/captchaOcr", b"", "image/png", 415),
     ("POST", "/captchaOcr", SAMPLES["PIY"][:3000], "image/png", 422),
+    ("GET", "/captchaOcr?img_path=test/2_N.png&letters=%C3%A4", None, None, 422),
+    ("POST", "/captchaOcr?length=11", SAMPLES["N"], "image/png", 422),
+    ("POST", "/captchaOcr", json.dumps({"image": base64.b64encode(SAMPLES["N"]).decode(), "length": ["2"]}),
+     "application/json", 422),
     ("POST", "/captchaOcr", header_of_a_bomb(), "image/png", 413),
     ("POST", "/captchaOcr", bytes(lstm_ctc_ocr.MAX_BODY + 1), "image/png", 413),
     ("POST", "/captchaOcr", b"{", "application/json", 400), ("POST", "/captchaOcr", b"[]", "application/json", 400),
