@@ -106,7 +106,8 @@ FONT_SUFFIXES = {".ttf", ".otf"}
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts",
                 "/System/Library/Fonts", "C:/Windows/Fonts")
 MIN_ACCURACY = 0.5  # of held-out images, from which on a model of the user's is read with rather than what ships
-NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on", "images_seen", "epoch", "cpu_minutes", "held_share")
+NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on", "images_seen", "epoch", "cpu_minutes",
+           "held_share")  # of a config.json, where it has them
 OPENING = threading.Lock()  # held while a model is opened
 HELD_SHARE, HELD_NUM = 0.1, 2000  # images held out: a tenth of a small folder, about 2,000 of a large one
 LOCK = ".lock"  # in a model folder: whoever trains there holds it
@@ -240,7 +241,7 @@ class LstmCtcOcr:
         net: object  # _Net
         saver: object
         images: object  # (n, H, W) uint8, to be indexed by rows
-        texts: list  # n
+        files: list  # (path, text) of each
         held: np.ndarray  # rows that are validated on
         rows: np.ndarray  # rows that are trained on
         steps_per_epoch: int
@@ -575,7 +576,7 @@ class LstmCtcOcr:
 
     @dataclasses.dataclass(frozen=True)
     class _DecodedImages:
-        """Images in a file, to be indexed as an array (n, H, W) uint8 by rows; a slice of them is not loaded yet.
+        """Images in a file, to be indexed as an array (n, H, W) uint8 by a row or an array of rows.
 
         The file is mapped for each access anew (as nanoGPT maps its data): pages that were read once are the system's
         to keep or to drop, not this process's memory.
@@ -588,8 +589,6 @@ class LstmCtcOcr:
             return len(self.rows)
 
         def __getitem__(self, rows):
-            if isinstance(rows, slice):
-                return dataclasses.replace(self, rows=self.rows[rows])
             count = (os.fstat(self.file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
             pixels = np.memmap(self.file, np.uint8, "r", DECODED_HEAD, (count, *self.size))
             return np.array(pixels[self.rows[rows]])
@@ -668,7 +667,7 @@ class LstmCtcOcr:
                 index.write(stamps.tobytes())
 
     def load_images(self, files):
-        """Decodes the images of one folder, (path, text) pairs: returns `_DecodedImages` and their texts.
+        """Decodes the images of one folder, (path, text) pairs: returns `_DecodedImages` and their pairs.
 
         Decoded images stay in a file of that folder, so that later only what is new or has changed is decoded. Files
         that are no images are named on stderr and left out. Raises `Error` if that file cannot be written.
@@ -682,7 +681,7 @@ class LstmCtcOcr:
                 self._decode_missing(decoded, files, stamps)
             images = decoded.find(stamps)
         good = np.flatnonzero(images.rows >= 0)
-        return dataclasses.replace(images, rows=images.rows[good]), [files[row][1] for row in good]
+        return dataclasses.replace(images, rows=images.rows[good]), [files[row] for row in good]
 
     @property
     def _preprocessing(self):
@@ -1318,33 +1317,30 @@ class LstmCtcOcr:
         if place.chief and (folder / LOCK).exists():
             with self._alone_in(folder):
                 pass  # if not, that is said now, before the images are decoded
-        files, share = self._training_files(place, config)
+        files = self._labelled_files(Path(self.dataset), place)
+        share = min(HELD_SHARE, HELD_NUM / (len(files) * place.workers), config.get("held_share", 1))
         tf = _tensorflow()
         with tf.Graph().as_default(), tf.device(place.device), contextlib.ExitStack() as alone:
             run = self._prepare(place, folder, files, share)
             if place.chief:
                 alone.enter_context(self._alone_in(folder))
                 run.config = self._training_config(folder)
-                self._note_held_out(run, files, share)
+                self._note_held_out(run, share)
                 self._save_config(folder, run.config)
                 with self._writing(folder):
                     run.writer = tf.summary.FileWriter(str(folder / "events"))
             return self._train_loop(run)
 
-    def _training_files(self, place, config):
-        """Returns this process's (path, text) pairs, and the share of digests below which an image is held out.
-
-        That share only ever shrinks while a folder grows, and for one model whatever happens, so that nothing that was
-        trained on is held out later. It depends neither on `val_num` nor on the number of workers.
-        """
-        files = self._labelled_files(Path(self.dataset), place)
-        return files, min(HELD_SHARE, HELD_NUM / (len(files) * place.workers), config.get("held_share", 1))
-
     def _prepare(self, place, folder, files, share):
-        """Decodes the images and builds the network; returns a `_Run`."""
-        held = max(1, sum(_digest(path) < share for path, _ in files))  # they are the first
-        most = self.train_max_num // place.workers or len(files)
-        images, texts = self.load_images(files[:held + most])
+        """Decodes the images and builds the network; returns a `_Run`.
+
+        files: this process's (path, text) pairs, those with the smallest digests first. Those below `share` are held
+        out, whatever `val_num` and the number of workers. That share only ever shrinks while the images become more,
+        and for one model whatever happens: so nothing that was trained on is validated on later.
+        """
+        held = max(1, sum(_digest(path) < share for path, _ in files))
+        images, files = self.load_images(files[:held + (self.train_max_num // place.workers or len(files))])
+        held = max(1, sum(_digest(path) < share for path, _ in files))  # less what is no image
         count = max(0, len(images) - held)
         if count < self.batch_size:
             raise self.Error(f"{self.dataset} leaves {count} images to train on, fewer than one batch of "
@@ -1352,16 +1348,16 @@ class LstmCtcOcr:
         steps_per_epoch = count // self.batch_size
         net = self._build_training(steps_per_epoch, place)
         return self._Run(
-            place=place, folder=folder, net=net, images=images, texts=texts, held=np.arange(min(held, self.val_num)),
+            place=place, folder=folder, net=net, images=images, files=files, held=np.arange(min(held, self.val_num)),
             rows=np.arange(held, len(images)), steps_per_epoch=steps_per_epoch,
             last=math.ceil(self.epoch_max * steps_per_epoch),
             saver=_tensorflow().train.Saver(max_to_keep=0, save_relative_paths=True))  # `_save` keeps best and newest
 
     @staticmethod
-    def _note_held_out(run, files, share):
+    def _note_held_out(run, share):
         """Writes down which images are validated on; with others than before, forgets what was best on those."""
-        names = "/".join(os.path.basename(path) for path, _ in files[:len(run.held)])
-        held_out = hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        names = "/".join(os.path.basename(run.files[row][0]) for row in run.held)
+        held_out = hashlib.blake2b(os.fsencode(names), digest_size=8).hexdigest()
         if run.config.get("held_out") != held_out:
             _forget_best(run.config)
         run.config.update(held_share=share, held_out=held_out)
@@ -1382,8 +1378,8 @@ class LstmCtcOcr:
         """Steps, reports, saves, and stops: after the last step, or when told to."""
         chief = run.place.chief
         open_session = self._session_in_cluster if run.place.servers else self._session_alone
-        with open_session(run) as session, self._begin(run) as run.bar, \
-                _deferred_stop() if chief else contextlib.nullcontext([]) as stop:
+        with open_session(run) as session, _deferred_stop() if chief else contextlib.nullcontext([]) as stop, \
+                self._begin(run) as run.bar:
             for images, sequences in _one_ahead(self._batches(run)):
                 if chief and run.step >= run.last:
                     break
@@ -1420,7 +1416,7 @@ class LstmCtcOcr:
             if batch == 0 or step == run.step:
                 order = np.random.default_rng([self.seed, epoch]).permutation(run.rows)
             rows = order[batch * self.batch_size:(batch + 1) * self.batch_size]
-            yield run.images[rows], self.sequences_to_sparse([self.text_to_sequence(run.texts[row]) for row in rows])
+            yield run.images[rows], self.sequences_to_sparse([self.text_to_sequence(run.files[row][1]) for row in rows])
 
     def _step(self, run, session, feeds, stop):
         """Runs one training step; returns False if told to stop while the step waits for another task."""
@@ -1510,7 +1506,7 @@ class LstmCtcOcr:
         batches = np.resize(run.held, (count, self.batch_size))
 
         def validate(rows):
-            sequences = self.sequences_to_sparse([self.text_to_sequence(run.texts[row]) for row in rows])
+            sequences = self.sequences_to_sparse([self.text_to_sequence(run.files[row][1]) for row in rows])
             losses, sparse = run.session.run([run.net.losses, run.net.sparse],
                                              {run.net.images: run.images[rows], run.net.sequences: sequences})
             return losses, [self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sparse)]
@@ -1519,7 +1515,7 @@ class LstmCtcOcr:
             results = pool.map(validate, batches)
         losses = np.concatenate([losses for losses, _ in results])[:len(run.held)]
         readings = [text for _, batch in results for text in batch][:len(run.held)]
-        return [run.texts[row] for row in run.held], readings, float(losses.mean())
+        return [run.files[row][1] for row in run.held], readings, float(losses.mean())
 
     @staticmethod
     def _write_summaries(run, figures, wrong):
@@ -1801,7 +1797,8 @@ class LstmCtcOcr:
         """
         service = self._service
         try:
-            known = self._reader.ocr.known(*(str(known.get(name) or getattr(self, name)) for name in ("letters", "length")))
+            known = self._reader.ocr.known(*(str(known.get(name) or getattr(self, name))
+                                             for name in ("letters", "length")))
         except self.Error as error:
             flask.abort(error.status, str(error))
         if not all(data.startswith(SIGNATURES) for data in datas):

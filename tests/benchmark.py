@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 os.environ["TF_OVERRIDE_GLOBAL_THREADPOOL"] = "1"  # each session its own threads: the default ones, or this project's
 
+import numpy as np
 import tensorflow.compat.v1 as tf  # noqa: E402
 
 import lstm_ctc_ocr  # noqa: E402
@@ -89,7 +90,7 @@ def article_step(ocr, batch_size, images, texts):
 def our_step(ocr, images, texts):
     """Returns a function that runs this project's training step."""
     with tf.Graph().as_default():
-        net = ocr._build_training(1000, lstm_ctc_ocr.ALONE)
+        net = ocr._build_training(1000, LstmCtcOcr._Place())
         session = tf.Session(config=lstm_ctc_ocr._session_config())
         session.run(tf.global_variables_initializer())
     batch = {net.images: images[:ocr.batch_size], net.sequences: ocr.sequences_to_sparse(
@@ -126,7 +127,8 @@ def multiplications(ocr):
 
 
 def benchmark_train(ocr, folder):
-    images, texts = ocr.load_images(rendered(ocr, max(16, ocr.batch_size), folder))
+    images, files = ocr.load_images(rendered(ocr, max(16, ocr.batch_size), folder))
+    images, texts = images[np.arange(len(files))], [text for _, text in files]
     product, operations = matrix_product()
     theirs, ours, peak = take_turns(article_step(ocr, 16, images, texts), our_step(ocr, images, texts), product)
     rate = 2 * multiplications(ocr) * ocr.batch_size / ours

@@ -16,7 +16,7 @@ import time
 
 import cv2
 import pytest
-from conftest import ROOT, TASK, flags, spawn
+from conftest import IMAGES, ROOT, TASK, flags, spawn
 from test_images import contents
 from test_training import config_of, step_of, train, until
 
@@ -96,7 +96,7 @@ def about_images(dataset, tmp_path_factory):
 @pytest.mark.parametrize("line", [
     r"^left out: .*900_AX.png: not a whole image", r"^left out: .*901_AX.png: not a whole image",
     r"^left out: .*902_AX.png: not a whole image", r"^left out: .*903_AX.png: Is a directory",
-    r"^left out: 1 images of .* not named <i>_<LABEL>.png, such as AX.png", r"^784 images to train on, 16 held out"],
+    r"^left out: 1 images of .* not named <i>_<LABEL>.png, such as AX.png", r"^720 images to train on, 16 held out"],
     ids=["cut in half", "empty", "no image", "a folder", "without a label", "all others"])
 def test_what_is_no_labelled_image_is_named_and_left_out(line, about_images):
     assert len(re.findall(line, about_images, re.MULTILINE)) == 1 and "Traceback" not in about_images
@@ -183,7 +183,7 @@ def test_a_torn_checkpoint_costs_what_came_after_the_one_before(harm, reading, t
     said(capfd)
     assert reads(model, dataset)
     messages = said(capfd)
-    assert reading in messages and len(messages.splitlines()) == bool(reading)
+    assert reading in messages and len(messages.splitlines()) == 1 + bool(reading)  # one says what it reads with
     assert main(train(dataset, model, epoch_max=15.1)) == 0
     messages = said(capfd)
     assert training in messages and messages.count("going on from") == bool(training)
@@ -234,7 +234,7 @@ def test_kill_9_at_any_moment_of_training(moments, dataset, tmp_path):
 def test_kill_9_at_any_moment_of_rendering(moments, dataset, tmp_path):
     """No final name ever stands for half a file, and the end is the same as if nothing had happened."""
     generator = random.Random(1)
-    arguments = ["create_dataset", *flags(dataset=tmp_path, im_total_num=800, **TASK)]
+    arguments = ["create_dataset", *flags(dataset=tmp_path, im_total_num=IMAGES, **TASK)]
     for _ in range(moments):
         more = len(os.listdir(tmp_path)) + generator.randint(1, 35)
         process = spawn(*arguments)
@@ -250,14 +250,14 @@ def test_kill_9_at_any_moment_of_rendering(moments, dataset, tmp_path):
 
 
 def test_rendering_that_is_told_to_stop_goes_on_later(dataset, tmp_path, capfd):
-    arguments = ["create_dataset", *flags(dataset=tmp_path, im_total_num=800, **TASK)]
+    arguments = ["create_dataset", *flags(dataset=tmp_path, im_total_num=IMAGES, **TASK)]
     process = spawn(*arguments, start_new_session=True)
     eventually(lambda: os.listdir(tmp_path), process)
     os.killpg(process.pid, signal.SIGTERM)  # to its workers too, as `timeout` or a terminal would
     message, = process.communicate()[1].splitlines()
     assert process.returncode == 128 + signal.SIGTERM and message.startswith("stopped; the same command goes on")
     files = contents(tmp_path)
-    assert 0 < len(files) < 800 and files.items() <= contents(dataset).items()
+    assert 0 < len(files) < IMAGES and files.items() <= contents(dataset).items()
     assert main(arguments) == 0 and contents(tmp_path) == contents(dataset)
 
 
@@ -274,7 +274,7 @@ def test_a_renderer_that_is_killed_is_one_line(tmp_path, capfd):
 
 def test_a_full_disk_while_rendering(disk, dataset, capfd):
     path, _ = disk
-    arguments = ["create_dataset", *flags(dataset=path / "train", im_total_num=800, **TASK)]
+    arguments = ["create_dataset", *flags(dataset=path / "train", im_total_num=IMAGES, **TASK)]
     assert main(arguments) == 2
     assert "No space left on device; run the same command again" in said(capfd).splitlines()[-1]
     files = contents(path / "train")
@@ -294,10 +294,10 @@ def test_a_full_disk_while_saving(disk, dataset, capfd):
     assert process.returncode == 2 and "No space left on device" in message and "run the same command" in message
     assert reads(path / "model", dataset)
     step = max(saved(path / "model"))
-    assert main(train(dataset, path / "model", **TINY, epoch_max=(step + 9) / 49)) == 2  # still full
+    assert main(train(dataset, path / "model", **TINY, epoch_max=(step + 9) / 45)) == 2  # still full
     assert "No space left on device" in said(capfd).splitlines()[-1] and max(saved(path / "model")) == step
     (path / "filler").unlink()
-    assert main(train(dataset, path / "model", **TINY, epoch_max=(step + 9) / 49)) == 0
+    assert main(train(dataset, path / "model", **TINY, epoch_max=(step + 9) / 45)) == 0
     assert step_of(path / "model") >= step + 9 and reads(path / "model", dataset)
     assert not list((path / "model").glob("*temp*"))
 

@@ -273,7 +273,7 @@ def test_the_queue_is_bounded(root):
 def test_a_fault_while_reading_is_told_and_the_next_one_works(root, monkeypatch):
     ocr, app = application(root)
     with monkeypatch.context() as broken:
-        broken.setattr(ocr, "_read", lambda *_: 1 / 0)
+        broken.setattr(LstmCtcOcr, "_read", lambda *_: 1 / 0)
         response = app.test_client().post("/captchaOcr", data=SAMPLES["N"], headers=PNG)
     assert response.status_code == 500 and list(response.json) == ["error"] and not ocr._service.waiting
     assert app.test_client().post("/captchaOcr", data=SAMPLES["N"], headers=PNG).json["ocr_ret"] == "N"
