@@ -118,9 +118,10 @@ def multiplications(ocr):
     if ocr.net not in lstm_ctc_ocr.CONVOLUTIONS:
         return lstm(ocr.im_height, ocr.n_hidden, False) + dense
     height, width, channels, total = ocr.im_height, ocr.im_width, 1, dense
-    for number, (outputs, size, down, across) in enumerate(lstm_ctc_ocr.CONVOLUTIONS[ocr.net]):
+    for number, (outputs, size, down, across, blocks) in enumerate(lstm_ctc_ocr.CONVOLUTIONS[ocr.net]):
         height, width = -(-height // down), -(-width // across)
         total += (3 if number else 2) * height * width * size ** 2 * channels * outputs
+        total += blocks * 2 * 3 * height * width * 3 ** 2 * outputs ** 2
         channels = outputs
     features = lstm_ctc_ocr.PROJECTION[ocr.net]
     return total + 3 * ocr.steps * height * channels * features + 2 * lstm(features, ocr.n_hidden // 2, True)

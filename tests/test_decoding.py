@@ -8,6 +8,7 @@ import pytest
 import tensorflow.compat.v1 as tf
 from hypothesis import example, given, settings, strategies as st
 
+import lstm_ctc_ocr
 from lstm_ctc_ocr import LstmCtcOcr
 
 
@@ -152,3 +153,14 @@ def test_a_beam_of_one_does_not_take_a_long_letter_for_two():
     logits = np.log(np.float32([[[0.99, 0.01, 1e-6]]] * 5))
     ocr = LstmCtcOcr(words="AX", words_max_num=3, im_width=5, beam_width=1)
     assert ocr.texts(logits, ocr.known(length="2"))[0][0] in ("AX", "XA")
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
+def test_the_temperature_that_fits_is_the_one_that_texts_were_drawn_with(temperature):
+    """Texts are drawn from the network's own probabilities at that temperature, class by class."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 2, (5, 4000, 4))
+    p = np.exp(logits / temperature)
+    paths = (p.cumsum(axis=2) / p.sum(axis=2, keepdims=True) < generator.random((5, 4000, 1))).sum(axis=2)  # (T, B)
+    drawn = [[a for a, before in zip(path, [3, *path]) if a != 3 and a != before] for path in paths.T.tolist()]
+    assert lstm_ctc_ocr.fit_temperature(*lstm_ctc_ocr.greedy_confidences(logits, drawn)) == temperature

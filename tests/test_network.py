@@ -83,7 +83,7 @@ def test_lstm_gradient_is_tensorflows_own(lstm):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("net, steps", [("lstm", 16), ("cnn_lstm", 4)])
+@pytest.mark.parametrize("net, steps", [("lstm", 16), ("cnn_lstm", 4), ("wide_cnn_lstm", 4)])
 def test_a_batch_gives_what_its_images_give_alone(net, steps, monkeypatch):
     """No image's answer depends on its neighbours, nor on how the batch is split over the cores."""
     monkeypatch.setattr(lstm_ctc_ocr, "_cores", lambda: 2)
