@@ -471,7 +471,7 @@ class LstmCtcOcr:
     def _origin(self):
         """What the images of a folder have in common beside what their names tell: the look, and what draws letters."""
         if self.look == "plain":
-            return {"look": "plain"}
+            return {}
         fonts = _find_fonts(self._font_folders(), self.words)
         if missing := set(self.words).difference(*(letters for _, letters in fonts)):
             raise self.Error(f"no font in {', '.join(self._font_folders())} has {sorted(missing)}: name folders of "
@@ -485,8 +485,8 @@ class LstmCtcOcr:
                     path.unlink()
         files = [(path, named) for path in folder.iterdir() if (named := LABELLED.fullmatch(path.name))]
         if files and (known := self._origin_of(folder)) != self._origin():
-            raise self.Error(f"{folder} holds {known['look']} images, or drawn with other fonts: give the same --look "
-                             "and --fonts, or another --dataset")
+            raise self.Error(f"{folder} holds {known.get('look', 'plain')} images, or drawn with other fonts: give the "
+                             "same --look and --fonts, or another --dataset")
         for path, named in files:
             expected = self._draw_label(random.Random(f"{self.seed}-{int(named[1])}"))
             if named[2] != expected:
@@ -500,11 +500,11 @@ class LstmCtcOcr:
 
     @staticmethod
     def _origin_of(folder):
-        """How a folder's images were drawn, see `_origin`; what holds no word of it is plain."""
+        """How a folder's images were drawn, see `_origin`; empty if that is not known, as of plain ones."""
         try:
-            return json.loads((Path(folder) / LOOK).read_text())
+            return dict(json.loads((Path(folder) / LOOK).read_text()))
         except (OSError, ValueError):
-            return {"look": "plain"}
+            return {}
 
     # ------------------------------------------------------------------ loading images
 
@@ -1336,6 +1336,7 @@ class LstmCtcOcr:
                 alone.enter_context(self._alone_in(folder))
                 run.config = self._training_config(folder)
                 self._note_held_out(run, share)
+                run.config.update(self._origin_of(self.dataset))
                 self._save_config(folder, run.config)
                 with self._writing(folder):
                     run.writer = tf.summary.FileWriter(str(folder / "events"))
