@@ -30,6 +30,7 @@ import dataclasses
 import functools
 import hashlib
 import hmac
+import html
 import importlib.util
 import io
 import ipaddress
@@ -128,9 +129,11 @@ REPORT_STEPS = 100  # between reports, as in the article
 VALIDATION_SHARE = 0.05  # the most of training's CPU time that validating may take; a report waits until it fits in
 
 TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
-MAX_BODY = 8_000_000  # bytes of a request, and of a file that it names
+MAX_BODY = 2_500_000  # bytes of a request, all files of a form together, and of a file that it names
+MAX_BUFFER = 2_900_000  # bytes of a request; between the two, the sender is not cut off before it hears what is wrong
+CONNECTIONS = 100  # at once; waitress takes whole bodies before the token is looked at: at most 290 MB of strangers'
 MAX_IMAGES = 64  # in a request
-QUEUE = 64  # images that may wait for their reading; whoever comes then is told to come again
+QUEUE = 64  # images that may wait for their reading; whoever comes then is told to come again, a form as an image
 SERVE_BATCH = 8  # the most images that a thread of the service reads at once; more cost hardly less an image
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of what is served
 
@@ -275,6 +278,31 @@ class LstmCtcOcr:
         known: object  # `Known` of texts, by the settings
 
     @dataclasses.dataclass
+    class _Service:
+        """What the requests to an application share."""
+        reader: object  # _Reader
+        token: str  # what clients must show, if anything
+        folders: tuple  # where a relative path may start, all absolute; the image root last
+        model: dict  # what of config.json clients are told
+        lock: object = dataclasses.field(default_factory=threading.Lock)  # held to count
+        jobs: object = dataclasses.field(default_factory=queue.SimpleQueue)  # (bytes, Known, Future), or None: the end
+        threads: list = dataclasses.field(default_factory=list)  # that read
+        waiting: int = 0  # images
+        images_read: int = 0
+        errors: int = 0  # requests for a reading that were answered by an error
+        others: int = 0  # requests that asked for no reading, or were refused before it
+        latencies: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=1000))
+        stopping: bool = False
+
+        def close(self):
+            """Ends the threads that read, once they have read what was asked for; no more is taken."""
+            self.stopping = True
+            for _ in self.threads:
+                self.jobs.put(None)
+            for thread in self.threads:
+                thread.join()
+
+    @dataclasses.dataclass
     class _Beam:
         """The W likeliest prefixes of each length L from 0 on; arrays (B, L, W)."""
         blank: np.ndarray  # log of the probability of a prefix by the paths that end with a blank
@@ -290,6 +318,10 @@ class LstmCtcOcr:
     class TooLarge(Error):
         """An image of more pixels than `MAX_PIXELS`."""
         status = 413
+
+    class Unknown(Error):
+        """A file of no kind that is served."""
+        status = 415
 
     def __post_init__(self):
         """Raises `Error` for settings that cannot work."""
@@ -1715,16 +1747,26 @@ class LstmCtcOcr:
     # ------------------------------------------------------------------ service
 
     def create_app(self):
-        """Returns the Flask application, its model loaded and asked once."""
-        reader = self._reader
-        self._service.model = {name: value for name, value in reader.config.items()
-                               if name in ("net", "words", "words_max_num", "step", "accuracy")}
+        """Returns the Flask application, its model loaded and asked once.
+
+        What its requests share is `app.extensions["lstm_ctc_ocr"]`, whose `close` ends the threads that read.
+        """
+        reader, root = self._reader, Path(os.path.realpath(self.image_root))
+        try:
+            folders = Path.cwd(), root.parent, root
+        except FileNotFoundError:  # the working directory was deleted
+            folders = root.parent, root
+        service = self._Service(
+            reader, self.token or os.environ.get(TOKEN_VARIABLE, ""), folders,
+            {name: reader.config[name] for name in ("net", "words", "words_max_num", "step", "accuracy")
+             if name in reader.config})
         for _ in range(_cores()):
-            threading.Thread(target=self._read_jobs, daemon=True).start()
-        self._read_in_batches([cv2.imencode(".png", np.zeros((reader.ocr.im_height, reader.ocr.im_width), np.uint8))[1]
-                               .tobytes()], reader.known)
-        self._service.token = self.token or os.environ.get(TOKEN_VARIABLE, "")
+            service.threads.append(threading.Thread(target=self._read_jobs, args=[service], daemon=True))
+            service.threads[-1].start()
+        blank = np.zeros((reader.ocr.im_height, reader.ocr.im_width), np.uint8)
+        self._read_in_batches(service, [cv2.imencode(".png", blank)[1].tobytes()], reader.known)
         app = flask.Flask(__name__, static_folder=None)
+        app.extensions["lstm_ctc_ocr"] = service
         app.json.sort_keys = False
         app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
         app.before_request(self._admit)
@@ -1737,37 +1779,34 @@ class LstmCtcOcr:
             app.add_url_rule(path, answer.__name__, answer, methods=[method], provide_automatic_options=False)
         return app
 
-    @functools.cached_property
-    def _service(self):
-        """What requests share: counters, the latest latencies in seconds, and the images that wait to be read."""
-        return types.SimpleNamespace(
-            images_read=0, errors=0, waiting=0, latencies=collections.deque(maxlen=1000), stopping=False,
-            lock=threading.Lock(), jobs=queue.SimpleQueue())
-
     def _admit(self):
         """Refuses strangers, and whoever comes when the service is about to stop."""
-        flask.g.begun = time.perf_counter()
+        flask.g.begun, service = time.perf_counter(), _service()
         basic, header = flask.request.authorization, flask.request.headers.get("Authorization", "")
         shown = basic.password if basic and basic.type == "basic" else header.partition(" ")[2]
-        if self._service.token and flask.request.path != "/healthz" and not hmac.compare_digest(
-                (shown or "").encode(), self._service.token.encode()):
+        if service.token and flask.request.path != "/healthz" and not hmac.compare_digest(
+                (shown or "").encode(), service.token.encode()):
             raise Unauthorized("this service wants its token", www_authenticate=WWWAuthenticate("basic", {
                 "realm": "lstm_ctc_ocr"}))
-        if self._service.stopping:
+        if service.stopping:
             raise ServiceUnavailable("the service is stopping", retry_after=1)
 
     def _account(self, response):
         """Counts and logs a request; sets the headers that every answer has."""
         seconds = time.perf_counter() - flask.g.begun
-        with self._service.lock:
-            self._service.errors += response.status_code >= 400
-            self._service.latencies.append(seconds)
+        service, status = _service(), response.status_code
+        with service.lock:
+            if flask.request.path == "/captchaOcr" and status not in (401, 404, 405):
+                service.errors += status >= 400
+                service.latencies.append(seconds)
+            else:
+                service.others += 1
         response.headers.update({"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
                                  "X-Frame-Options": "DENY", "Cache-Control": "no-store"})
         response.headers.setdefault("Content-Security-Policy", "default-src 'none'")
         target = ascii(flask.request.full_path.rstrip("?"))[1:-1]
         with contextlib.suppress(OSError):  # nobody may be reading the log
-            print(f'{flask.request.remote_addr} "{flask.request.method} {target}" {response.status_code} '
+            print(f'{flask.request.remote_addr} "{flask.request.method} {target}" {status} '
                   f"{seconds * 1e3:.1f} ms", file=sys.stderr, flush=True)
         return response
 
@@ -1793,7 +1832,7 @@ class LstmCtcOcr:
         if kind == "multipart/form-data":
             datas = [file.read() for file in flask.request.files.getlist("image")]
         elif kind == "application/json":
-            body = flask.request.get_json(silent=True)
+            body = _json_body()
             datas = [_base64_image(body)]
             known = {**known, **body}
         elif kind.startswith("image/"):
@@ -1801,82 +1840,91 @@ class LstmCtcOcr:
         else:
             flask.abort(415, "send an image/* body, JSON with the image as base64, or a form with files named image")
         if not 1 <= len(datas) <= MAX_IMAGES:
-            flask.abort(400, f"send 1 to {MAX_IMAGES} images, as files named image")
+            flask.abort(400, f"send 1 to {MAX_IMAGES} images, as files named image, of at most {MAX_BODY:,} bytes "
+                             "together")
         answers = self._answer(datas, known)
         return answers[0] if len(answers) == 1 else {"results": answers}
 
     def _answer(self, datas, known):
-        """Reads files' bytes; returns for each what the service says about it, or ends the request with an error.
+        """Reads files' bytes; returns for each what the service says about it.
 
-        known: a mapping that may hold `letters` and `length`; where it does not, the settings do.
+        known: a mapping that may hold `letters` and `length`; where it does not, the settings do. Ends the request with
+        an error if no image can be read; where some can, the others have their error in their place.
         """
-        service = self._service
+        service = _service()
         try:
-            known = self._reader.ocr.known(*(str(known.get(name) or getattr(self, name))
-                                             for name in ("letters", "length")))
+            known = service.reader.ocr.known(*(str(known.get(name) or getattr(self, name))
+                                               for name in ("letters", "length")))
         except self.Error as error:
             flask.abort(error.status, str(error))
-        if not all(data.startswith(SIGNATURES) for data in datas):
-            flask.abort(415, "that is no PNG, JPEG, GIF, BMP, WebP or TIFF image")
         with service.lock:
-            if service.waiting and service.waiting + len(datas) > QUEUE:
+            if service.waiting >= QUEUE:
                 raise ServiceUnavailable("too many images are waiting; try again soon", retry_after=1)
-            service.waiting += len(datas)
+            service.waiting += len(datas)  # of a form all, so that it need not wait until there is room for all at once
         try:
-            readings = self._read_in_batches(datas, known)
-        except self.Error as error:
-            flask.abort(error.status, str(error))
+            readings = self._read_in_batches(service, datas, known)
         finally:
             with service.lock:
                 service.waiting -= len(datas)
+        faults = [reading for reading in readings if isinstance(reading, self.Error)]
+        if len(faults) == len(readings):
+            flask.abort(faults[0].status, str(faults[0]))
         with service.lock:
-            service.images_read += len(datas)
-        return [{"ocr_ret": text, "confidence": confidence} for text, confidence in readings]
+            service.images_read += len(readings) - len(faults)
+        return [{"error": str(reading)} if isinstance(reading, self.Error) else
+                {"ocr_ret": reading[0], "confidence": reading[1]} for reading in readings]
 
-    def _read_in_batches(self, datas, known):
-        """`recognise` for many threads at once: other threads read in batches what all of them have asked for."""
-        futures = [concurrent.futures.Future() for _ in datas]
-        for data, future in zip(datas, futures):
-            self._service.jobs.put((data, known, future))
-        concurrent.futures.wait(futures)  # all of them, although one may be no image
+    def _read_in_batches(self, service, datas, known):
+        """As `_read_each`, for many threads at once: others read in batches what all of them have asked for."""
+        futures = []
+        for data in datas:
+            futures.append(concurrent.futures.Future())
+            if data.startswith(SIGNATURES):
+                service.jobs.put((data, known, futures[-1]))
+            else:
+                futures[-1].set_result(self.Unknown("that is no PNG, JPEG, GIF, BMP, WebP or TIFF image"))
         return [future.result() for future in futures]
 
-    def _read_jobs(self):
-        """Reads for ever; while a batch is read the next one fills up, so nobody waits for others to come.
+    def _read_jobs(self, service):
+        """Reads until the service is closed; while a batch is read the next one fills up, so nobody waits for others.
 
         The batch is decoded and read in this thread, on one core, and there is such a thread for each: in paired runs a
         sixth to a fifth more requests a second than one thread whose operations all cores share.
         """
-        jobs, options = self._service.jobs, _tensorflow().RunOptions(inter_op_thread_pool=-1)  # in the calling thread
-        while True:
-            batch = [jobs.get()]
+        jobs, options = service.jobs, _tensorflow().RunOptions(inter_op_thread_pool=-1)  # in the calling thread
+        while job := jobs.get():
+            batch = [job]
             with contextlib.suppress(queue.Empty):
                 while len(batch) < SERVE_BATCH:
-                    batch.append(jobs.get_nowait())
+                    job = jobs.get_nowait()
+                    if job is None:  # is for another thread, or for this one next time
+                        jobs.put(None)
+                        break
+                    batch.append(job)
             datas, known, futures = zip(*batch)
             try:
-                readings = self._read_each(datas, known, options)
+                for future, reading in zip(futures, self._read_each(datas, known, options)):
+                    future.set_result(reading)
             except Exception as error:  # whoever asked is told, and the next batch is read
-                readings = [error] * len(batch)
-            for future, reading in zip(futures, readings):
-                (future.set_exception if isinstance(reading, Exception) else future.set_result)(reading)
+                for future in futures:
+                    future.set_exception(error)
 
     def _answer_health(self):
         """GET /healthz"""
-        service = self._service
+        service = _service()
         with service.lock:
             milliseconds = np.array(service.latencies or [0]) * 1e3
-            read, errors = service.images_read, service.errors
+            read, errors, others = service.images_read, service.errors, service.others
         return {"status": "stopping" if service.stopping else "ok", "version": VERSION, "model": service.model,
-                "waiting": service.waiting, "images_read": read, "errors": errors,
+                "waiting": service.waiting, "images_read": read, "errors": errors, "other_requests": others,
                 "latency_ms": {f"p{p}": round(float(np.percentile(milliseconds, p)), 2) for p in (50, 95, 99)}}
 
     def _answer_page(self):
         """GET /"""
         nonce = secrets.token_urlsafe(16)
-        samples = "".join(SAMPLE.format(name=path.stem.split("_")[1], data=base64.b64encode(path.read_bytes()).decode())
+        samples = "".join(SAMPLE.format(name=html.escape(path.stem), data=base64.b64encode(path.read_bytes()).decode())
                           for path in sorted((HOME / "dataset" / "test").glob("*.png"))[:3])
-        page = PAGE.replace("$nonce", nonce).replace("$samples", samples).replace("$net", self._service.model["net"])
+        page = PAGE.replace("$nonce", nonce).replace("$samples", samples).replace("$net", _service().model["net"])
         return page, {"Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
                       f"'nonce-{nonce}'; img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
                       "frame-ancestors 'none'"}
@@ -1886,32 +1934,38 @@ class LstmCtcOcr:
 
         A relative path may start at the server's folder, at the image root or at the folder that holds it.
         """
-        root = Path(os.path.realpath(self.image_root))
-        for base in (Path.cwd(), root.parent, root):
+        folders = _service().folders
+        for folder in folders:
             try:
-                path = Path(os.path.realpath(base / img_path))
-                if path.is_relative_to(root) and path.is_file():
+                path = Path(os.path.realpath(folder / img_path))
+                if path.is_relative_to(folders[-1]) and path.is_file():
                     return path
             except (OSError, ValueError):  # a name too long, a NUL
                 return None
 
     def start(self):
-        """Serves until it is told to stop; then it finishes what is under way."""
+        """Serves until it is told to stop, and then finishes what is under way; returns 1 if the server failed."""
         if not Path(self.image_root).is_dir():
             raise self.Error(f"--image-root {self.image_root} is not a folder")
-        server = self._listen()
+        app, server = self._listen()
         host = f"[{self.host}]" if ":" in self.host else self.host
+        faults = []
+        serving = threading.Thread(target=_run_server, args=[server, faults], daemon=True)
         with _deferred_stop() as stop:
-            threading.Thread(target=server.run, daemon=True).start()
+            serving.start()
             print(f"http://{host}:{server.effective_port}/captchaOcr?img_path=./dataset/test/0_PIY.png",
                   file=sys.stderr, flush=True)
-            while not stop:  # who waits for a lock misses a signal that comes as the wait begins
+            self._say_model()
+            while not stop and serving.is_alive():  # who waits for a lock misses a signal that comes as the wait begins
                 time.sleep(0.1)
-            self._drain(server)
+            if not stop:
+                print(f"lstm_ctc_ocr: the server has ended ({faults}): start it again", file=sys.stderr)
+                return 1
+            self._drain(server, app.extensions["lstm_ctc_ocr"])
         return 0
 
     def _listen(self):
-        """Returns the server, ready to run; raises `Error` if the address cannot be had."""
+        """Returns the application and its server, ready to run; raises `Error` if the address cannot be had."""
         try:
             family, *_, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             listening = socket.create_server(address[:2], family=family, backlog=1024)
@@ -1924,17 +1978,19 @@ class LstmCtcOcr:
                   file=sys.stderr)
         waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
         # More threads than may wait for an answer, so that there is always one to say that too many wait.
-        return waitress.create_server(self.create_app(), sockets=[listening], threads=QUEUE + 8, ident=None,
-                                      max_request_body_size=4 * MAX_BODY, connection_limit=1000,
-                                      asyncore_use_poll=True)
+        app = self.create_app()
+        return app, waitress.create_server(app, sockets=[listening], threads=QUEUE + 8, ident=None,
+                                           max_request_body_size=MAX_BUFFER, connection_limit=CONNECTIONS,
+                                           asyncore_use_poll=True)
 
-    def _drain(self, server):
+    def _drain(self, server, service):
         """Takes no more connections, and waits until every request under way is answered, 4 seconds at most."""
-        self._service.stopping, server.accepting = True, False
+        service.stopping, server.accepting = True, False
         deadline = time.monotonic() + 4
         while time.monotonic() < deadline and any(
                 channel.requests or channel.total_outbufs_len for channel in list(server.active_channels.values())):
             time.sleep(0.01)
+        service.close()
 
     # ------------------------------------------------------------------ export
 
@@ -2858,6 +2914,27 @@ def _json_parse_error(error, ident=None):
             json.dumps({"error": f"{error.reason}: {error.body}"}).encode())
 
 
+def _service():
+    """What the requests to this application share."""
+    return flask.current_app.extensions["lstm_ctc_ocr"]
+
+
+def _run_server(server, faults):
+    """Serves, and adds to a list what ends that."""
+    try:
+        server.run()
+    except BaseException as error:
+        faults.append(error)
+
+
+def _json_body():
+    """The request's JSON, or None if that is none."""
+    try:
+        return flask.request.get_json(silent=True)
+    except RecursionError:
+        return None
+
+
 def _base64_image(body):
     """The image in the JSON body {"image": base64}."""
     try:
@@ -2868,47 +2945,65 @@ def _base64_image(body):
 
 def describe_service():
     """The service's OpenAPI description."""
-    def content(schema, kind="application/json"):
-        return {kind: {"schema": schema}}
-
-    def answers(good, *codes):
-        return {"200": good, **{str(code): {"$ref": "#/components/responses/Error"} for code in (401, 503, *codes)}}
-
-    def record(optional={}, **properties):
-        return {"type": "object", "required": list(properties), "properties": {**properties, **optional}}
-
-    binary, text, number = {"type": "string", "format": "binary"}, {"type": "string"}, {"type": "number", "minimum": 0}
-    reading = record(ocr_ret=text, confidence=number)
-    known = {"letters": {**text, "description": "letters that alone can be read, such as ABC"},
-             "length": {**text, "pattern": f"^{LENGTH.pattern}$", "description": "letters of the text: N or MIN-MAX"}}
-    restrictions = [{"name": name, "in": "query", "schema": schema} for name, schema in known.items()]
-    readings = {"anyOf": [reading, record(results={"type": "array", "items": reading})]}
-    body = {**content(binary, "image/*"),
-            **content(record(known, image={"type": "string", "format": "byte"})),
-            **content(record(known, image={"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": binary}),
-                      "multipart/form-data")}
+    text, number, binary = {"type": "string"}, {"type": "number", "minimum": 0}, {"type": "string", "format": "binary"}
+    letters = {**text, "description": "letters that alone can be read, such as ABC"}
+    length = {**text, "pattern": f"^{LENGTH.pattern}$", "description": "letters of the text: N or MIN-MAX"}
+    known = [{"name": "letters", "in": "query", "schema": letters}, {"name": "length", "in": "query", "schema": length}]
     return {
-        "openapi": "3.1.0", "info": {"title": "lstm_ctc_ocr", "version": VERSION},
+        "openapi": "3.1.0",
+        "info": {"title": "lstm_ctc_ocr", "version": VERSION},
         "paths": {
             "/captchaOcr": {
-                "get": {"summary": "Reads an image under the image root", "parameters": [
-                    {"name": "img_path", "in": "query", "required": True, "schema": {**text, "minLength": 1}},
-                    *restrictions], "responses": answers({"description": "its text", "content": content(
-                        record(img_path=text, ocr_ret=text, confidence=number))}, 400, 404, 413, 415, 422)},
-                "post": {"summary": "Reads one image, or several files of a form", "parameters": restrictions,
-                         "requestBody": {"required": True, "content": body},
-                         "responses": answers({"description": "its text, or theirs in order",
-                                               "content": content(readings)}, 400, 413, 415, 422)}},
-            "/healthz": {"get": {"summary": "Model, version, counters, latency", "responses": answers(
-                {"description": "it is up", "content": content(record(
-                    status=text, version=text, model={"type": "object"}, waiting=number, images_read=number,
-                    errors=number, latency_ms=record(p50=number, p95=number, p99=number)))})}},
-            "/openapi.json": {"get": {"summary": "This description", "responses": answers(
-                {"description": "OpenAPI", "content": content({"type": "object"})})}},
-            "/": {"get": {"summary": "The page", "responses": answers(
-                {"description": "HTML", "content": content(text, "text/html")})}}},
-        "components": {"responses": {
-            "Error": {"description": "what is wrong", "content": content(record(error=text))}}}}
+                "get": {
+                    "summary": "Reads an image under the image root",
+                    "parameters": [
+                        {"name": "img_path", "in": "query", "required": True, "schema": {**text, "minLength": 1}},
+                        *known],
+                    "responses": _answers("its text", "PathReading", 400, 404, 413, 415, 422)},
+                "post": {
+                    "summary": "Reads one image, or several files of a form",
+                    "parameters": known,
+                    "requestBody": {"required": True, "content": {
+                        "image/*": {"schema": binary},
+                        "application/json": {"schema": {
+                            "type": "object", "required": ["image"], "properties": {
+                                "image": {**text, "format": "byte"}, "letters": letters, "length": length}}},
+                        "multipart/form-data": {"schema": {
+                            "type": "object", "required": ["image"], "properties": {
+                                "image": {"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": binary},
+                                "letters": letters, "length": length}}}}},
+                    "responses": _answers("its text; of several, their texts in order, or what is wrong with one",
+                                          "Readings", 400, 413, 415, 422)}},
+            "/healthz": {"get": {"summary": "Model, version, counters, latency of readings",
+                                 "responses": _answers("it is up", "Health")}},
+            "/openapi.json": {"get": {"summary": "This description", "responses": _answers("OpenAPI", "Any")}},
+            "/": {"get": {"summary": "The page", "responses": _answers("HTML", "Text", kind="text/html")}}},
+        "components": {"schemas": {
+            "Any": {"type": "object"},
+            "Text": text,
+            "Error": _record(error=text),
+            "Reading": _record(ocr_ret=text, confidence=number),
+            "PathReading": _record(img_path=text, ocr_ret=text, confidence=number),
+            "Readings": {"anyOf": [_schema("Reading"), _record(results={
+                "type": "array", "items": {"anyOf": [_schema("Reading"), _schema("Error")]}})]},
+            "Health": _record(status=text, version=text, model={"type": "object"}, waiting=number, images_read=number,
+                              errors=number, other_requests=number, latency_ms=_record(
+                                  p50=number, p95=number, p99=number))}}}
+
+
+def _answers(description, schema, *codes, kind="application/json"):
+    """An operation's answers: the good one, and errors."""
+    error = {"description": "what is wrong", "content": {"application/json": {"schema": _schema("Error")}}}
+    return {"200": {"description": description, "content": {kind: {"schema": _schema(schema)}}},
+            **{str(code): error for code in (401, *codes, 503)}}
+
+
+def _record(**properties):
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _schema(name):
+    return {"$ref": f"#/components/schemas/{name}"}
 
 
 SAMPLE = """<button class="sample"><img alt="sample {name}" src="data:image/png;base64,{data}"></button>"""

@@ -108,7 +108,8 @@ def test_varied_captchas_vary(tmp_path):
     assert all(image.std() > 2 for image in images)  # there is something to see on each
 
 
-@pytest.mark.parametrize("other", [dict(look="plain"), dict(look="varied", words="ÄÖ"), dict(look="varied", fonts="no")])
+@pytest.mark.parametrize("other", [dict(look="plain"), dict(look="varied", words="ÄÖ"),
+                                   dict(look="varied", fonts="no")])
 def test_varied_captchas_are_not_mixed_with_others(other, tmp_path, capfd):
     assert varied(tmp_path, im_total_num=3, words="ABC") == 0
     before = contents(tmp_path)

@@ -261,11 +261,12 @@ def test_fuzzed_images_and_paths_are_answered_or_refused(client):
 
 def test_the_queue_is_bounded(root):
     ocr, app = application(root)
-    ocr._service.waiting = lstm_ctc_ocr.QUEUE
+    service = app.extensions["lstm_ctc_ocr"]
+    service.waiting = lstm_ctc_ocr.QUEUE
     try:
         response = app.test_client().post("/captchaOcr", data=SAMPLES["N"], headers=PNG)
     finally:
-        ocr._service.waiting = 0
+        service.waiting = 0
     assert response.status_code == 503 and response.headers["Retry-After"] == "1" and response.json["error"]
     assert app.test_client().post("/captchaOcr", data=SAMPLES["N"], headers=PNG).status_code == 200
 
@@ -275,8 +276,47 @@ def test_a_fault_while_reading_is_told_and_the_next_one_works(root, monkeypatch)
     with monkeypatch.context() as broken:
         broken.setattr(LstmCtcOcr, "_read", lambda *_: 1 / 0)
         response = app.test_client().post("/captchaOcr", data=SAMPLES["N"], headers=PNG)
-    assert response.status_code == 500 and list(response.json) == ["error"] and not ocr._service.waiting
+    assert response.status_code == 500 and list(response.json) == ["error"]
+    assert not app.extensions["lstm_ctc_ocr"].waiting
     assert app.test_client().post("/captchaOcr", data=SAMPLES["N"], headers=PNG).json["ocr_ret"] == "N"
+
+
+def test_one_bad_image_of_a_form_has_its_error_in_its_place(client):
+    body, headers = as_form(SAMPLES["N"], b"no image", SAMPLES["PIY"][:99], SAMPLES["PIY"])
+    response = client.post("/captchaOcr", data=body, headers=headers)
+    assert response.status_code == 200
+    assert [list(result) for result in response.json["results"]] == [
+        ["ocr_ret", "confidence"], ["error"], ["error"], ["ocr_ret", "confidence"]]
+    assert [result.get("ocr_ret") for result in response.json["results"]] == ["N", None, None, "PIY"]
+    for first, status in (b"no image", 415), (SAMPLES["PIY"][:99], 422):  # if none can be read, that of the first
+        body, headers = as_form(first, b"nor this")
+        response = client.post("/captchaOcr", data=body, headers=headers)
+        assert response.status_code == status and list(response.json) == ["error"]
+
+
+def test_json_without_end_is_refused(client):
+    response = client.post("/captchaOcr", data="[" * 100_000, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and "base64" in response.json["error"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_it_answers_although_the_working_directory_was_deleted(when, root, tmp_path, monkeypatch):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    app = application(root)[1] if when == "after" else None
+    folder.rmdir()
+    app = app or application(root)[1]
+    assert app.test_client().get("/captchaOcr?img_path=good.png").status_code == 200
+
+
+def test_the_threads_that_read_end_with_the_service(root):
+    app = LstmCtcOcr(model=str(SHIPPED), image_root=str(root)).create_app()
+    service = app.extensions["lstm_ctc_ocr"]
+    assert service.threads and all(thread.is_alive() for thread in service.threads)
+    service.close()
+    assert not any(thread.is_alive() for thread in service.threads)
+    assert app.test_client().get("/captchaOcr?img_path=good.png").status_code == 503
 
 
 def test_a_token_guards_everything_but_health(root):
@@ -311,9 +351,12 @@ def test_health_counts(root):
     client = application(root)[1].test_client()
     before = client.get("/healthz").json
     client.get("/captchaOcr?img_path=good.png")
-    client.get("/captchaOcr?img_path=none.png")
+    client.get("/captchaOcr?img_path=broken.png")
+    client.get("/captchaOcr?img_path=none.png")  # this and what follows asked for no reading
+    client.get("/")
     after = client.get("/healthz").json
     assert after["images_read"] == before["images_read"] + 1 and after["errors"] == before["errors"] + 1
+    assert after["other_requests"] == before["other_requests"] + 3  # one of them was the first look at health itself
     assert after["status"] == "ok" and after["model"]["net"] == "cnn_lstm"
     assert 0 < after["latency_ms"]["p50"] <= after["latency_ms"]["p99"]
 
@@ -323,6 +366,16 @@ def test_the_page_takes_nothing_from_elsewhere(client):
     assert response.mimetype == "text/html" and not re.search(r"(src|href)=\"?(https?:)?//", response.text)
     assert re.search(r"script-src 'nonce-[\w-]{20,}';", response.headers["Content-Security-Policy"])
     assert response.headers["X-Frame-Options"] == "DENY" and response.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_the_page_shows_whatever_lies_among_the_samples(client, tmp_path, monkeypatch):
+    folder = tmp_path / "dataset" / "test"
+    folder.mkdir(parents=True)
+    for name in ("0.png", "<b>&.png"):
+        (folder / name).write_bytes(SAMPLES["N"])
+    monkeypatch.setattr("lstm_ctc_ocr.HOME", tmp_path)
+    response = client.get("/")
+    assert response.status_code == 200 and "&lt;b&gt;&amp;" in response.text and "<b>" not in response.text
 
 
 def test_a_browser_reads_what_is_dropped_chosen_and_clicked(server, tmp_path):
@@ -389,6 +442,49 @@ def test_a_signal_that_another_thread_catches_stops_it_too():
     assert process.returncode == 0
 
 
+def test_a_large_form_is_admitted_under_load(server):
+    """While more images are asked for than may wait, one by one, each of ten forms comes in after a few tries."""
+    stop = threading.Event()
+
+    def load():
+        while not stop.is_set():
+            assert ask(server, "POST", "/captchaOcr", SAMPLES["N"], PNG)[0] in (200, 503)
+
+    form = as_form(*[SAMPLES["PIY"]] * 64)
+    with ThreadPoolExecutor(16) as pool:
+        loads = [pool.submit(load) for _ in range(16)]
+        try:
+            for _ in range(10):
+                answers = (ask(server, "POST", "/captchaOcr", *form) for _ in range(200))
+                status, body = next(answer for answer in answers if answer[0] != 503)
+                assert status == 200 and [reading["ocr_ret"] for reading in body["results"]] == ["PIY"] * 64
+        finally:
+            stop.set()
+        assert [each.result() for each in loads] == [None] * 16
+
+
+def test_strangers_cannot_fill_the_memory(server):
+    """What is announced to be too large is refused before it is sent; all that can be sent at once is bounded."""
+    assert lstm_ctc_ocr.CONNECTIONS * lstm_ctc_ocr.MAX_BUFFER < 300_000_000
+    connection = http.client.HTTPConnection("127.0.0.1", server, timeout=60)
+    connection.putrequest("POST", "/captchaOcr")
+    for name, value in ("Content-Type", "image/png"), ("Content-Length", str(lstm_ctc_ocr.MAX_BUFFER + 1)):
+        connection.putheader(name, value)
+    connection.endheaders()
+    response = connection.getresponse()
+    assert response.status == 413 and str(lstm_ctc_ocr.MAX_BUFFER) in json.loads(response.read())["error"]
+
+
+def test_a_server_that_fails_ends_the_command(monkeypatch, capfd):
+    def fail(server):
+        raise OSError("too many open files")
+
+    monkeypatch.setattr("waitress.server.TcpWSGIServer.run", fail)
+    assert lstm_ctc_ocr.main(["start", "--port", "0", "--model", str(SHIPPED)]) == 1
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert "the server has ended" in message and "too many open files" in message
+
+
 def test_a_port_in_use_is_one_line(server):
     process = spawn("start", "--port", server, "--model", SHIPPED)
     _, messages = process.communicate()
@@ -397,6 +493,7 @@ def test_a_port_in_use_is_one_line(server):
 
 def test_requests_are_logged_and_a_public_address_is_announced():
     with serving("--host", "0.0.0.0", env={**os.environ, "LSTM_CTC_OCR_TOKEN": "x"}) as (process, port):
+        assert process.stderr.readline().startswith("reading with my-model/pretrained/cnn_lstm")
         assert get(port, "no\nsuch\x1b[31m.png")[0] == 401
         assert re.fullmatch(r'127\.0\.0\.1 "GET /captchaOcr\?[ -~]+" 401 [\d.]+ ms\n', process.stderr.readline())
         assert send_no_http(port).status == 400
