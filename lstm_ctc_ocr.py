@@ -2136,12 +2136,12 @@ def draw_varied(text, seed, fonts):
     look = LstmCtcOcr._Look(chance, np.random.default_rng(chance.getrandbits(64)), fonts, height, size, paper,
                             _contrasting(chance, paper, contrast), contrast)
     letters, opacity = _draw_letters(look, text)  # (h, w, 3), (h, w)
-    canvas = _draw_paper(look, opacity.shape)
-    _clutter(look, canvas, over=False)
+    canvas, calm = _draw_paper(look, opacity.shape), chance.random() < .4
+    _clutter(look, canvas, calm, over=False)
     if chance.random() < .5:
         letters, opacity = _warp(look, 1, letters, opacity)
     canvas = canvas * (1 - opacity[..., None]) + letters
-    _clutter(look, canvas, over=True)
+    _clutter(look, canvas, calm, over=True)
     if chance.random() < .12:
         canvas, = _warp(look, .5, canvas)
     return _degrade(look, canvas)
@@ -2351,14 +2351,17 @@ def _draw_paper(look, shape):
     return look.paper + np.float32(share)[..., None] * step
 
 
-def _clutter(look, canvas, over):
-    """Disturbs the canvas (h, w, 3) with lines, dots and the like, under the letters or over them."""
+def _clutter(look, canvas, calm, over):
+    """Disturbs the canvas (h, w, 3) with lines, dots and the like, under the letters or over them.
+
+    calm: with one kind of them at most, as most real captchas have.
+    """
     chance, shape = look.chance, canvas.shape[:2]
-    for _ in range(chance.choices((0, 1, 2, 3), (8, 7, 2, .5) if over else (8, 7, 3, 1))[0]):
+    for _ in range(chance.randint(0, 1) if calm else chance.choices((0, 1, 2, 3), (7, 7, 3, 1))[0]):
         draw, = chance.choices(*zip(*CLUTTER))
         for _ in range(chance.choice((1, 1, 2)) if draw in (_lines, _curves, _dots) else 1):
             faint = look.paper + (look.ink - look.paper) * chance.uniform(.15, .5)
-            colour, = chance.choices((look.ink, _any_colour(chance), faint, look.paper), (4, 5, 3, over))
+            colour, = chance.choices((look.ink, _any_colour(chance), faint, look.paper), (6, 5, 3, over))
             opacity = chance.choice((1, 1, chance.uniform(.3, .8))) * (.5 if draw in FAINT else 1)
             strength = opacity * abs(_brightness(colour) - _brightness(look.paper))
             misleads = strength > 35 or colour is look.paper  # may be taken for ink, or hides it: thinner than letters
