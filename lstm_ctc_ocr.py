@@ -81,7 +81,9 @@ MODELS = HOME / "my-model"
 MODEL_FORMAT = 1  # what config.json must say; raised when older folders can no longer be read
 # What a model folder fixes:
 ARCHITECTURE = ("net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height", "paper")
-UNSAID = {"paper": "brightest"}  # what a config.json of before these were settings means
+OF_IMAGES = ("words", "words_max_num", "im_width")  # what of it the labelled images say
+PLANNED = (*ARCHITECTURE, "start_from", "seed", "batch_size")  # what a training must go on with
+UNSAID = {"paper": "brightest", "start_from": ""}  # what a config.json of before these were settings means
 NETS = ("lstm", "cnn_lstm", "wide_cnn_lstm")
 # channels, size, strides down and across, residual blocks behind it
 CONVOLUTIONS = {"cnn_lstm": ((32, 5, 4, 2, 0), (48, 3, 2, 2, 0), (96, 3, 2, 1, 0), (128, 3, 2, 1, 0)),
@@ -112,6 +114,16 @@ NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on", "imag
            "held_share")  # of a config.json, where it has them
 OPENING = threading.Lock()  # held while a model is opened
 HELD_SHARE, HELD_NUM = 0.1, 2000  # images held out: a tenth of a small folder, about 2,000 of a large one
+HELD_LEAST = 20  # but of a very small one these, or half of it
+FEW = 20_000  # images below which each is distorted anew whenever it is trained on
+DISTORTED = 0.9  # of the training; the rest is on the images as they are
+START_LR = 1e-3  # learning rate of a training that starts from a model
+PATIENCE = 6  # validations in a row without any gain, after which a training on few images ends
+MIN_IMAGES = 10  # to train on
+MIN_VALIDATED = 100  # images that a temperature can be fitted on
+START_STEPS, START_STEPS_SHARE = 1000, 0.2  # of a training that starts from a model: so many, and more for each image
+SIZED = 1000  # images of which the size is asked for
+MAX_WIDTH = 384  # that is chosen for images of others; wider ones are squeezed
 LOCK = ".lock"  # in a model folder: whoever trains there holds it
 LENGTH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # N or MIN-MAX
 DECODED_HEAD = 4096  # bytes before the images of a file of decoded ones: a page, so that these begin at one
@@ -138,9 +150,12 @@ SERVE_BATCH = 8  # the most images that a thread of the service reads at once; m
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of what is served
 
 
-def setting(default, text):
-    """Declares a hyper-parameter once: its default, its flag and the flag's help."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def setting(default, text, otherwise=None):
+    """Declares a hyper-parameter once: its default, its flag and the flag's help.
+
+    otherwise: what it is, with None as its default, where neither its model nor its images say it.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "otherwise": otherwise})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +166,11 @@ class LstmCtcOcr:
     """
 
     # --- the task
-    words: str = setting(None, "the letters that an image may hold; if not given A-Z, and in varied captchas a-z and "
-                               "0-9 too")
-    words_max_num: int = setting(10, "the most letters in an image")
-    im_width: int = setting(256, "image width in pixels, and so the LSTM's time steps")
-    im_height: int = setting(64, "image height in pixels, and so the input of a step")
+    words: str = setting(None, "the letters that an image may hold; if not given those of the labels, or to render "
+                               "A-Z, and in varied captchas a-z and 0-9 too")
+    words_max_num: int = setting(None, "the most letters in an image", 10)
+    im_width: int = setting(None, "image width in pixels, and so the LSTM's time steps", 256)
+    im_height: int = setting(None, "image height in pixels, and so the input of a step", 64)
     # --- the images
     dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images, <i>_<LABEL>.png")
     look: str = setting("plain", "plain: as the captcha package draws them; varied: in every way that captchas differ")
@@ -165,25 +180,29 @@ class LstmCtcOcr:
     workers: int = setting(0, "processes that render; 0: one a core")
     shard: str = setting("1/1", "what to render of it, I/N: of N machines with the same settings, the part of the I-th")
     train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (100,000 take 1.6 GB of memory)")
-    val_num: int = setting(2000, "images held out to validate on, at most a tenth of the folder")
+    val_num: int = setting(2000, "held-out images to validate on; 0: hold none out, and train on all")
     # --- the network
-    net: str = setting("", "lstm, the article's, cnn_lstm, with convolutions in front, or wide_cnn_lstm, with larger "
-                           "ones; empty: train lstm, read with what was trained last or else with the shipped cnn_lstm")
-    n_hidden: int = setting(256, "LSTM cells; behind convolutions there are half of them each way")
-    paper: str = setting("border", "what is no ink: border, the colour that prevails along the image's edge, so that "
-                                   "light letters on dark paper are read too, or brightest, the brightest grey")
-    label_parts: int = setting(1, "classes a letter: 3 splits it in left, middle and right, so that no blank has to "
-                                  "stand between equal letters")
+    net: str = setting(None, "lstm, the article's, cnn_lstm, with convolutions in front, or wide_cnn_lstm, with larger "
+                             "ones; if not given, train lstm or what --start-from has, and read with what was trained "
+                             "last or else with the shipped cnn_lstm", "")
+    n_hidden: int = setting(None, "LSTM cells; behind convolutions there are half of them each way", 256)
+    paper: str = setting(None, "what is no ink: border, the colour that prevails along the image's edge, so that light "
+                               "letters on dark paper are read too, or brightest, the brightest grey", "border")
+    label_parts: int = setting(None, "classes a letter: 3 splits it in left, middle and right, so that no blank has to "
+                                     "stand between equal letters", 1)
     # --- training
+    start_from: str = setting(None, "a trained model to start from: its folder, or the name of one that ships", "")
     ctc: str = setting("tensorflow", "CTC loss: tensorflow, or Baidu's warp (pip install --no-deps paddlepaddle)")
     batch_size: int = setting(32, "images a step")
-    epoch_max: float = setting(9, "passes over the images; 9 of 100,000 take 40 to 50 minutes on 2 cores")
-    lr: float = setting(4e-3, "learning rate at the start; it falls as lr * (1 - (epoch / epoch_max) ** 2)")
+    epoch_max: float = setting(None, "passes over the images; 9 of 100,000 take 40 to 50 minutes on 2 cores; started "
+                                     "from a model, as many as few images need", 9)
+    lr: float = setting(None, "learning rate at the start; it falls as lr * (1 - (epoch / epoch_max) ** 2); started "
+                              f"from a model {START_LR}", 4e-3)
     save_epoch: float = setting(0.1, "epochs between checkpoints")
     seed: int = setting(0, "fixes what is drawn at random: rendered images, first weights, order, held-out images")
     # --- reading
-    model: str = setting("", "model folder; empty: my-model/<net>, or to read with until there is one, "
-                                "my-model/pretrained/<net>")
+    model: str = setting("", "model folder; if not given, to train my-model/<net>, or for another than the usual "
+                             "dataset my-model/<its name>; to read what was trained last, or what ships")
     beam_width: int = setting(4, "beam of the search, 1 to 100; in reading, for each length that a text may have")
     letters: str = setting("", "letters that alone can be read; of one case, they stand for the other case too")
     length: str = setting("", "N or MIN-MAX: letters that a text has, for sure")
@@ -192,6 +211,8 @@ class LstmCtcOcr:
     image_root: str = setting(str(HOME / "dataset"), "only images under this folder can be asked for by path")
     token: str = setting("", "what clients must show, as a bearer token or as HTTP Basic's password; better given in "
                              f"the environment, as {TOKEN_VARIABLE}")
+
+    unset: frozenset = dataclasses.field(init=False, repr=False, compare=False, default=frozenset())  # not given
 
     @dataclasses.dataclass
     class _Look:
@@ -250,6 +271,7 @@ class LstmCtcOcr:
         rows: np.ndarray  # rows that are trained on
         steps_per_epoch: int
         last: int  # the step at which it ends
+        distorts: bool  # each image, whenever it is trained on
         config: dict = dataclasses.field(default_factory=dict)  # what config.json will say; the chief's
         writer: object = None  # of summaries; the chief's
         session: object = None  # for any thread, and to save from; another one once a parameter server was lost
@@ -263,6 +285,8 @@ class LstmCtcOcr:
         reported: tuple = ()  # monotonic time and step of the last report
         begun: float = 0.0  # CPU seconds of this process at the first step
         cpu_before: float = 0.0  # CPU minutes of earlier parts, less those of this process before its first step
+        idle: int = 0  # validations since the last that was better in accuracy or loss
+        least: float = math.inf  # loss of a validation
         validation: float = 0.0  # CPU seconds of the last validation
         validating: float = 0.0  # and of all
 
@@ -325,15 +349,19 @@ class LstmCtcOcr:
 
     def __post_init__(self):
         """Raises `Error` for settings that cannot work."""
+        unset = {field.name: field.metadata["otherwise"] for field in dataclasses.fields(self)
+                 if getattr(self, field.name) is None}
+        for name, value in {**unset, "unset": frozenset(unset)}.items():
+            object.__setattr__(self, name, value)
         if self.words is None:
             object.__setattr__(self, "words", CAPITALS if self.look == "plain" else
                                CAPITALS + CAPITALS.lower() + DIGITS)
         positive = ("words_max_num", "im_width", "im_height", "im_total_num", "n_hidden", "batch_size", "epoch_max",
-                    "lr", "save_epoch", "val_num")
+                    "lr", "save_epoch")
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise self.Error(f"{_flag(name)} must be above 0 and finite, not {getattr(self, name)}")
-        for name in ("workers", "train_max_num", "seed"):
+        for name in ("workers", "train_max_num", "val_num", "seed"):
             if getattr(self, name) < 0:
                 raise self.Error(f"{_flag(name)} must not be negative: {getattr(self, name)}")
         if not self.words or len(set(self.words)) != len(self.words):
@@ -742,6 +770,11 @@ class LstmCtcOcr:
         for _, fault in sorted(faults, key=lambda fault: fault[0]):
             print(f"left out: {fault}", file=sys.stderr)
 
+    @staticmethod
+    def _labels(folder):
+        """Returns (path, text) of every labelled image of a folder, whatever its letters."""
+        return [(str(path), named[2]) for path in _image_files(folder) if (named := LABELLED.fullmatch(path.name))]
+
     def _labelled_files(self, folder, place=_Place()):
         """Returns the (path, text) of every labelled image, in the order of their names' digests.
 
@@ -1032,7 +1065,15 @@ class LstmCtcOcr:
         images = self._build_input(self.batch_size)
         sequences = tf.sparse_placeholder(tf.int32, [self.batch_size, None], "sequences")
         step = tf.train.get_or_create_global_step()
-        loss = tf.reduce_mean(self.ctc_loss(sequences, self.logits(images, training=True)))
+        start = self._start_weights()
+
+        def begin(getter, name, *args, **kwargs):
+            initializer = {"initializer": tf.constant_initializer(start[name])} if name in start else {}
+            return getter(name, *args, **{**kwargs, **initializer})
+
+        with tf.variable_scope("", custom_getter=begin):
+            logits = self.logits(images, training=True)
+        loss = tf.reduce_mean(self.ctc_loss(sequences, logits))
         # Of the batch's parts, one on each core, the last one's statistics will do.
         statistics = {variable.name: (variable, value) for variable, value in tf.get_collection(STATISTICS)}.values()
         variables = tf.trainable_variables()
@@ -1060,6 +1101,33 @@ class LstmCtcOcr:
             net = self._build_reading(images)
         return dataclasses.replace(net, sequences=sequences, losses=self.ctc_loss(sequences, net.logits), loss=loss,
                                    gradient_norm=norm, train=train, step=step, **together)
+
+    def _start_weights(self):
+        """Returns the first weights by name, those of the model `start_from`, or nothing if there is none.
+
+        A letter that only this model has gets the classes of its other case, where the other model knows that, or else
+        small random weights.
+        """
+        if not self.start_from:
+            return {}
+        folder = _model_folder(self.start_from)
+        config = self._load_config(folder)
+        step = config.get("best_step", config["step"])
+        reader = _tensorflow().train.load_checkpoint(str(folder / f"LstmCtcOcr-{step}"))
+        suffix = "/ExponentialMovingAverage"
+        weights = {name.removesuffix(suffix): reader.get_tensor(name)
+                   for name in reader.get_variable_to_shape_map() if name.endswith(suffix)}
+        kernel, bias = weights["dense/kernel"], weights["dense/bias"]
+        parts, blank = range(self.label_parts), bias.size - 1
+        columns = []
+        for letter in self.words:
+            known = [config["words"].find(twin) for twin in (letter, letter.swapcase()) if twin in config["words"]]
+            columns += [known[0] * self.label_parts + part if known else -1 for part in parts]
+        columns = np.array([*columns, blank])
+        noise = np.random.default_rng(self.seed).normal(0, kernel.std() / 4, (kernel.shape[0], len(columns)))
+        weights["dense/kernel"] = np.where(columns < 0, noise, kernel[:, columns]).astype(np.float32)
+        weights["dense/bias"] = np.where(columns < 0, bias[:-1].mean(), bias[columns])
+        return weights
 
     def _build_agreement(self, steps_per_epoch, place, optimizer):
         """What a `_Net` has in a cluster: by what the chief and the others tell each other how it goes."""
@@ -1134,7 +1202,7 @@ class LstmCtcOcr:
 
     def _plan(self):
         """What a model folder, and all of a cluster, must agree on."""
-        return {"format": MODEL_FORMAT, **{name: getattr(self, name) for name in (*ARCHITECTURE, "seed", "batch_size")}}
+        return {"format": MODEL_FORMAT, **{name: getattr(self, name) for name in PLANNED}}
 
     def _save_config(self, folder, config):
         part = folder / ".config.json.part"
@@ -1344,35 +1412,108 @@ class LstmCtcOcr:
         saves, validates and reports, the workers add their gradients, the parameter servers hold the weights.
         Returns 0 when `epoch_max` is reached, 128 + the signal's number when told to stop (and saved, if it could).
         """
-        if not self.net:
-            return dataclasses.replace(self, net="lstm").train()
-        folder = Path(self.model or MODELS / self.net)
-        if (folder / "config.json").exists() and (paper := self._load_config(folder)["paper"]) != self.paper:
-            return dataclasses.replace(self, paper=paper).train()  # as its images were prepared before
-        place = self._join_cluster()
+        place, folder = self._join_cluster(), self._folder_to_train()
         if place.job == "ps":
             return self._serve_parameters(place)
         if 0 < self.train_max_num < place.workers:
             raise self.Error(f"--train-max-num {self.train_max_num} leaves some of {place.workers} workers without an "
                              "image: give at least as many")
+        return self._settled(folder)._train(place, folder)
+
+    def _train(self, place, folder):
+        """As `train`, with all settings known but those of the recipe."""
         config = self._training_config(folder) if place.chief else {}
         if place.chief and (folder / LOCK).exists():
             with self._alone_in(folder):
                 pass  # if not, that is said now, before the images are decoded
         files = self._labelled_files(Path(self.dataset), place)
-        share = min(HELD_SHARE, HELD_NUM / (len(files) * place.workers), config.get("held_share", 1))
+        share = min(self._held_share(files, place), config.get("held_share", 1))  # it only ever shrinks
+        ocr = self._with_recipe(sum(_digest(path) >= share for path, _ in files) // self.batch_size)
         tf = _tensorflow()
         with tf.Graph().as_default(), tf.device(place.device), contextlib.ExitStack() as alone:
-            run = self._prepare(place, folder, files, share)
+            run = ocr._prepare(place, folder, files, share)
             if place.chief:
-                alone.enter_context(self._alone_in(folder))
-                run.config = self._training_config(folder)
-                self._note_held_out(run, share)
-                run.config.update(self._origin_of(self.dataset))
-                self._save_config(folder, run.config)
-                with self._writing(folder):
+                alone.enter_context(ocr._alone_in(folder))
+                run.config = ocr._training_config(folder)
+                ocr._note_held_out(run, share)
+                run.config.update(ocr._origin_of(ocr.dataset))
+                ocr._save_config(folder, run.config)
+                with ocr._writing(folder):
                     run.writer = tf.summary.FileWriter(str(folder / "events"))
-            return self._train_loop(run)
+            return ocr._train_loop(run)
+
+    def _folder_to_train(self):
+        """The model folder: `model`, or for the usual dataset that of the network, or for another that of its name."""
+        dataset = Path(os.path.abspath(self.dataset))
+        if self.model:
+            return Path(self.model)
+        if dataset == HOME / "dataset" / "train":
+            return MODELS / (self.net or ("general" if self.start_from else "lstm"))
+        if dataset.name == "pretrained":
+            raise self.Error("my-model/pretrained is for the models that ship: name another folder with --model")
+        return MODELS / dataset.name
+
+    def _settled(self, folder):
+        """These settings with what was not given as the model folder has it, the model to start from, or the images."""
+        known = {"net": "lstm"}
+        if (folder / "config.json").exists():
+            known = self._load_config(folder)
+        elif self.start_from:
+            start = self._load_config(_model_folder(self.start_from))
+            known = {name: start[name] for name in ARCHITECTURE if name not in OF_IMAGES}
+            for name in known.keys() - self.unset:
+                if getattr(self, name) != known[name]:
+                    raise self.Error(f"--start-from {self.start_from} has {_flag(name)} {known[name]}, not "
+                                     f"{getattr(self, name)}: leave {_flag(name)} out, or start from another model")
+        known = {name: known.get(name) for name in self.unset & {*PLANNED}}
+        ocr = dataclasses.replace(self, **{**dict.fromkeys(self.unset), **known})
+        return ocr._settled_by_images(folder) if ocr.unset & {*OF_IMAGES} else ocr
+
+    def _settled_by_images(self, folder):
+        """These settings with those of `OF_IMAGES` that were not given as the labelled images have them; says so."""
+        labelled = self._labels(Path(self.dataset))
+        if not labelled:
+            return self  # `_labelled_files` says so
+        counts = collections.Counter(letter for _, text in labelled for letter in set(text))
+        longest = max(len(text) for _, text in labelled)
+        said = {"words": "".join(sorted(counts)), "words_max_num": longest,
+                "im_width": self._width_of([path for path, _ in labelled[:SIZED]], longest)}
+        ocr = dataclasses.replace(self, **{name: said.get(name) for name in self.unset})
+        print(f"{self.dataset}: {len(labelled):,} images with 1 to {ocr.words_max_num} of {ocr.words}, prepared as "
+              f"{ocr.im_width} x {ocr.im_height} pixels; the model goes to {_shown(folder)}", file=sys.stderr)
+        if rare := sorted(letter for letter, count in counts.items() if count == 1):
+            print(f"in one image only, and so hardly learnt: {' '.join(rare)}", file=sys.stderr)
+        if len(labelled) < FEW and not self.start_from:
+            print(f"{len(labelled):,} images are few to learn from nothing: a model to start from, such as "
+                  "--start-from general, needs far fewer", file=sys.stderr)
+        return ocr
+
+    def _width_of(self, paths, longest):
+        """Pixels, a multiple of 32, that nearly all of these images fit in at `im_height`, and texts so long too."""
+        shares = sorted(width / height for width, height in map(_size_of, paths) if height) or [1]
+        usual = min(MAX_WIDTH, shares[math.ceil(.98 * len(shares)) - 1] * self.im_height)
+        stride = math.prod(across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ()))
+        needed = stride * max(2 * longest - 1, self.label_parts * longest)
+        return 32 * math.ceil(max(usual, needed) / 32)
+
+    def _held_share(self, files, place):
+        """The share of names' digests below which an image is held out: a tenth, of few at least `HELD_LEAST`."""
+        if not self.val_num:
+            return 0
+        share = min(HELD_SHARE, HELD_NUM / (len(files) * place.workers))
+        if place.workers == 1 and len(files) * share < HELD_LEAST:
+            share = max(share, _digest(files[min(HELD_LEAST, len(files) // 2)][0]))
+        return share
+
+    def _with_recipe(self, steps_per_epoch):
+        """These settings with the schedule of a training that starts from a model, where it was not given.
+
+        It counts steps rather than epochs, since even the fewest images want a thousand.
+        """
+        steps_per_epoch = max(1, steps_per_epoch)
+        steps = START_STEPS + START_STEPS_SHARE * self.batch_size * steps_per_epoch
+        recipe = {"epoch_max": steps / steps_per_epoch, "lr": START_LR} if self.start_from else {}
+        return dataclasses.replace(self, **{name: recipe.get(name) for name in self.unset})
 
     def _prepare(self, place, folder, files, share):
         """Decodes the images and builds the network; returns a `_Run`.
@@ -1381,18 +1522,19 @@ class LstmCtcOcr:
         out, whatever `val_num` and the number of workers. That share only ever shrinks while the images become more,
         and for one model whatever happens: so nothing that was trained on is validated on later.
         """
-        held = max(1, sum(_digest(path) < share for path, _ in files))
+        held = sum(_digest(path) < share for path, _ in files)
         images, files = self.load_images(files[:held + (self.train_max_num // place.workers or len(files))])
-        held = max(1, sum(_digest(path) < share for path, _ in files))  # less what is no image
+        held = sum(_digest(path) < share for path, _ in files)  # less what is no image
         count = max(0, len(images) - held)
-        if count < self.batch_size:
+        if count < (MIN_IMAGES if self.start_from else self.batch_size):
             raise self.Error(f"{self.dataset} leaves {count} images to train on, fewer than one batch of "
-                             f"{self.batch_size}: render more, or lower --batch-size")
-        steps_per_epoch = count // self.batch_size
+                             f"{self.batch_size}: render or label more, or lower --batch-size")
+        steps_per_epoch = max(1, count // self.batch_size)
         net = self._build_training(steps_per_epoch, place)
         return self._Run(
             place=place, folder=folder, net=net, images=images, files=files, held=np.arange(min(held, self.val_num)),
             rows=np.arange(held, len(images)), steps_per_epoch=steps_per_epoch,
+            distorts=bool(self.start_from) and count < FEW,
             last=math.ceil(self.epoch_max * steps_per_epoch),
             saver=_tensorflow().train.Saver(max_to_keep=0, save_relative_paths=True))  # `_save` keeps best and newest
 
@@ -1424,7 +1566,7 @@ class LstmCtcOcr:
         with open_session(run) as session, _deferred_stop() if chief else contextlib.nullcontext([]) as stop, \
                 self._begin(run) as run.bar:
             for images, sequences in _one_ahead(self._batches(run)):
-                if chief and run.step >= run.last:
+                if chief and (run.step >= run.last or run.idle == PATIENCE):
                     break
                 feeds, before = {run.net.images: images, run.net.sequences: sequences}, run.step
                 if not self._step(run, session, feeds, stop):
@@ -1440,7 +1582,16 @@ class LstmCtcOcr:
             return 128 + stop[0]
         if chief:
             print(f"{run.step} steps done; best accuracy {run.config.get('accuracy')} in {run.folder}", file=sys.stderr)
+            if run.config.get("accuracy") == 0:
+                print(self._nothing_learnt(run), file=sys.stderr)
         return 0
+
+    def _nothing_learnt(self, run):
+        """The line that says what to do about a training that came to nothing."""
+        remedy = "look whether the labels are right" if self.start_from else \
+            "start from a model (--start-from general, with another --model)"
+        return (f"nothing has been learnt yet: not one of {len(run.held)} held-out images is read right. Go on with a "
+                f"larger --epoch-max than {self.epoch_max:.4g}, give more than {len(run.rows):,} images, or {remedy}")
 
     def _begin(self, run):
         """Reads off where the training stands, and returns its progress bar."""
@@ -1458,8 +1609,11 @@ class LstmCtcOcr:
             epoch, batch = divmod(step, run.steps_per_epoch)
             if batch == 0 or step == run.step:
                 order = np.random.default_rng([self.seed, epoch]).permutation(run.rows)
-            rows = order[batch * self.batch_size:(batch + 1) * self.batch_size]
-            yield run.images[rows], self.sequences_to_sparse([self.text_to_sequence(run.files[row][1]) for row in rows])
+            rows = np.resize(order[batch * self.batch_size:(batch + 1) * self.batch_size], self.batch_size)
+            images = run.images[rows]
+            if run.distorts and step < DISTORTED * run.last:
+                images = distort(images, np.random.default_rng([self.seed, step, 1]))
+            yield images, self.sequences_to_sparse([self.text_to_sequence(run.files[row][1]) for row in rows])
 
     def _step(self, run, session, feeds, stop):
         """Runs one training step; returns False if told to stop while the step waits for another task."""
@@ -1486,7 +1640,7 @@ class LstmCtcOcr:
         report, save_steps = run.step >= run.last or due, max(1, round(self.save_epoch * run.steps_per_epoch))
         if report or stop or run.step // save_steps > before // save_steps:
             self._require_finite(run, run.session.run(run.net.loss, feeds))  # of the weights to be saved
-            if report:
+            if report and len(run.held):
                 self._report(run, feeds)
             self._save(run)
 
@@ -1506,7 +1660,7 @@ class LstmCtcOcr:
         """Whether one more validation stays under its share of the time; the first one's cost is a guess."""
         elapsed = time.process_time() - run.begun  # a machine that was busy, or stopped, for a while does not count
         cost = run.validation or elapsed / len(run.losses) / self.batch_size * len(run.held) / 3
-        return run.validating + cost <= VALIDATION_SHARE * elapsed
+        return len(run.held) and run.validating + cost <= VALIDATION_SHARE * elapsed
 
     def _report(self, run, feeds):
         """Validates on the held-out images; prints the article's figures and writes them for TensorBoard."""
@@ -1518,6 +1672,9 @@ class LstmCtcOcr:
                       [text for text, _ in self._read(run.session, run.net, images)])
         truths, readings, loss, temperature = self._validate(run)
         held = score(truths, readings)
+        if run.distorts:
+            better = loss < run.least or held["accuracy"] > run.config.get("accuracy", 0)
+            run.idle, run.least = 0 if better else run.idle + 1, min(run.least, loss)
         wrong = [row for row, truth in enumerate(truths) if readings[row] != truth]
         figures = {"lr": self._learning_rate((run.step - 1) / run.steps_per_epoch), "images_per_second": speed,
                    "train/loss": float(np.mean(run.losses[last_step - run.step:])), "train/edit_distance": train["cer"],
@@ -1560,7 +1717,9 @@ class LstmCtcOcr:
         with ThreadPool(_cores()) as pool:
             losses, readings, right, confidences = zip(*pool.map(validate, batches))
         held = slice(len(run.held))
-        temperature = fit_temperature(np.concatenate(right)[held], np.concatenate(confidences, axis=1)[:, held])
+        temperature = run.config.get("temperature", 1)
+        if len(run.held) >= MIN_VALIDATED:
+            temperature = fit_temperature(np.concatenate(right)[held], np.concatenate(confidences, axis=1)[:, held])
         return ([run.files[row][1] for row in run.held], [text for batch in readings for text in batch][held],
                 float(np.concatenate(losses)[held].mean()), temperature)
 
@@ -2530,6 +2689,40 @@ def _degrade(look, canvas):
     return pixels
 
 
+# ---------------------------------------------------------------------- few images, distorted
+
+def distort(images, noise):
+    """Images (B, H, W) uint8, 0 where there is no ink, as others of their kind might look; `noise` draws how."""
+    return np.stack([_distorted(image, noise) for image in images])
+
+
+def _distorted(image, noise):
+    """Shifted, scaled, turned, sheared and bent a little, then perhaps blurred, noisy, fainter, or with holes."""
+    height, width = image.shape
+    ends = np.flatnonzero(image.max(axis=0) > 40)
+    end = ends[-1] + 1 if len(ends) else width
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    x, y = x - end / 2 + noise.uniform(-6, 6), y - height / 2 + noise.uniform(-4, 4)
+    x, y = (noise.uniform(.89, 1.13) * x + noise.uniform(-.15, .15) * y + end / 2,
+            noise.uniform(-.04, .04) * x + noise.uniform(.89, 1.13) * y + height / 2)
+    if noise.random() < .5:
+        dents = np.float32(noise.normal(0, 1.5, (2, 4, 9)))
+        x, y = (axis + cv2.resize(dent, (width, height), interpolation=cv2.INTER_CUBIC) for axis, dent in
+                zip((x, y), dents))
+    pixels = np.float32(cv2.remap(image, np.float32(x), np.float32(y), cv2.INTER_LINEAR))
+    if noise.random() < .3:
+        pixels = cv2.GaussianBlur(pixels, (0, 0), noise.uniform(.4, 1.2))
+    if noise.random() < .3:
+        pixels += noise.uniform(3, 20) * noise.standard_normal(pixels.shape, np.float32)
+    pixels = np.clip(pixels, 0, 255)
+    if noise.random() < .5:
+        pixels = 255 * (pixels / 255) ** noise.uniform(.7, 1.4)
+    for _ in range(noise.integers(1, 4) if noise.random() < .3 else 0):
+        top, left, tall, wide = noise.integers(0, (height, end, 14, 14))
+        pixels[top:top + tall, left:left + wide] = noise.choice((0, 0, 128))
+    return np.uint8(pixels)
+
+
 # ---------------------------------------------------------------------- Baidu's Warp-CTC
 
 @functools.cache
@@ -2811,6 +3004,13 @@ def _pixel_count(data):
 
 
 @functools.cache
+def _size_of(path):
+    """Width and height of an image file by its header, or zeros."""
+    with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as image:
+        return image.size
+    return 0, 0
+
+
 def _opencv_has_limit():
     """Whether OpenCV itself refuses more than `MAX_PIXELS`: not if it was imported before this script set them."""
     try:
@@ -3223,9 +3423,9 @@ def _deferred_stop():
 COMMANDS = {
     "create_dataset": ("render captchas to train on",
                        "dataset look fonts im_total_num words words_max_num im_width im_height seed workers shard"),
-    "train": ("train on the rendered captchas, or go on from the last checkpoint",
-              "dataset model net words words_max_num im_width im_height train_max_num val_num n_hidden batch_size "
-              "epoch_max lr save_epoch seed beam_width label_parts ctc"),
+    "train": ("train on rendered captchas or on your own, or go on from the last checkpoint",
+              "dataset start_from model net words words_max_num im_width im_height train_max_num val_num n_hidden "
+              "batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
     "test": ("read images: one line each", "model net beam_width letters length"),
     "start": ("serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
               "model net beam_width letters length host port image_root token"),
@@ -3245,7 +3445,8 @@ def _parser():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
         for field in map(fields.get, names.split()):
             several = dict(type=str, nargs="+", metavar="DIR") if field.type is tuple else {}
-            shown = "" if field.default in ("", (), None) else " (%(default)s)"
+            usual = field.metadata["otherwise"] if field.default is None else field.default
+            shown = "" if usual in ("", (), None) else f" ({usual})"
             sub.add_argument(_flag(field.name), **{"type": field.type, "metavar": field.type.__name__, **several},
                              default=field.default, help=field.metadata["help"] + shown)
         if command == "export":
