@@ -350,7 +350,7 @@ class LstmCtcOcr:
     def __post_init__(self):
         """Raises `Error` for settings that cannot work."""
         unset = {field.name: field.metadata["otherwise"] for field in dataclasses.fields(self)
-                 if getattr(self, field.name) is None}
+                 if field.default is None and getattr(self, field.name) in (None, "")}
         for name, value in {**unset, "unset": frozenset(unset)}.items():
             object.__setattr__(self, name, value)
         if self.words is None:
