@@ -121,7 +121,7 @@ START_LR = 1e-3  # learning rate of a training that starts from a model
 PATIENCE = 6  # validations in a row without any gain, after which a training on few images ends
 MIN_IMAGES = 10  # to train on
 MIN_VALIDATED = 100  # images that a temperature can be fitted on
-START_STEPS, START_STEPS_SHARE = 1000, 0.2  # of a training that starts from a model: so many, and more for each image
+START_STEPS, START_STEPS_SHARE = 800, 0.2  # of a training that starts from a model: so many, and more for each image
 SIZED = 1000  # images of which the size is asked for
 MAX_WIDTH = 384  # that is chosen for images of others; wider ones are squeezed
 LOCK = ".lock"  # in a model folder: whoever trains there holds it
@@ -179,7 +179,7 @@ class LstmCtcOcr:
     im_total_num: int = setting(100_000, "images to render (100,000 take 0.9 GB on disk)")
     workers: int = setting(0, "processes that render; 0: one a core")
     shard: str = setting("1/1", "what to render of it, I/N: of N machines with the same settings, the part of the I-th")
-    train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (100,000 take 1.6 GB of memory)")
+    train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (100,000 take 1.6 GB, decoded, on disk)")
     val_num: int = setting(2000, "held-out images to validate on; 0: hold none out, and train on all")
     # --- the network
     net: str = setting(None, "lstm, the article's, cnn_lstm, with convolutions in front, or wide_cnn_lstm, with larger "
@@ -1489,12 +1489,12 @@ class LstmCtcOcr:
         return ocr
 
     def _width_of(self, paths, longest):
-        """Pixels, a multiple of 32, that nearly all of these images fit in at `im_height`, and texts so long too."""
+        """Pixels, a multiple of 16, that nearly all of these images fit in at `im_height`, and texts so long too."""
         shares = sorted(width / height for width, height in map(_size_of, paths) if height) or [1]
-        usual = min(MAX_WIDTH, shares[math.ceil(.98 * len(shares)) - 1] * self.im_height)
+        usual = min(MAX_WIDTH, shares[math.ceil(.95 * len(shares)) - 1] * self.im_height)
         stride = math.prod(across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ()))
         needed = stride * max(2 * longest - 1, self.label_parts * longest)
-        return 32 * math.ceil(max(usual, needed) / 32)
+        return 16 * math.ceil(max(usual, needed) / 16)
 
     def _held_share(self, files, place):
         """The share of names' digests below which an image is held out: a tenth, of few at least `HELD_LEAST`."""
@@ -1508,7 +1508,7 @@ class LstmCtcOcr:
     def _with_recipe(self, steps_per_epoch):
         """These settings with the schedule of a training that starts from a model, where it was not given.
 
-        It counts steps rather than epochs, since even the fewest images want a thousand.
+        It counts steps rather than epochs, since even the fewest images want hundreds.
         """
         steps_per_epoch = max(1, steps_per_epoch)
         steps = START_STEPS + START_STEPS_SHARE * self.batch_size * steps_per_epoch
