@@ -198,7 +198,7 @@ class LstmCtcOcr:
                                      "from a model, as many as few images need", 9)
     lr: float = setting(None, "learning rate at the start; it falls as lr * (1 - (epoch / epoch_max) ** 2); started "
                               f"from a model {START_LR}", 4e-3)
-    save_epoch: float = setting(0.1, "epochs between checkpoints")
+    save_epoch: float = setting(None, f"epochs between checkpoints; if not given, at least {REPORT_STEPS} steps", 0.1)
     seed: int = setting(0, "fixes what is drawn at random: rendered images, first weights, order, held-out images")
     # --- reading
     model: str = setting("", "model folder; if not given, to train my-model/<net>, or for another than the usual "
@@ -1506,13 +1506,15 @@ class LstmCtcOcr:
         return share
 
     def _with_recipe(self, steps_per_epoch):
-        """These settings with the schedule of a training that starts from a model, where it was not given.
+        """These settings with a schedule for so few or many images, where it was not given.
 
-        It counts steps rather than epochs, since even the fewest images want hundreds.
+        Started from a model it counts steps rather than epochs, since even the fewest images want hundreds.
         """
         steps_per_epoch = max(1, steps_per_epoch)
-        steps = START_STEPS + START_STEPS_SHARE * self.batch_size * steps_per_epoch
-        recipe = {"epoch_max": steps / steps_per_epoch, "lr": START_LR} if self.start_from else {}
+        recipe = {"save_epoch": max(self.save_epoch, REPORT_STEPS / steps_per_epoch)}
+        if self.start_from:
+            steps = START_STEPS + START_STEPS_SHARE * self.batch_size * steps_per_epoch
+            recipe.update(epoch_max=steps / steps_per_epoch, lr=START_LR)
         return dataclasses.replace(self, **{name: recipe.get(name) for name in self.unset})
 
     def _prepare(self, place, folder, files, share):
