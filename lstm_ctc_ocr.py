@@ -25,6 +25,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import functools
@@ -135,6 +136,8 @@ CONNECTIONS = 100  # at once; waitress takes whole bodies before the token is lo
 MAX_IMAGES = 64  # in a request
 QUEUE = 64  # images that may wait for their reading; whoever comes then is told to come again, a form as an image
 SERVE_BATCH = 8  # the most images that a thread of the service reads at once; more cost hardly less an image
+LABELS = "labels.csv"  # in a folder whose images are labelled on the page: relative/path.png,LABEL lines
+ENOUGH_LABELS = 200  # to begin with, says that page
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of what is served
 
 
@@ -190,6 +193,7 @@ class LstmCtcOcr:
     host: str = setting("127.0.0.1", "address to serve on")
     port: int = setting(5050, "port to serve on")
     image_root: str = setting(str(HOME / "dataset"), "only images under this folder can be asked for by path")
+    label: str = setting("", "folder of images, subfolders included, to label on the page /label")
     token: str = setting("", "what clients must show, as a bearer token or as HTTP Basic's password; better given in "
                              f"the environment, as {TOKEN_VARIABLE}")
 
@@ -278,12 +282,48 @@ class LstmCtcOcr:
         known: object  # `Known` of texts, by the settings
 
     @dataclasses.dataclass
+    class _Labelling:
+        """A folder whose images are labelled on the page /label; an image's name is its path from there on."""
+        folder: Path  # links resolved
+        images: tuple  # names of all, in the order of the folder
+        labels: dict  # by name, of those that have one
+        guesses: dict = dataclasses.field(default_factory=dict)  # (text, confidence) by name; None if it is unreadable
+        skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # how often, by name
+        lock: object = dataclasses.field(default_factory=threading.Lock)  # held to write
+
+        def left(self):
+            """Names of those without a label."""
+            return [name for name in self.images if name not in self.labels and self.guesses.get(name, True)]
+
+        def next(self):
+            """Of those left and skipped the least often, the one that was read least surely; None: there is no more."""
+            return min(self.left(), key=lambda name: (self.skipped[name], self.guesses.get(name, ("", 2))[1]),
+                       default=None)
+
+        def write(self, name, label):
+            """Adds a line to the file of labels, whole or not at all; it is on the disk when this returns."""
+            path, line = self.folder / LABELS, io.StringIO()
+            csv.writer(line, lineterminator="\n").writerow([name, label])
+            with self.lock:
+                end = path.stat().st_size if path.exists() else 0
+                try:
+                    with open(path, "ab") as file:
+                        file.write(line.getvalue().encode())
+                    _to_disk(path, self.folder)
+                except OSError:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.truncate(path, end)
+                    raise
+                self.labels[name] = label
+
+    @dataclasses.dataclass
     class _Service:
         """What the requests to an application share."""
         reader: object  # _Reader
         token: str  # what clients must show, if anything
         folders: tuple  # where a relative path may start, all absolute; the image root last
         model: dict  # what of config.json clients are told
+        labelling: object = None  # _Labelling, with --label
         lock: object = dataclasses.field(default_factory=threading.Lock)  # held to count
         jobs: object = dataclasses.field(default_factory=queue.SimpleQueue)  # (bytes, Known, Future), or None: the end
         threads: list = dataclasses.field(default_factory=list)  # that read
@@ -1751,6 +1791,7 @@ class LstmCtcOcr:
 
         What its requests share is `app.extensions["lstm_ctc_ocr"]`, whose `close` ends the threads that read.
         """
+        labelling = self._open_labelling() if self.label else None
         reader, root = self._reader, Path(os.path.realpath(self.image_root))
         try:
             folders = Path.cwd(), root.parent, root
@@ -1759,9 +1800,9 @@ class LstmCtcOcr:
         service = self._Service(
             reader, self.token or os.environ.get(TOKEN_VARIABLE, ""), folders,
             {name: reader.config[name] for name in ("net", "words", "words_max_num", "step", "accuracy")
-             if name in reader.config})
-        for _ in range(_cores()):
-            service.threads.append(threading.Thread(target=self._read_jobs, args=[service], daemon=True))
+             if name in reader.config}, labelling)
+        for work in [self._read_jobs] * _cores() + [self._guess_all] * bool(labelling):
+            service.threads.append(threading.Thread(target=work, args=[service], daemon=True))
             service.threads[-1].start()
         blank = np.zeros((reader.ocr.im_height, reader.ocr.im_width), np.uint8)
         self._read_in_batches(service, [cv2.imencode(".png", blank)[1].tobytes()], reader.known)
@@ -1772,10 +1813,13 @@ class LstmCtcOcr:
         app.before_request(self._admit)
         app.after_request(self._account)
         app.register_error_handler(HTTPException, _json_error)
-        for path, method, answer in (
-                ("/captchaOcr", "GET", self._answer_path), ("/captchaOcr", "POST", self._answer_post),
-                ("/healthz", "GET", self._answer_health), ("/", "GET", self._answer_page),
-                ("/openapi.json", "GET", describe_service)):
+        routes = [("/captchaOcr", "GET", self._answer_path), ("/captchaOcr", "POST", self._answer_post),
+                  ("/healthz", "GET", self._answer_health), ("/", "GET", self._answer_page),
+                  ("/openapi.json", "GET", describe_service)]
+        if labelling:
+            routes += [("/label", "GET", self._answer_label_page), ("/label", "POST", self._answer_label),
+                       ("/label/image", "GET", self._answer_image_to_label)]
+        for path, method, answer in routes:
             app.add_url_rule(path, answer.__name__, answer, methods=[method], provide_automatic_options=False)
         return app
 
@@ -1921,13 +1965,9 @@ class LstmCtcOcr:
 
     def _answer_page(self):
         """GET /"""
-        nonce = secrets.token_urlsafe(16)
         samples = "".join(SAMPLE.format(name=html.escape(path.stem), data=base64.b64encode(path.read_bytes()).decode())
                           for path in sorted((HOME / "dataset" / "test").glob("*.png"))[:3])
-        page = PAGE.replace("$nonce", nonce).replace("$samples", samples).replace("$net", _service().model["net"])
-        return page, {"Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
-                      f"'nonce-{nonce}'; img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-                      "frame-ancestors 'none'"}
+        return _page(PAGE, samples=samples, net=_service().model["net"])
 
     def _servable(self, img_path):
         """The regular file that a client names, links resolved, if it is under the image root; else None.
@@ -1935,13 +1975,85 @@ class LstmCtcOcr:
         A relative path may start at the server's folder, at the image root or at the folder that holds it.
         """
         folders = _service().folders
-        for folder in folders:
-            try:
-                path = Path(os.path.realpath(folder / img_path))
-                if path.is_relative_to(folders[-1]) and path.is_file():
-                    return path
-            except (OSError, ValueError):  # a name too long, a NUL
-                return None
+        return next(filter(None, (_file_under(folders[-1], folder / img_path) for folder in folders)), None)
+
+    def _open_labelling(self):
+        """The folder to label, what labels it has and what images; raises `Error` if that is no such folder."""
+        folder = Path(os.path.realpath(self.label))
+        if not folder.is_dir():
+            raise self.Error(f"--label {self.label} is not a folder")
+        images = tuple(_images_below(folder))
+        if not images:
+            raise self.Error(f"no images in {self.label}: --label takes the folder of those that you want to label")
+        labels, known = dict(_read_labels(folder / LABELS)), set(images)
+        return self._Labelling(folder, images, {name: label for name, label in labels.items() if name in known})
+
+    def _guess_all(self, service):
+        """Reads the images that are to be labelled, until the service is closed."""
+        names = service.labelling.left()
+        for start in range(0, len(names), SERVE_BATCH):
+            if service.stopping:
+                break
+            self._guess(service.labelling, names[start:start + SERVE_BATCH])
+
+    def _guess(self, labelling, names):
+        """Reads images that are to be labelled; one that cannot be read is said on stderr, and need not be."""
+        for name, reading in zip(names, self._read_each([labelling.folder / name for name in names])):
+            if isinstance(reading, self.Error):
+                reading = print(reading, file=sys.stderr)
+            labelling.guesses[name] = reading
+
+    def _answer_label_page(self):
+        """GET /label"""
+        return _page(LABEL_PAGE, enough=str(ENOUGH_LABELS))
+
+    def _answer_image_to_label(self):
+        """GET /label/image: the one that `path` names, or else the next."""
+        return self._image_to_label(flask.request.args.get("path"))
+
+    def _answer_label(self):
+        """POST /label: writes an image's label, or puts the image off if there is none; answers with the next."""
+        request, labelling = flask.request, _service().labelling
+        origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "same-origin")
+        if site != "same-origin" or origin is not None and origin.partition("://")[2] != request.host:
+            flask.abort(403, "labels are taken from this service's own page, and from no other site's")
+        if request.mimetype != "application/json":
+            flask.abort(415, 'send JSON: {"path": the image\'s, "label": what it says}')
+        body = _json_body()
+        if not isinstance(body, dict) or not isinstance(body.get("path"), str):
+            flask.abort(400, 'send {"path": the image\'s, "label": what it says}')
+        name, label = body["path"], body.get("label")
+        if name not in labelling.images:
+            flask.abort(404, "no such image in the folder to label")
+        if label is None:
+            labelling.skipped[name] += 1
+            return self._image_to_label()
+        label = label.strip() if isinstance(label, str) else ""
+        if not label or not label.isprintable():
+            flask.abort(400, "a label is at least one letter, and holds no control characters")
+        try:
+            labelling.write(name, label)
+        except OSError as error:
+            raise ServiceUnavailable(f"{LABELS} cannot be written: {error.strerror}") from None
+        return self._image_to_label()
+
+    def _image_to_label(self, asked=None):
+        """What the page shows: the image that is asked for, or that which is next; no path if all have a label."""
+        labelling, data = _service().labelling, b""
+        while name := asked or labelling.next():
+            path = name in labelling.images and _file_under(labelling.folder, labelling.folder / name)
+            if path and name not in labelling.guesses:
+                self._guess(labelling, [name])
+            if path and labelling.guesses[name]:
+                data = path.read_bytes()
+                break
+            if asked:
+                flask.abort(404, "no such image in the folder to label")
+            labelling.guesses[name] = None  # it has gone since
+        guess, confidence = labelling.guesses[name] if name else ("", 0)
+        return {"path": name or "", "image": _data_url(data), "guess": guess, "confidence": confidence,
+                "label": labelling.labels.get(name, ""), "labelled": len(labelling.labels),
+                "images": len(labelling.labels) + len(labelling.left())}
 
     def start(self):
         """Serves until it is told to stop, and then finishes what is under way; returns 1 if the server failed."""
@@ -1956,6 +2068,8 @@ class LstmCtcOcr:
             print(f"http://{host}:{server.effective_port}/captchaOcr?img_path=./dataset/test/0_PIY.png",
                   file=sys.stderr, flush=True)
             self._say_model()
+            if self.label:
+                print(f"label {self.label} on http://{host}:{server.effective_port}/label", file=sys.stderr, flush=True)
             while not stop and serving.is_alive():  # who waits for a lock misses a signal that comes as the wait begins
                 time.sleep(0.1)
             if not stop:
@@ -1973,8 +2087,9 @@ class LstmCtcOcr:
             raise self.Error(f"cannot serve on {self.host}:{self.port} ({error}); choose another --port or "
                              "--host") from None
         if not ipaddress.ip_address(address[0]).is_loopback:
-            print(f"other machines can reach this: posted images are read, and every image under {self.image_root}; "
-                  f"a token is {'' if self.token or os.environ.get(TOKEN_VARIABLE) else 'not '}asked for",
+            label = f", and {self.label} can be seen and labelled" if self.label else ""
+            print(f"other machines can reach this: posted images are read, and every image under {self.image_root}"
+                  f"{label}; a token is {'' if self.token or os.environ.get(TOKEN_VARIABLE) else 'not '}asked for",
                   file=sys.stderr)
         waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
         # More threads than may wait for an answer, so that there is always one to say that too many wait.
@@ -2840,6 +2955,45 @@ def _image_files(path):
     return sorted(files, key=lambda file: (int(re.match(r"\d*", file.name)[0] or -1), file.name))
 
 
+def _images_below(folder):
+    """Names of the images in a folder and its subfolders: paths from there on, of files that are in there for real.
+
+    Those with unprintable names are left out.
+    """
+    for place, below, _ in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for path in _image_files(Path(place)):
+            name = path.relative_to(folder).as_posix()
+            if name.isprintable() and _file_under(folder, path):
+                yield name
+
+
+def _file_under(folder, path):
+    """The regular file at `path`, links resolved, if it is under `folder` (links resolved); else None."""
+    try:
+        path = Path(os.path.realpath(path))
+        return path if path.is_relative_to(folder) and path.is_file() else None
+    except (OSError, ValueError):  # a name too long, a NUL
+        return None
+
+
+def _read_labels(path):
+    """(name, label) of each line of a file of labels; a last line without its end is taken out of the file.
+
+    Such a line was cut short by a power cut, and its label may be. Raises `Error` if the file is not text.
+    """
+    try:
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[:max(data.rfind(b"\n"), data.rfind(b"\r")) + 1]
+        rows = list(csv.reader(io.StringIO(whole.decode("utf-8-sig"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise LstmCtcOcr.Error(f"{path} is no CSV file in UTF-8 ({error}): mend it, or move it away") from None
+    if len(whole) < len(data):
+        print(f"{path}: the last line was cut short and is taken out: {data[len(whole):]!r}", file=sys.stderr)
+        os.truncate(path, len(whole))
+    return [row[:2] for row in rows if len(row) > 1 and row[1]]
+
+
 def _digest(path):
     """A number of 0 to 1 that a file's name alone decides."""
     name = os.fsencode(os.path.basename(path))
@@ -2935,6 +3089,23 @@ def _json_body():
         return None
 
 
+def _page(page, **values):
+    """A page, its $names filled in, and the policy that no script or style but its own runs."""
+    nonce = secrets.token_urlsafe(16)
+    for name, value in {"nonce": nonce, **values}.items():
+        page = page.replace("$" + name, value)
+    return page, {"Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
+                  f"'nonce-{nonce}'; img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+                  "frame-ancestors 'none'"}
+
+
+def _data_url(data):
+    """An image file for a page, which finds out the kind by itself; a TIFF, which browsers do not show, as PNG."""
+    if data.startswith((b"II*\0", b"MM\0*")):
+        data = cv2.imencode(".png", cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))[1].tobytes()
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
 def _base64_image(body):
     """The image in the JSON body {"image": base64}."""
     try:
@@ -2977,11 +3148,14 @@ def describe_service():
             "/healthz": {"get": {"summary": "Model, version, counters, latency of readings",
                                  "responses": _answers("it is up", "Health")}},
             "/openapi.json": {"get": {"summary": "This description", "responses": _answers("OpenAPI", "Any")}},
-            "/": {"get": {"summary": "The page", "responses": _answers("HTML", "Text", kind="text/html")}}},
+            "/": {"get": {"summary": "The page", "responses": _answers("HTML", "Text", kind="text/html")}},
+            **(_describe_labelling() if _service().labelling else {})},
         "components": {"schemas": {
             "Any": {"type": "object"},
             "Text": text,
             "Error": _record(error=text),
+            "ToLabel": _record(path=text, image=text, guess=text, confidence=number, label=text, labelled=number,
+                               images=number),
             "Reading": _record(ocr_ret=text, confidence=number),
             "PathReading": _record(img_path=text, ocr_ret=text, confidence=number),
             "Readings": {"anyOf": [_schema("Reading"), _record(results={
@@ -2989,6 +3163,24 @@ def describe_service():
             "Health": _record(status=text, version=text, model={"type": "object"}, waiting=number, images_read=number,
                               errors=number, other_requests=number, latency_ms=_record(
                                   p50=number, p95=number, p99=number))}}}
+
+
+def _describe_labelling():
+    """The paths that --label adds to the description."""
+    text, name = {"type": "string"}, {"type": "string", "minLength": 1}
+    return {
+        "/label": {
+            "get": {"summary": "The page to label images on",
+                    "responses": _answers("HTML", "Text", kind="text/html")},
+            "post": {
+                "summary": "Writes an image's label, or puts it off if there is none",
+                "requestBody": {"required": True, "content": {"application/json": {"schema": {
+                    "type": "object", "required": ["path"], "properties": {"path": name, "label": text}}}}},
+                "responses": _answers("the next image to label", "ToLabel", 400, 403, 404, 413, 415)}},
+        "/label/image": {"get": {
+            "summary": "The image to label next, or one that is named",
+            "parameters": [{"name": "path", "in": "query", "schema": name}],
+            "responses": _answers("the image, and what it may say", "ToLabel", 404)}}}
 
 
 def _answers(description, schema, *codes, kind="application/json"):
@@ -3006,6 +3198,77 @@ def _schema(name):
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+LABEL_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Label captchas</title>
+<style nonce="$nonce">
+  :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+  body { max-width: 40rem; margin: 0 auto; padding: 1.5rem 1rem }
+  h1 { font-size: 1.4rem }
+  img { display: block; width: 100%; height: 10rem; object-fit: contain; background: #fff; border-radius: .25rem }
+  input { display: block; box-sizing: border-box; width: 100%; margin: 1rem 0; padding: .5rem; text-align: center }
+  input { font: 600 1.6rem ui-monospace, monospace; letter-spacing: .1em }
+  small { font-size: .85rem; opacity: .75 }
+</style>
+<h1>What does it say?</h1>
+<main>
+  <img alt="the image to label" hidden>
+  <input aria-label="what the image says" autocomplete="off" autocapitalize="off" spellcheck="false" autofocus>
+  <p id="note" aria-live="polite"></p>
+  <p id="progress"></p>
+</main>
+<small>Enter takes it, Escape skips it, Backspace in the empty field goes one back.</small>
+<noscript>This page needs JavaScript.</noscript>
+<script nonce="$nonce">
+  const image = document.querySelector("img"), field = document.querySelector("input"), past = [];
+  const note = document.querySelector("#note"), progress = document.querySelector("#progress");
+  let shown = "", busy = false;
+
+  async function ask(target, body) {
+    busy = true;
+    try {
+      const headers = {"Content-Type": "application/json"};
+      const response = await fetch(target, body && {method: "POST", headers, body: JSON.stringify(body)});
+      const answer = await response.json();
+      if (!response.ok) throw new Error(answer.error);
+      show(answer);
+      return true;
+    } catch (error) {
+      note.textContent = error.message;
+    } finally {
+      busy = false;
+    }
+  }
+
+  function show(answer) {
+    shown = answer.path;
+    image.hidden = !shown;
+    image.src = answer.image;
+    field.value = answer.label || answer.guess;
+    field.select();
+    const sure = `${answer.path}: read with confidence ${(100 * answer.confidence).toFixed(1)} %`;
+    note.textContent = shown ? sure : "Every image has its label.";
+    progress.textContent = `${answer.labelled} of ${answer.images}; about $enough are enough to begin with`;
+  }
+
+  async function leave(body) {
+    const before = shown;
+    if (await ask("label", body)) past.push(before);
+  }
+
+  field.addEventListener("keydown", event => {
+    const back = event.key === "Backspace" && !field.value && !event.repeat && past.length;
+    if (busy || event.isComposing) return;
+    if (event.key === "Enter" && shown) leave({path: shown, label: field.value});
+    else if (event.key === "Escape" && shown) leave({path: shown});
+    else if (back) ask("label/image?path=" + encodeURIComponent(past.pop()));
+  });
+  ask("label/image");
+</script>
+</html>
+"""
 SAMPLE = """<button class="sample"><img alt="sample {name}" src="data:image/png;base64,{data}"></button>"""
 PAGE = """<!doctype html>
 <html lang="en">
@@ -3225,7 +3488,7 @@ COMMANDS = {
               "epoch_max lr save_epoch seed beam_width label_parts ctc"),
     "test": ("read images: one line each", "model net beam_width letters length"),
     "start": ("serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
-              "model net beam_width letters length host port image_root token"),
+              "model net beam_width letters length host port image_root label token"),
     "export": ("write a SavedModel for TensorFlow Serving", "model net beam_width"),
 }
 
