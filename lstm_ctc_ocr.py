@@ -589,6 +589,10 @@ class LstmCtcOcr:
         texts, and a narrower one has paper added on its right.
         Raises `Error`, which names the file and the fault.
         """
+        return self._load_sized(source)[0]
+
+    def _load_sized(self, source):
+        """As `load_image`, and the height and width that the image had in its file."""
         name = "the image" if isinstance(source, bytes) else source
         try:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -607,7 +611,7 @@ class LstmCtcOcr:
             raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels")
         if pixels is None:
             raise self.Error(f"{name}: not a whole image of a kind that OpenCV reads")
-        return self._ink(self._colours(pixels))
+        return self._ink(self._colours(pixels)), pixels.shape[:2]
 
     @staticmethod
     def _colours(pixels):
@@ -630,7 +634,7 @@ class LstmCtcOcr:
         if self.paper == "brightest" and colours.shape[2] == 3:
             colours = cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY)[..., None]
         height, width, channels = colours.shape
-        fitted = min(self.im_width, max(1, round(width * self.im_height / height)))
+        fitted = self._fitted(height, width)
         if (height, width) != (self.im_height, fitted):
             method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
             colours = cv2.resize(colours, (fitted, self.im_height), interpolation=method).reshape(
@@ -646,6 +650,17 @@ class LstmCtcOcr:
         image = np.zeros((self.im_height, self.im_width), np.uint8)
         image[:, :fitted] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
         return image
+
+    def _fitted(self, height, width):
+        """The width that an image of that size is brought to; what is left of W is paper."""
+        return min(self.im_width, max(1, round(width * self.im_height / height)))
+
+    def _columns(self, begin, end, height, width):
+        """Steps [begin, end) of the network -> columns [first, last) of the image of that size, at least one."""
+        stride = math.prod(across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ()))
+        first, last = (round(step * stride * width / self._fitted(height, width)) for step in (begin, end))
+        first = min(first, width - 1)
+        return [first, min(max(last, first + 1), width)]
 
     @dataclasses.dataclass(frozen=True)
     class _DecodedImages:
@@ -986,16 +1001,22 @@ class LstmCtcOcr:
         """What is known of a text before it is read: the settings `letters` and `length`, or a request's."""
         letters: str = ""
         length: str = ""
+        align: bool = False  # whether to say of each letter how sure it is and where it was read
 
-    def known(self, letters="", length=""):
-        """Returns what is known of a text as `texts` takes it; raises `Error` where this model cannot read such."""
+    def known(self, letters="", length="", align=""):
+        """Returns what is known of a text as `texts` takes it; raises `Error` where this model cannot read such.
+
+        align: 1 to have the alignment too, or 0.
+        """
         letters = "".join(dict.fromkeys(letters))
         for letter in letters:
             if not self._read_as(letter, letters):
                 raise self.Error(f"letters: this model does not know {letter!r}, it knows {self.words}")
         if length:
             self._bounds(length)
-        return self.Known(letters, length)
+        if align not in ("", "0", "1"):
+            raise self.Error(f"align must be 0 or 1, not {align!r}")
+        return self.Known(letters, length, align == "1")
 
     def _bounds(self, length):
         """The least and the most letters that "N" or "MIN-MAX" allows."""
@@ -1011,7 +1032,7 @@ class LstmCtcOcr:
         return [word for word in self.words if word == letter or word.swapcase() == letter and word not in letters]
 
     def texts(self, logits, known=Known()):
-        """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs.
+        """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs; asked to align, `_align` is the third.
 
         The confidence is the probability that the network gives to the text (with --label-parts, to the sequence of
         parts), exp(-CTC loss). What is `known` does not raise it: it is low where the image holds something else. Where
@@ -1027,7 +1048,27 @@ class LstmCtcOcr:
             fits = lambda sequence: low <= len(self.sequence_to_text(sequence, words)) <= high  # noqa: E731
             follows = self._whole_letters(len(words)) if parts > 1 else None
         found = most_probable(p, self.beam_width, longest, fits, follows)
-        return [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
+        readings = [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
+        if known.align:
+            return [(*reading, self._align(reading[0], words, p[:, b])) for b, reading in enumerate(readings)]
+        return readings
+
+    def _align(self, text, words, p):
+        """Each letter of a text that was read from p (T, C): (letter, confidence, its first step, that after its last).
+
+        The confidence is the share of this text's probability in that of all texts that differ from it in this letter
+        alone, another one being there, or none. The steps are those of the likeliest alignment.
+        """
+        parts = self.label_parts
+        letters = np.arange(len(words) * parts).reshape(-1, parts).tolist()  # the classes of each
+        sequence, aligned = sum((letters[words.index(letter)] for letter in text), []), []
+        spans = viterbi(sequence, p)
+        for place, letter in zip(range(0, len(sequence), parts), text):
+            others = [sequence[:place] + other + sequence[place + parts:] for other in [*letters, []]]
+            found = sequence_probabilities(others, np.broadcast_to(p[:, None], (len(p), len(others), p.shape[1])))
+            confidence = found[words.index(letter)] / max(found.sum(), TINY)
+            aligned.append((letter, float(confidence), spans[place][0], spans[place + parts - 1][1]))
+        return aligned
 
     def _folds(self, letters):
         """The matrix that adds up the classes read as each of `letters`, and drops the others, the blank last."""
@@ -1272,7 +1313,7 @@ class LstmCtcOcr:
             self._save_config(folder, config)
 
     def _read(self, session, net, images, known=(), options=None):
-        """images (n, H, W) uint8, and what is `Known` of each, or of none -> n (text, confidence) pairs."""
+        """images (n, H, W) uint8, and what is `Known` of each, or of none -> what `texts` says of each."""
         logits = session.run(net.logits, {net.images: images}, options)
         known = known or [self.Known()] * len(images)
         readings = {}
@@ -1284,12 +1325,15 @@ class LstmCtcOcr:
     def _read_each(self, sources, known=(), options=None):
         """As `recognise`, but an image that cannot be read has its `Error` in its place.
 
-        known: what is `Known` of each; by default what the settings say.
+        known: what is `Known` of each; by default what the settings say. If that asks to align, a result's third is
+        [(letter, its confidence, [first, last) columns of the image)].
         """
-        reader, images, rows, results = self._reader, [], [], []
+        reader, images, sizes, rows, results = self._reader, [], [], [], []
         for row, source in enumerate(sources):
             try:
-                images.append(reader.ocr.load_image(source))
+                image, size = reader.ocr._load_sized(source)
+                images.append(image)
+                sizes.append(size)
                 rows.append(row)
                 results.append(None)
             except self.Error as error:
@@ -1298,8 +1342,10 @@ class LstmCtcOcr:
             known = known or [reader.known] * len(sources)
             readings = reader.ocr._read(reader.session, reader.net, np.stack(images), [known[row] for row in rows],
                                         options)
-            for row, reading in zip(rows, readings):
-                results[row] = reading
+            for row, (height, width), (text, confidence, *aligned) in zip(rows, sizes, readings):
+                results[row] = (text, confidence, *(
+                    [(letter, sure, reader.ocr._columns(begin, end, height, width))
+                     for letter, sure, begin, end in letters] for letters in aligned))
         return results
 
     def recognise(self, sources, letters="", length=""):
@@ -1317,13 +1363,16 @@ class LstmCtcOcr:
                 raise reading
         return readings
 
-    def recognise_files(self, paths):
-        """Yields for each path, in order: (path, text, confidence, None), or (path, None, None, what is wrong)."""
-        self._reader  # built by this thread alone
+    def recognise_files(self, paths, align=False):
+        """Yields for each path, in order: (path, text, confidence, None), or (path, None, None, what is wrong).
+
+        Asked to align, it yields each letter's (letter, confidence, [first, last) columns) before the None.
+        """
+        known = dataclasses.replace(self._reader.known, align=align)  # the reader is built by this thread alone
 
         def read(batch):
             return [(path, None, None, str(reading)) if isinstance(reading, self.Error) else (path, *reading, None)
-                    for path, reading in zip(batch, self._read_each(batch))]
+                    for path, reading in zip(batch, self._read_each(batch, [known] * len(batch)))]
 
         paths = list(paths)
         batches = [paths[start:start + READ_BATCH] for start in range(0, len(paths), READ_BATCH)]
@@ -1331,11 +1380,13 @@ class LstmCtcOcr:
             for rows in pool.imap(read, batches):
                 yield from rows
 
-    def test(self, paths=(), as_json=False):
+    def test(self, paths=(), as_json=False, align=False):
         """Reads files and folders and prints a line for each image, then how many labelled ones were read right.
 
         Returns 0, or 1 if some could not be read. Raises `Error` if there is nothing to read.
         """
+        if align and not as_json:
+            raise self.Error("--align says where each letter was read in JSON alone: add --json")
         paths = paths or [HOME / "dataset" / "test"]
         files = [file for path in paths for file in _image_files(Path(path))]
         if not files:
@@ -1343,11 +1394,11 @@ class LstmCtcOcr:
         self._say_model()  # first of all, so that a missing model is the only thing said
         ocr = self._reader.ocr
         truths, readings, confidences = [], [], []
-        for path, text, confidence, fault in self.recognise_files(files):
+        for path, text, confidence, *letters, fault in self.recognise_files(files, align):
             confidences += [confidence] * (not fault)
             if as_json:
                 print(json.dumps({"img_path": str(path), "error": fault} if fault else
-                                 {"img_path": str(path), "ocr_ret": text, "confidence": confidence}))
+                                 {"img_path": str(path), **_reading(text, confidence, *letters)}))
             elif fault:
                 print(fault, file=sys.stderr)
             else:
@@ -1892,13 +1943,13 @@ class LstmCtcOcr:
     def _answer(self, datas, known):
         """Reads files' bytes; returns for each what the service says about it.
 
-        known: a mapping that may hold `letters` and `length`; where it does not, the settings do. Ends the request with
-        an error if no image can be read; where some can, the others have their error in their place.
+        known: a mapping that may hold `letters`, `length` and `align`; where it does not, the settings do. Ends the
+        request with an error if no image can be read; where some can, the others have their error in their place.
         """
         service = _service()
         try:
-            known = service.reader.ocr.known(*(str(known.get(name) or getattr(self, name))
-                                               for name in ("letters", "length")))
+            known = service.reader.ocr.known(*(str(known.get(name) or getattr(self, name, ""))
+                                               for name in ("letters", "length", "align")))
         except self.Error as error:
             flask.abort(error.status, str(error))
         with service.lock:
@@ -1916,7 +1967,7 @@ class LstmCtcOcr:
         with service.lock:
             service.images_read += len(readings) - len(faults)
         return [{"error": str(reading)} if isinstance(reading, self.Error) else
-                {"ocr_ret": reading[0], "confidence": reading[1]} for reading in readings]
+                _reading(*reading) for reading in readings]
 
     def _read_in_batches(self, service, datas, known):
         """As `_read_each`, for many threads at once: others read in batches what all of them have asked for."""
@@ -2763,12 +2814,7 @@ def sequence_probabilities(sequences, p):
     The forward recursion of Graves et al. (2006), section 4.1. It needs no logarithms: float64 loses only what is below
     1e-300 in the end.
     """
-    lengths, blank = np.array([len(sequence) for sequence in sequences]), p.shape[2] - 1
-    states = np.full((len(sequences), 2 * lengths.max() + 1), blank)  # (B, S): letters with blanks around them
-    for row, sequence in zip(states, sequences):
-        row[1:2 * len(sequence):2] = sequence
-    skips = np.zeros(states.shape)  # 1 where a path may come from the state before the last one
-    skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
+    lengths, (states, skips) = np.array([len(sequence) for sequence in sequences]), _states(sequences, p.shape[2] - 1)
     rows = np.arange(len(sequences))
     emitted = p[:, rows[:, None], states]  # (T, B, S)
     paths = np.zeros((len(sequences), states.shape[1] + 2))  # (B, S + 2): what ends in each state, two zeros before
@@ -2780,6 +2826,40 @@ def sequence_probabilities(sequences, p):
         now += own
         np.multiply(now, step, out=own)
     return np.minimum(1, paths[rows, 2 * lengths + 2] + paths[rows, 2 * lengths + 1])
+
+
+def _states(sequences, blank):
+    """CTC's states of B sequences: classes (B, S) with blanks around each, and 1 (B, S) where one may be skipped to.
+
+    That is where a path may come from the state before the last one.
+    """
+    states = np.full((len(sequences), 2 * max(map(len, sequences)) + 1), blank)
+    for row, sequence in zip(states, sequences):
+        row[1:2 * len(sequence):2] = sequence
+    skips = np.zeros(states.shape)
+    skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
+    return states, skips
+
+
+def viterbi(sequence, p):
+    """The likeliest alignment of a sequence with p (T, C), blank last: (first step, step after the last) of each class.
+
+    Where the steps are too few for the sequence, what has none is given an empty span.
+    """
+    (states,), (skips,) = _states([sequence], p.shape[1] - 1)
+    log_p = np.log(np.maximum(p[:, states], TINY))  # (T, S)
+    best = np.full(len(states) + 2, -np.inf)  # of the paths that end in each state, two impossible ones before
+    best[2:4] = log_p[0, :2]
+    back, barred = np.zeros(log_p.shape, int), np.where(skips > 0, 0, -np.inf)
+    for step in range(1, len(p)):
+        ways = np.stack([best[2:], best[1:-1], best[:-2] + barred])  # from the same state, the last, the one before it
+        back[step] = ways.argmax(axis=0)
+        best[2:] = ways.max(axis=0) + log_p[step]
+    path = [len(states) - 2 + int(best[-2:].argmax())]
+    for step in range(len(p) - 1, 0, -1):
+        path.append(path[-1] - back[step, path[-1]])
+    return [tuple(np.searchsorted(path[::-1], state, side).tolist() for side in ("left", "right"))
+            for state in range(1, len(states), 2)]
 
 
 def _beam_search(p, beam_width, longest, fits=None, follows=None):
@@ -2894,6 +2974,12 @@ def describe(scores):
 def _shares(table):
     """{length: (right, count)} as a line."""
     return "  ".join(f"{length}: {right / count:.1%}" for length, (right, count) in table.items())
+
+
+def _reading(text, confidence, letters=None):
+    """A reading as JSON has it; letters: (letter, confidence, columns) of each, where that was asked for."""
+    alignment = [dict(zip(("letter", "confidence", "columns"), letter)) for letter in letters or ()]
+    return {"ocr_ret": text, "confidence": confidence, **({} if letters is None else {"alignment": alignment})}
 
 
 def _spelt(text):
@@ -3119,7 +3205,9 @@ def describe_service():
     text, number, binary = {"type": "string"}, {"type": "number", "minimum": 0}, {"type": "string", "format": "binary"}
     letters = {**text, "description": "letters that alone can be read, such as ABC"}
     length = {**text, "pattern": f"^{LENGTH.pattern}$", "description": "letters of the text: N or MIN-MAX"}
-    known = [{"name": "letters", "in": "query", "schema": letters}, {"name": "length", "in": "query", "schema": length}]
+    align = {"type": "integer", "enum": [0, 1], "description": "1: each letter's own confidence, and its columns"}
+    restrictions = {"letters": letters, "length": length, "align": align}
+    known = [{"name": name, "in": "query", "schema": schema} for name, schema in restrictions.items()]
     return {
         "openapi": "3.1.0",
         "info": {"title": "lstm_ctc_ocr", "version": VERSION},
@@ -3138,11 +3226,11 @@ def describe_service():
                         "image/*": {"schema": binary},
                         "application/json": {"schema": {
                             "type": "object", "required": ["image"], "properties": {
-                                "image": {**text, "format": "byte"}, "letters": letters, "length": length}}},
+                                "image": {**text, "format": "byte"}, **restrictions}}},
                         "multipart/form-data": {"schema": {
                             "type": "object", "required": ["image"], "properties": {
                                 "image": {"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": binary},
-                                "letters": letters, "length": length}}}}},
+                                **restrictions}}}}},
                     "responses": _answers("its text; of several, their texts in order, or what is wrong with one",
                                           "Readings", 400, 413, 415, 422)}},
             "/healthz": {"get": {"summary": "Model, version, counters, latency of readings",
@@ -3156,8 +3244,12 @@ def describe_service():
             "Error": _record(error=text),
             "ToLabel": _record(path=text, image=text, guess=text, confidence=number, label=text, labelled=number,
                                images=number),
-            "Reading": _record(ocr_ret=text, confidence=number),
-            "PathReading": _record(img_path=text, ocr_ret=text, confidence=number),
+            "Letter": _record(letter=text, confidence=number, columns={
+                "type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2,
+                "description": "the first, and the one after the last"}),
+            "Reading": {**_record(ocr_ret=text, confidence=number), "properties": {
+                "ocr_ret": text, "confidence": number, "alignment": {"type": "array", "items": _schema("Letter")}}},
+            "PathReading": {"allOf": [_record(img_path=text), _schema("Reading")]},
             "Readings": {"anyOf": [_schema("Reading"), _record(results={
                 "type": "array", "items": {"anyOf": [_schema("Reading"), _schema("Error")]}})]},
             "Health": _record(status=text, version=text, model={"type": "object"}, waiting=number, images_read=number,
@@ -3287,6 +3379,9 @@ PAGE = """<!doctype html>
   .sample img { display: block; height: 2.5rem }
   figure { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; margin: 1rem 0 }
   figure img { max-width: min(256px, 100%); max-height: 8rem; background: #fff; border-radius: .25rem }
+  .sure { text-decoration: underline solid .15rem #2a2 }
+  .unsure { text-decoration: underline dashed .15rem #c80 }
+  .doubtful { text-decoration: underline wavy .15rem #d33 }
   output { font: 600 1.6rem ui-monospace, monospace; letter-spacing: .1em; overflow-wrap: anywhere }
   small { display: block; font: .85rem system-ui, sans-serif; letter-spacing: 0; opacity: .75 }
 </style>
@@ -3312,10 +3407,17 @@ PAGE = """<!doctype html>
     const begun = performance.now();
     try {
       const headers = {"Content-Type": blob.type.startsWith("image/") ? blob.type : "image/unknown"};
-      const response = await fetch("captchaOcr", {method: "POST", headers, body: blob});
+      const response = await fetch("captchaOcr?align=1", {method: "POST", headers, body: blob});
       const answer = await response.json();
       if (!response.ok) throw new Error(answer.error);
-      output.textContent = answer.ocr_ret || "(no letter)";
+      output.textContent = answer.ocr_ret ? "" : "(no letter)";
+      for (const {letter, confidence, columns: [first, last]} of answer.alignment) {
+        const span = document.createElement("span");
+        span.textContent = letter;
+        span.className = confidence < .5 ? "doubtful" : confidence < .95 ? "unsure" : "sure";
+        span.title = `confidence ${(100 * confidence).toFixed(1)} %, read in columns ${first} to ${last - 1}`;
+        output.append(span);
+      }
       const milliseconds = Math.round(performance.now() - begun);
       note.textContent = `confidence ${(100 * answer.confidence).toFixed(1)} %, ${milliseconds} ms`;
     } catch (error) {
@@ -3513,6 +3615,8 @@ def _parser():
         if command == "test":
             sub.add_argument("paths", nargs="*", metavar="PATH", help="images and folders of images (dataset/test)")
             sub.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an image")
+            sub.add_argument("--align", action="store_true", help="with --json: each letter's own confidence, and the "
+                             "columns of the image, [first, last), where it was read")
     return parser
 
 
@@ -3520,7 +3624,7 @@ def main(argv=None):
     """Runs one command; returns its exit code (0 done, 1 some images could not be read, 2 wrong use)."""
     settings = vars(_parser().parse_args(argv))
     command = settings.pop("command")
-    arguments = {name: settings.pop(name) for name in ("paths", "as_json", "directory") if name in settings}
+    arguments = {name: settings.pop(name) for name in ("paths", "as_json", "align", "directory") if name in settings}
     try:
         return getattr(LstmCtcOcr(**settings), command)(**arguments) or 0
     except KeyboardInterrupt as stop:
