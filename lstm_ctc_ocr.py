@@ -3202,7 +3202,7 @@ def _base64_image(body):
 
 def describe_service():
     """The service's OpenAPI description."""
-    text, number, binary = {"type": "string"}, {"type": "number", "minimum": 0}, {"type": "string", "format": "binary"}
+    text, binary = {"type": "string"}, {"type": "string", "format": "binary"}
     letters = {**text, "description": "letters that alone can be read, such as ABC"}
     length = {**text, "pattern": f"^{LENGTH.pattern}$", "description": "letters of the text: N or MIN-MAX"}
     align = {"type": "integer", "enum": [0, 1], "description": "1: each letter's own confidence, and its columns"}
@@ -3238,23 +3238,29 @@ def describe_service():
             "/openapi.json": {"get": {"summary": "This description", "responses": _answers("OpenAPI", "Any")}},
             "/": {"get": {"summary": "The page", "responses": _answers("HTML", "Text", kind="text/html")}},
             **(_describe_labelling() if _service().labelling else {})},
-        "components": {"schemas": {
-            "Any": {"type": "object"},
-            "Text": text,
-            "Error": _record(error=text),
-            "ToLabel": _record(path=text, image=text, guess=text, confidence=number, label=text, labelled=number,
-                               images=number),
-            "Letter": _record(letter=text, confidence=number, columns={
-                "type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2,
-                "description": "the first, and the one after the last"}),
-            "Reading": {**_record(ocr_ret=text, confidence=number), "properties": {
-                "ocr_ret": text, "confidence": number, "alignment": {"type": "array", "items": _schema("Letter")}}},
-            "PathReading": {"allOf": [_record(img_path=text), _schema("Reading")]},
-            "Readings": {"anyOf": [_schema("Reading"), _record(results={
-                "type": "array", "items": {"anyOf": [_schema("Reading"), _schema("Error")]}})]},
-            "Health": _record(status=text, version=text, model={"type": "object"}, waiting=number, images_read=number,
-                              errors=number, other_requests=number, latency_ms=_record(
-                                  p50=number, p95=number, p99=number))}}}
+        "components": {"schemas": _describe_answers()}}
+
+
+def _describe_answers():
+    """The schemas of what the service answers."""
+    text, number = {"type": "string"}, {"type": "number", "minimum": 0}
+    return {
+        "Any": {"type": "object"},
+        "Text": text,
+        "Error": _record(error=text),
+        "ToLabel": _record(path=text, image=text, guess=text, confidence=number, label=text, labelled=number,
+                           images=number),
+        "Letter": _record(letter=text, confidence=number, columns={
+            "type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2,
+            "description": "the first, and the one after the last"}),
+        "Reading": {**_record(ocr_ret=text, confidence=number), "properties": {
+            "ocr_ret": text, "confidence": number, "alignment": {"type": "array", "items": _schema("Letter")}}},
+        "PathReading": {"allOf": [_record(img_path=text), _schema("Reading")]},
+        "Readings": {"anyOf": [_schema("Reading"), _record(results={
+            "type": "array", "items": {"anyOf": [_schema("Reading"), _schema("Error")]}})]},
+        "Health": _record(status=text, version=text, model={"type": "object"}, waiting=number, images_read=number,
+                          errors=number, other_requests=number, latency_ms=_record(
+                              p50=number, p95=number, p99=number))}
 
 
 def _describe_labelling():
