@@ -25,6 +25,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import functools
@@ -147,6 +148,8 @@ CONNECTIONS = 100  # at once; waitress takes whole bodies before the token is lo
 MAX_IMAGES = 64  # in a request
 QUEUE = 64  # images that may wait for their reading; whoever comes then is told to come again, a form as an image
 SERVE_BATCH = 8  # the most images that a thread of the service reads at once; more cost hardly less an image
+LABELS = "labels.csv"  # in a folder whose images are labelled on the page: relative/path.png,LABEL lines
+ENOUGH_LABELS = 200  # to begin with, says that page
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of what is served
 
 
@@ -209,6 +212,7 @@ class LstmCtcOcr:
     host: str = setting("127.0.0.1", "address to serve on")
     port: int = setting(5050, "port to serve on")
     image_root: str = setting(str(HOME / "dataset"), "only images under this folder can be asked for by path")
+    label: str = setting("", "folder of images, subfolders included, to label on the page /label")
     token: str = setting("", "what clients must show, as a bearer token or as HTTP Basic's password; better given in "
                              f"the environment, as {TOKEN_VARIABLE}")
 
@@ -302,12 +306,48 @@ class LstmCtcOcr:
         known: object  # `Known` of texts, by the settings
 
     @dataclasses.dataclass
+    class _Labelling:
+        """A folder whose images are labelled on the page /label; an image's name is its path from there on."""
+        folder: Path  # links resolved
+        images: tuple  # names of all, in the order of the folder
+        labels: dict  # by name, of those that have one
+        guesses: dict = dataclasses.field(default_factory=dict)  # (text, confidence) by name; None if it is unreadable
+        skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # how often, by name
+        lock: object = dataclasses.field(default_factory=threading.Lock)  # held to write
+
+        def left(self):
+            """Names of those without a label."""
+            return [name for name in self.images if name not in self.labels and self.guesses.get(name, True)]
+
+        def next(self):
+            """Of those left and skipped the least often, the one that was read least surely; None: there is no more."""
+            return min(self.left(), key=lambda name: (self.skipped[name], self.guesses.get(name, ("", 2))[1]),
+                       default=None)
+
+        def write(self, name, label):
+            """Adds a line to the file of labels, whole or not at all; it is on the disk when this returns."""
+            path, line = self.folder / LABELS, io.StringIO()
+            csv.writer(line, lineterminator="\n").writerow([name, label])
+            with self.lock:
+                end = path.stat().st_size if path.exists() else 0
+                try:
+                    with open(path, "ab") as file:
+                        file.write(line.getvalue().encode())
+                    _to_disk(path, self.folder)
+                except OSError:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.truncate(path, end)
+                    raise
+                self.labels[name] = label
+
+    @dataclasses.dataclass
     class _Service:
         """What the requests to an application share."""
         reader: object  # _Reader
         token: str  # what clients must show, if anything
         folders: tuple  # where a relative path may start, all absolute; the image root last
         model: dict  # what of config.json clients are told
+        labelling: object = None  # _Labelling, with --label
         lock: object = dataclasses.field(default_factory=threading.Lock)  # held to count
         jobs: object = dataclasses.field(default_factory=queue.SimpleQueue)  # (bytes, Known, Future), or None: the end
         threads: list = dataclasses.field(default_factory=list)  # that read
@@ -577,6 +617,10 @@ class LstmCtcOcr:
         texts, and a narrower one has paper added on its right.
         Raises `Error`, which names the file and the fault.
         """
+        return self._load_sized(source)[0]
+
+    def _load_sized(self, source):
+        """As `load_image`, and the height and width that the image had in its file."""
         name = "the image" if isinstance(source, bytes) else source
         try:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -595,7 +639,7 @@ class LstmCtcOcr:
             raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels")
         if pixels is None:
             raise self.Error(f"{name}: not a whole image of a kind that OpenCV reads")
-        return self._ink(self._colours(pixels))
+        return self._ink(self._colours(pixels)), pixels.shape[:2]
 
     @staticmethod
     def _colours(pixels):
@@ -618,7 +662,7 @@ class LstmCtcOcr:
         if self.paper == "brightest" and colours.shape[2] == 3:
             colours = cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY)[..., None]
         height, width, channels = colours.shape
-        fitted = min(self.im_width, max(1, round(width * self.im_height / height)))
+        fitted = self._fitted(height, width)
         if (height, width) != (self.im_height, fitted):
             method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
             colours = cv2.resize(colours, (fitted, self.im_height), interpolation=method).reshape(
@@ -634,6 +678,17 @@ class LstmCtcOcr:
         image = np.zeros((self.im_height, self.im_width), np.uint8)
         image[:, :fitted] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
         return image
+
+    def _fitted(self, height, width):
+        """The width that an image of that size is brought to; what is left of W is paper."""
+        return min(self.im_width, max(1, round(width * self.im_height / height)))
+
+    def _columns(self, begin, end, height, width):
+        """Steps [begin, end) of the network -> columns [first, last) of the image of that size, at least one."""
+        stride = math.prod(across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ()))
+        first, last = (round(step * stride * width / self._fitted(height, width)) for step in (begin, end))
+        first = min(first, width - 1)
+        return [first, min(max(last, first + 1), width)]
 
     @dataclasses.dataclass(frozen=True)
     class _DecodedImages:
@@ -979,16 +1034,22 @@ class LstmCtcOcr:
         """What is known of a text before it is read: the settings `letters` and `length`, or a request's."""
         letters: str = ""
         length: str = ""
+        align: bool = False  # whether to say of each letter how sure it is and where it was read
 
-    def known(self, letters="", length=""):
-        """Returns what is known of a text as `texts` takes it; raises `Error` where this model cannot read such."""
+    def known(self, letters="", length="", align=""):
+        """Returns what is known of a text as `texts` takes it; raises `Error` where this model cannot read such.
+
+        align: 1 to have the alignment too, or 0.
+        """
         letters = "".join(dict.fromkeys(letters))
         for letter in letters:
             if not self._read_as(letter, letters):
                 raise self.Error(f"letters: this model does not know {letter!r}, it knows {self.words}")
         if length:
             self._bounds(length)
-        return self.Known(letters, length)
+        if align not in ("", "0", "1"):
+            raise self.Error(f"align must be 0 or 1, not {align!r}")
+        return self.Known(letters, length, align == "1")
 
     def _bounds(self, length):
         """The least and the most letters that "N" or "MIN-MAX" allows."""
@@ -1004,7 +1065,7 @@ class LstmCtcOcr:
         return [word for word in self.words if word == letter or word.swapcase() == letter and word not in letters]
 
     def texts(self, logits, known=Known()):
-        """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs.
+        """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs; asked to align, `_align` is the third.
 
         The confidence is the probability that the network gives to the text (with --label-parts, to the sequence of
         parts), exp(-CTC loss). What is `known` does not raise it: it is low where the image holds something else. Where
@@ -1020,7 +1081,27 @@ class LstmCtcOcr:
             fits = lambda sequence: low <= len(self.sequence_to_text(sequence, words)) <= high  # noqa: E731
             follows = self._whole_letters(len(words)) if parts > 1 else None
         found = most_probable(p, self.beam_width, longest, fits, follows)
-        return [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
+        readings = [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
+        if known.align:
+            return [(*reading, self._align(reading[0], words, p[:, b])) for b, reading in enumerate(readings)]
+        return readings
+
+    def _align(self, text, words, p):
+        """Each letter of a text that was read from p (T, C): (letter, confidence, its first step, that after its last).
+
+        The confidence is the share of this text's probability in that of all texts that differ from it in this letter
+        alone, another one being there, or none. The steps are those of the likeliest alignment.
+        """
+        parts = self.label_parts
+        letters = np.arange(len(words) * parts).reshape(-1, parts).tolist()  # the classes of each
+        sequence, aligned = sum((letters[words.index(letter)] for letter in text), []), []
+        spans = viterbi(sequence, p)
+        for place, letter in zip(range(0, len(sequence), parts), text):
+            others = [sequence[:place] + other + sequence[place + parts:] for other in [*letters, []]]
+            found = sequence_probabilities(others, np.broadcast_to(p[:, None], (len(p), len(others), p.shape[1])))
+            confidence = found[words.index(letter)] / max(found.sum(), TINY)
+            aligned.append((letter, float(confidence), spans[place][0], spans[place + parts - 1][1]))
+        return aligned
 
     def _folds(self, letters):
         """The matrix that adds up the classes read as each of `letters`, and drops the others, the blank last."""
@@ -1300,7 +1381,7 @@ class LstmCtcOcr:
             self._save_config(folder, config)
 
     def _read(self, session, net, images, known=(), options=None):
-        """images (n, H, W) uint8, and what is `Known` of each, or of none -> n (text, confidence) pairs."""
+        """images (n, H, W) uint8, and what is `Known` of each, or of none -> what `texts` says of each."""
         logits = session.run(net.logits, {net.images: images}, options)
         known = known or [self.Known()] * len(images)
         readings = {}
@@ -1312,12 +1393,15 @@ class LstmCtcOcr:
     def _read_each(self, sources, known=(), options=None):
         """As `recognise`, but an image that cannot be read has its `Error` in its place.
 
-        known: what is `Known` of each; by default what the settings say.
+        known: what is `Known` of each; by default what the settings say. If that asks to align, a result's third is
+        [(letter, its confidence, [first, last) columns of the image)].
         """
-        reader, images, rows, results = self._reader, [], [], []
+        reader, images, sizes, rows, results = self._reader, [], [], [], []
         for row, source in enumerate(sources):
             try:
-                images.append(reader.ocr.load_image(source))
+                image, size = reader.ocr._load_sized(source)
+                images.append(image)
+                sizes.append(size)
                 rows.append(row)
                 results.append(None)
             except self.Error as error:
@@ -1326,8 +1410,10 @@ class LstmCtcOcr:
             known = known or [reader.known] * len(sources)
             readings = reader.ocr._read(reader.session, reader.net, np.stack(images), [known[row] for row in rows],
                                         options)
-            for row, reading in zip(rows, readings):
-                results[row] = reading
+            for row, (height, width), (text, confidence, *aligned) in zip(rows, sizes, readings):
+                results[row] = (text, confidence, *(
+                    [(letter, sure, reader.ocr._columns(begin, end, height, width))
+                     for letter, sure, begin, end in letters] for letters in aligned))
         return results
 
     def recognise(self, sources, letters="", length=""):
@@ -1345,13 +1431,16 @@ class LstmCtcOcr:
                 raise reading
         return readings
 
-    def recognise_files(self, paths):
-        """Yields for each path, in order: (path, text, confidence, None), or (path, None, None, what is wrong)."""
-        self._reader  # built by this thread alone
+    def recognise_files(self, paths, align=False):
+        """Yields for each path, in order: (path, text, confidence, None), or (path, None, None, what is wrong).
+
+        Asked to align, it yields each letter's (letter, confidence, [first, last) columns) before the None.
+        """
+        known = dataclasses.replace(self._reader.known, align=align)  # the reader is built by this thread alone
 
         def read(batch):
             return [(path, None, None, str(reading)) if isinstance(reading, self.Error) else (path, *reading, None)
-                    for path, reading in zip(batch, self._read_each(batch))]
+                    for path, reading in zip(batch, self._read_each(batch, [known] * len(batch)))]
 
         paths = list(paths)
         batches = [paths[start:start + READ_BATCH] for start in range(0, len(paths), READ_BATCH)]
@@ -1359,11 +1448,13 @@ class LstmCtcOcr:
             for rows in pool.imap(read, batches):
                 yield from rows
 
-    def test(self, paths=(), as_json=False):
+    def test(self, paths=(), as_json=False, align=False):
         """Reads files and folders and prints a line for each image, then how many labelled ones were read right.
 
         Returns 0, or 1 if some could not be read. Raises `Error` if there is nothing to read.
         """
+        if align and not as_json:
+            raise self.Error("--align says where each letter was read in JSON alone: add --json")
         paths = paths or [HOME / "dataset" / "test"]
         files = [file for path in paths for file in _image_files(Path(path))]
         if not files:
@@ -1371,11 +1462,11 @@ class LstmCtcOcr:
         self._say_model()  # first of all, so that a missing model is the only thing said
         ocr = self._reader.ocr
         truths, readings, confidences = [], [], []
-        for path, text, confidence, fault in self.recognise_files(files):
+        for path, text, confidence, *letters, fault in self.recognise_files(files, align):
             confidences += [confidence] * (not fault)
             if as_json:
                 print(json.dumps({"img_path": str(path), "error": fault} if fault else
-                                 {"img_path": str(path), "ocr_ret": text, "confidence": confidence}))
+                                 {"img_path": str(path), **_reading(text, confidence, *letters)}))
             elif fault:
                 print(fault, file=sys.stderr)
             else:
@@ -1912,6 +2003,7 @@ class LstmCtcOcr:
 
         What its requests share is `app.extensions["lstm_ctc_ocr"]`, whose `close` ends the threads that read.
         """
+        labelling = self._open_labelling() if self.label else None
         reader, root = self._reader, Path(os.path.realpath(self.image_root))
         try:
             folders = Path.cwd(), root.parent, root
@@ -1920,9 +2012,9 @@ class LstmCtcOcr:
         service = self._Service(
             reader, self.token or os.environ.get(TOKEN_VARIABLE, ""), folders,
             {name: reader.config[name] for name in ("net", "words", "words_max_num", "step", "accuracy")
-             if name in reader.config})
-        for _ in range(_cores()):
-            service.threads.append(threading.Thread(target=self._read_jobs, args=[service], daemon=True))
+             if name in reader.config}, labelling)
+        for work in [self._read_jobs] * _cores() + [self._guess_all] * bool(labelling):
+            service.threads.append(threading.Thread(target=work, args=[service], daemon=True))
             service.threads[-1].start()
         blank = np.zeros((reader.ocr.im_height, reader.ocr.im_width), np.uint8)
         self._read_in_batches(service, [cv2.imencode(".png", blank)[1].tobytes()], reader.known)
@@ -1933,10 +2025,13 @@ class LstmCtcOcr:
         app.before_request(self._admit)
         app.after_request(self._account)
         app.register_error_handler(HTTPException, _json_error)
-        for path, method, answer in (
-                ("/captchaOcr", "GET", self._answer_path), ("/captchaOcr", "POST", self._answer_post),
-                ("/healthz", "GET", self._answer_health), ("/", "GET", self._answer_page),
-                ("/openapi.json", "GET", describe_service)):
+        routes = [("/captchaOcr", "GET", self._answer_path), ("/captchaOcr", "POST", self._answer_post),
+                  ("/healthz", "GET", self._answer_health), ("/", "GET", self._answer_page),
+                  ("/openapi.json", "GET", describe_service)]
+        if labelling:
+            routes += [("/label", "GET", self._answer_label_page), ("/label", "POST", self._answer_label),
+                       ("/label/image", "GET", self._answer_image_to_label)]
+        for path, method, answer in routes:
             app.add_url_rule(path, answer.__name__, answer, methods=[method], provide_automatic_options=False)
         return app
 
@@ -2009,13 +2104,13 @@ class LstmCtcOcr:
     def _answer(self, datas, known):
         """Reads files' bytes; returns for each what the service says about it.
 
-        known: a mapping that may hold `letters` and `length`; where it does not, the settings do. Ends the request with
-        an error if no image can be read; where some can, the others have their error in their place.
+        known: a mapping that may hold `letters`, `length` and `align`; where it does not, the settings do. Ends the
+        request with an error if no image can be read; where some can, the others have their error in their place.
         """
         service = _service()
         try:
-            known = service.reader.ocr.known(*(str(known.get(name) or getattr(self, name))
-                                               for name in ("letters", "length")))
+            known = service.reader.ocr.known(*(str(known.get(name) or getattr(self, name, ""))
+                                               for name in ("letters", "length", "align")))
         except self.Error as error:
             flask.abort(error.status, str(error))
         with service.lock:
@@ -2033,7 +2128,7 @@ class LstmCtcOcr:
         with service.lock:
             service.images_read += len(readings) - len(faults)
         return [{"error": str(reading)} if isinstance(reading, self.Error) else
-                {"ocr_ret": reading[0], "confidence": reading[1]} for reading in readings]
+                _reading(*reading) for reading in readings]
 
     def _read_in_batches(self, service, datas, known):
         """As `_read_each`, for many threads at once: others read in batches what all of them have asked for."""
@@ -2082,13 +2177,9 @@ class LstmCtcOcr:
 
     def _answer_page(self):
         """GET /"""
-        nonce = secrets.token_urlsafe(16)
         samples = "".join(SAMPLE.format(name=html.escape(path.stem), data=base64.b64encode(path.read_bytes()).decode())
                           for path in sorted((HOME / "dataset" / "test").glob("*.png"))[:3])
-        page = PAGE.replace("$nonce", nonce).replace("$samples", samples).replace("$net", _service().model["net"])
-        return page, {"Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
-                      f"'nonce-{nonce}'; img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-                      "frame-ancestors 'none'"}
+        return _page(PAGE, samples=samples, net=_service().model["net"])
 
     def _servable(self, img_path):
         """The regular file that a client names, links resolved, if it is under the image root; else None.
@@ -2096,13 +2187,85 @@ class LstmCtcOcr:
         A relative path may start at the server's folder, at the image root or at the folder that holds it.
         """
         folders = _service().folders
-        for folder in folders:
-            try:
-                path = Path(os.path.realpath(folder / img_path))
-                if path.is_relative_to(folders[-1]) and path.is_file():
-                    return path
-            except (OSError, ValueError):  # a name too long, a NUL
-                return None
+        return next(filter(None, (_file_under(folders[-1], folder / img_path) for folder in folders)), None)
+
+    def _open_labelling(self):
+        """The folder to label, what labels it has and what images; raises `Error` if that is no such folder."""
+        folder = Path(os.path.realpath(self.label))
+        if not folder.is_dir():
+            raise self.Error(f"--label {self.label} is not a folder")
+        images = tuple(_images_below(folder))
+        if not images:
+            raise self.Error(f"no images in {self.label}: --label takes the folder of those that you want to label")
+        labels, known = dict(_read_labels(folder / LABELS)), set(images)
+        return self._Labelling(folder, images, {name: label for name, label in labels.items() if name in known})
+
+    def _guess_all(self, service):
+        """Reads the images that are to be labelled, until the service is closed."""
+        names = service.labelling.left()
+        for start in range(0, len(names), SERVE_BATCH):
+            if service.stopping:
+                break
+            self._guess(service.labelling, names[start:start + SERVE_BATCH])
+
+    def _guess(self, labelling, names):
+        """Reads images that are to be labelled; one that cannot be read is said on stderr, and need not be."""
+        for name, reading in zip(names, self._read_each([labelling.folder / name for name in names])):
+            if isinstance(reading, self.Error):
+                reading = print(reading, file=sys.stderr)
+            labelling.guesses[name] = reading
+
+    def _answer_label_page(self):
+        """GET /label"""
+        return _page(LABEL_PAGE, enough=str(ENOUGH_LABELS))
+
+    def _answer_image_to_label(self):
+        """GET /label/image: the one that `path` names, or else the next."""
+        return self._image_to_label(flask.request.args.get("path"))
+
+    def _answer_label(self):
+        """POST /label: writes an image's label, or puts the image off if there is none; answers with the next."""
+        request, labelling = flask.request, _service().labelling
+        origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "same-origin")
+        if site != "same-origin" or origin is not None and origin.partition("://")[2] != request.host:
+            flask.abort(403, "labels are taken from this service's own page, and from no other site's")
+        if request.mimetype != "application/json":
+            flask.abort(415, 'send JSON: {"path": the image\'s, "label": what it says}')
+        body = _json_body()
+        if not isinstance(body, dict) or not isinstance(body.get("path"), str):
+            flask.abort(400, 'send {"path": the image\'s, "label": what it says}')
+        name, label = body["path"], body.get("label")
+        if name not in labelling.images:
+            flask.abort(404, "no such image in the folder to label")
+        if label is None:
+            labelling.skipped[name] += 1
+            return self._image_to_label()
+        label = label.strip() if isinstance(label, str) else ""
+        if not label or not label.isprintable():
+            flask.abort(400, "a label is at least one letter, and holds no control characters")
+        try:
+            labelling.write(name, label)
+        except OSError as error:
+            raise ServiceUnavailable(f"{LABELS} cannot be written: {error.strerror}") from None
+        return self._image_to_label()
+
+    def _image_to_label(self, asked=None):
+        """What the page shows: the image that is asked for, or that which is next; no path if all have a label."""
+        labelling, data = _service().labelling, b""
+        while name := asked or labelling.next():
+            path = name in labelling.images and _file_under(labelling.folder, labelling.folder / name)
+            if path and name not in labelling.guesses:
+                self._guess(labelling, [name])
+            if path and labelling.guesses[name]:
+                data = path.read_bytes()
+                break
+            if asked:
+                flask.abort(404, "no such image in the folder to label")
+            labelling.guesses[name] = None  # it has gone since
+        guess, confidence = labelling.guesses[name] if name else ("", 0)
+        return {"path": name or "", "image": _data_url(data), "guess": guess, "confidence": confidence,
+                "label": labelling.labels.get(name, ""), "labelled": len(labelling.labels),
+                "images": len(labelling.labels) + len(labelling.left())}
 
     def start(self):
         """Serves until it is told to stop, and then finishes what is under way; returns 1 if the server failed."""
@@ -2117,6 +2280,8 @@ class LstmCtcOcr:
             print(f"http://{host}:{server.effective_port}/captchaOcr?img_path=./dataset/test/0_PIY.png",
                   file=sys.stderr, flush=True)
             self._say_model()
+            if self.label:
+                print(f"label {self.label} on http://{host}:{server.effective_port}/label", file=sys.stderr, flush=True)
             while not stop and serving.is_alive():  # who waits for a lock misses a signal that comes as the wait begins
                 time.sleep(0.1)
             if not stop:
@@ -2134,8 +2299,9 @@ class LstmCtcOcr:
             raise self.Error(f"cannot serve on {self.host}:{self.port} ({error}); choose another --port or "
                              "--host") from None
         if not ipaddress.ip_address(address[0]).is_loopback:
-            print(f"other machines can reach this: posted images are read, and every image under {self.image_root}; "
-                  f"a token is {'' if self.token or os.environ.get(TOKEN_VARIABLE) else 'not '}asked for",
+            label = f", and {self.label} can be seen and labelled" if self.label else ""
+            print(f"other machines can reach this: posted images are read, and every image under {self.image_root}"
+                  f"{label}; a token is {'' if self.token or os.environ.get(TOKEN_VARIABLE) else 'not '}asked for",
                   file=sys.stderr)
         waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
         # More threads than may wait for an answer, so that there is always one to say that too many wait.
@@ -2846,12 +3012,7 @@ def sequence_probabilities(sequences, p):
     The forward recursion of Graves et al. (2006), section 4.1. It needs no logarithms: float64 loses only what is below
     1e-300 in the end.
     """
-    lengths, blank = np.array([len(sequence) for sequence in sequences]), p.shape[2] - 1
-    states = np.full((len(sequences), 2 * lengths.max() + 1), blank)  # (B, S): letters with blanks around them
-    for row, sequence in zip(states, sequences):
-        row[1:2 * len(sequence):2] = sequence
-    skips = np.zeros(states.shape)  # 1 where a path may come from the state before the last one
-    skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
+    lengths, (states, skips) = np.array([len(sequence) for sequence in sequences]), _states(sequences, p.shape[2] - 1)
     rows = np.arange(len(sequences))
     emitted = p[:, rows[:, None], states]  # (T, B, S)
     paths = np.zeros((len(sequences), states.shape[1] + 2))  # (B, S + 2): what ends in each state, two zeros before
@@ -2863,6 +3024,40 @@ def sequence_probabilities(sequences, p):
         now += own
         np.multiply(now, step, out=own)
     return np.minimum(1, paths[rows, 2 * lengths + 2] + paths[rows, 2 * lengths + 1])
+
+
+def _states(sequences, blank):
+    """CTC's states of B sequences: classes (B, S) with blanks around each, and 1 (B, S) where one may be skipped to.
+
+    That is where a path may come from the state before the last one.
+    """
+    states = np.full((len(sequences), 2 * max(map(len, sequences)) + 1), blank)
+    for row, sequence in zip(states, sequences):
+        row[1:2 * len(sequence):2] = sequence
+    skips = np.zeros(states.shape)
+    skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
+    return states, skips
+
+
+def viterbi(sequence, p):
+    """The likeliest alignment of a sequence with p (T, C), blank last: (first step, step after the last) of each class.
+
+    Where the steps are too few for the sequence, what has none is given an empty span.
+    """
+    (states,), (skips,) = _states([sequence], p.shape[1] - 1)
+    log_p = np.log(np.maximum(p[:, states], TINY))  # (T, S)
+    best = np.full(len(states) + 2, -np.inf)  # of the paths that end in each state, two impossible ones before
+    best[2:4] = log_p[0, :2]
+    back, barred = np.zeros(log_p.shape, int), np.where(skips > 0, 0, -np.inf)
+    for step in range(1, len(p)):
+        ways = np.stack([best[2:], best[1:-1], best[:-2] + barred])  # from the same state, the last, the one before it
+        back[step] = ways.argmax(axis=0)
+        best[2:] = ways.max(axis=0) + log_p[step]
+    path = [len(states) - 2 + int(best[-2:].argmax())]
+    for step in range(len(p) - 1, 0, -1):
+        path.append(path[-1] - back[step, path[-1]])
+    return [tuple(np.searchsorted(path[::-1], state, side).tolist() for side in ("left", "right"))
+            for state in range(1, len(states), 2)]
 
 
 def _beam_search(p, beam_width, longest, fits=None, follows=None):
@@ -2979,6 +3174,12 @@ def _shares(table):
     return "  ".join(f"{length}: {right / count:.1%}" for length, (right, count) in table.items())
 
 
+def _reading(text, confidence, letters=None):
+    """A reading as JSON has it; letters: (letter, confidence, columns) of each, where that was asked for."""
+    alignment = [dict(zip(("letter", "confidence", "columns"), letter)) for letter in letters or ()]
+    return {"ocr_ret": text, "confidence": confidence, **({} if letters is None else {"alignment": alignment})}
+
+
 def _spelt(text):
     return "[" + ", ".join(text) + "]"
 
@@ -3043,6 +3244,45 @@ def _image_files(path):
     files = [path / entry.name for entry in os.scandir(path) if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES
              and not entry.name.startswith(".")]
     return sorted(files, key=lambda file: (int(re.match(r"\d*", file.name)[0] or -1), file.name))
+
+
+def _images_below(folder):
+    """Names of the images in a folder and its subfolders: paths from there on, of files that are in there for real.
+
+    Those with unprintable names are left out.
+    """
+    for place, below, _ in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for path in _image_files(Path(place)):
+            name = path.relative_to(folder).as_posix()
+            if name.isprintable() and _file_under(folder, path):
+                yield name
+
+
+def _file_under(folder, path):
+    """The regular file at `path`, links resolved, if it is under `folder` (links resolved); else None."""
+    try:
+        path = Path(os.path.realpath(path))
+        return path if path.is_relative_to(folder) and path.is_file() else None
+    except (OSError, ValueError):  # a name too long, a NUL
+        return None
+
+
+def _read_labels(path):
+    """(name, label) of each line of a file of labels; a last line without its end is taken out of the file.
+
+    Such a line was cut short by a power cut, and its label may be. Raises `Error` if the file is not text.
+    """
+    try:
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[:max(data.rfind(b"\n"), data.rfind(b"\r")) + 1]
+        rows = list(csv.reader(io.StringIO(whole.decode("utf-8-sig"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise LstmCtcOcr.Error(f"{path} is no CSV file in UTF-8 ({error}): mend it, or move it away") from None
+    if len(whole) < len(data):
+        print(f"{path}: the last line was cut short and is taken out: {data[len(whole):]!r}", file=sys.stderr)
+        os.truncate(path, len(whole))
+    return [row[:2] for row in rows if len(row) > 1 and row[1]]
 
 
 def _digest(path):
@@ -3140,6 +3380,23 @@ def _json_body():
         return None
 
 
+def _page(page, **values):
+    """A page, its $names filled in, and the policy that no script or style but its own runs."""
+    nonce = secrets.token_urlsafe(16)
+    for name, value in {"nonce": nonce, **values}.items():
+        page = page.replace("$" + name, value)
+    return page, {"Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
+                  f"'nonce-{nonce}'; img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+                  "frame-ancestors 'none'"}
+
+
+def _data_url(data):
+    """An image file for a page, which finds out the kind by itself; a TIFF, which browsers do not show, as PNG."""
+    if data.startswith((b"II*\0", b"MM\0*")):
+        data = cv2.imencode(".png", cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))[1].tobytes()
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
 def _base64_image(body):
     """The image in the JSON body {"image": base64}."""
     try:
@@ -3150,10 +3407,12 @@ def _base64_image(body):
 
 def describe_service():
     """The service's OpenAPI description."""
-    text, number, binary = {"type": "string"}, {"type": "number", "minimum": 0}, {"type": "string", "format": "binary"}
+    text, binary = {"type": "string"}, {"type": "string", "format": "binary"}
     letters = {**text, "description": "letters that alone can be read, such as ABC"}
     length = {**text, "pattern": f"^{LENGTH.pattern}$", "description": "letters of the text: N or MIN-MAX"}
-    known = [{"name": "letters", "in": "query", "schema": letters}, {"name": "length", "in": "query", "schema": length}]
+    align = {"type": "integer", "enum": [0, 1], "description": "1: each letter's own confidence, and its columns"}
+    restrictions = {"letters": letters, "length": length, "align": align}
+    known = [{"name": name, "in": "query", "schema": schema} for name, schema in restrictions.items()]
     return {
         "openapi": "3.1.0",
         "info": {"title": "lstm_ctc_ocr", "version": VERSION},
@@ -3172,28 +3431,59 @@ def describe_service():
                         "image/*": {"schema": binary},
                         "application/json": {"schema": {
                             "type": "object", "required": ["image"], "properties": {
-                                "image": {**text, "format": "byte"}, "letters": letters, "length": length}}},
+                                "image": {**text, "format": "byte"}, **restrictions}}},
                         "multipart/form-data": {"schema": {
                             "type": "object", "required": ["image"], "properties": {
                                 "image": {"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": binary},
-                                "letters": letters, "length": length}}}}},
+                                **restrictions}}}}},
                     "responses": _answers("its text; of several, their texts in order, or what is wrong with one",
                                           "Readings", 400, 413, 415, 422)}},
             "/healthz": {"get": {"summary": "Model, version, counters, latency of readings",
                                  "responses": _answers("it is up", "Health")}},
             "/openapi.json": {"get": {"summary": "This description", "responses": _answers("OpenAPI", "Any")}},
-            "/": {"get": {"summary": "The page", "responses": _answers("HTML", "Text", kind="text/html")}}},
-        "components": {"schemas": {
-            "Any": {"type": "object"},
-            "Text": text,
-            "Error": _record(error=text),
-            "Reading": _record(ocr_ret=text, confidence=number),
-            "PathReading": _record(img_path=text, ocr_ret=text, confidence=number),
-            "Readings": {"anyOf": [_schema("Reading"), _record(results={
-                "type": "array", "items": {"anyOf": [_schema("Reading"), _schema("Error")]}})]},
-            "Health": _record(status=text, version=text, model={"type": "object"}, waiting=number, images_read=number,
-                              errors=number, other_requests=number, latency_ms=_record(
-                                  p50=number, p95=number, p99=number))}}}
+            "/": {"get": {"summary": "The page", "responses": _answers("HTML", "Text", kind="text/html")}},
+            **(_describe_labelling() if _service().labelling else {})},
+        "components": {"schemas": _describe_answers()}}
+
+
+def _describe_answers():
+    """The schemas of what the service answers."""
+    text, number = {"type": "string"}, {"type": "number", "minimum": 0}
+    return {
+        "Any": {"type": "object"},
+        "Text": text,
+        "Error": _record(error=text),
+        "ToLabel": _record(path=text, image=text, guess=text, confidence=number, label=text, labelled=number,
+                           images=number),
+        "Letter": _record(letter=text, confidence=number, columns={
+            "type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2,
+            "description": "the first, and the one after the last"}),
+        "Reading": {**_record(ocr_ret=text, confidence=number), "properties": {
+            "ocr_ret": text, "confidence": number, "alignment": {"type": "array", "items": _schema("Letter")}}},
+        "PathReading": {"allOf": [_record(img_path=text), _schema("Reading")]},
+        "Readings": {"anyOf": [_schema("Reading"), _record(results={
+            "type": "array", "items": {"anyOf": [_schema("Reading"), _schema("Error")]}})]},
+        "Health": _record(status=text, version=text, model={"type": "object"}, waiting=number, images_read=number,
+                          errors=number, other_requests=number, latency_ms=_record(
+                              p50=number, p95=number, p99=number))}
+
+
+def _describe_labelling():
+    """The paths that --label adds to the description."""
+    text, name = {"type": "string"}, {"type": "string", "minLength": 1}
+    return {
+        "/label": {
+            "get": {"summary": "The page to label images on",
+                    "responses": _answers("HTML", "Text", kind="text/html")},
+            "post": {
+                "summary": "Writes an image's label, or puts it off if there is none",
+                "requestBody": {"required": True, "content": {"application/json": {"schema": {
+                    "type": "object", "required": ["path"], "properties": {"path": name, "label": text}}}}},
+                "responses": _answers("the next image to label", "ToLabel", 400, 403, 404, 413, 415)}},
+        "/label/image": {"get": {
+            "summary": "The image to label next, or one that is named",
+            "parameters": [{"name": "path", "in": "query", "schema": name}],
+            "responses": _answers("the image, and what it may say", "ToLabel", 404)}}}
 
 
 def _answers(description, schema, *codes, kind="application/json"):
@@ -3211,6 +3501,77 @@ def _schema(name):
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+LABEL_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Label captchas</title>
+<style nonce="$nonce">
+  :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+  body { max-width: 40rem; margin: 0 auto; padding: 1.5rem 1rem }
+  h1 { font-size: 1.4rem }
+  img { display: block; width: 100%; height: 10rem; object-fit: contain; background: #fff; border-radius: .25rem }
+  input { display: block; box-sizing: border-box; width: 100%; margin: 1rem 0; padding: .5rem; text-align: center }
+  input { font: 600 1.6rem ui-monospace, monospace; letter-spacing: .1em }
+  small { font-size: .85rem; opacity: .75 }
+</style>
+<h1>What does it say?</h1>
+<main>
+  <img alt="the image to label" hidden>
+  <input aria-label="what the image says" autocomplete="off" autocapitalize="off" spellcheck="false" autofocus>
+  <p id="note" aria-live="polite"></p>
+  <p id="progress"></p>
+</main>
+<small>Enter takes it, Escape skips it, Backspace in the empty field goes one back.</small>
+<noscript>This page needs JavaScript.</noscript>
+<script nonce="$nonce">
+  const image = document.querySelector("img"), field = document.querySelector("input"), past = [];
+  const note = document.querySelector("#note"), progress = document.querySelector("#progress");
+  let shown = "", busy = false;
+
+  async function ask(target, body) {
+    busy = true;
+    try {
+      const headers = {"Content-Type": "application/json"};
+      const response = await fetch(target, body && {method: "POST", headers, body: JSON.stringify(body)});
+      const answer = await response.json();
+      if (!response.ok) throw new Error(answer.error);
+      show(answer);
+      return true;
+    } catch (error) {
+      note.textContent = error.message;
+    } finally {
+      busy = false;
+    }
+  }
+
+  function show(answer) {
+    shown = answer.path;
+    image.hidden = !shown;
+    image.src = answer.image;
+    field.value = answer.label || answer.guess;
+    field.select();
+    const sure = `${answer.path}: read with confidence ${(100 * answer.confidence).toFixed(1)} %`;
+    note.textContent = shown ? sure : "Every image has its label.";
+    progress.textContent = `${answer.labelled} of ${answer.images}; about $enough are enough to begin with`;
+  }
+
+  async function leave(body) {
+    const before = shown;
+    if (await ask("label", body)) past.push(before);
+  }
+
+  field.addEventListener("keydown", event => {
+    const back = event.key === "Backspace" && !field.value && !event.repeat && past.length;
+    if (busy || event.isComposing) return;
+    if (event.key === "Enter" && shown) leave({path: shown, label: field.value});
+    else if (event.key === "Escape" && shown) leave({path: shown});
+    else if (back) ask("label/image?path=" + encodeURIComponent(past.pop()));
+  });
+  ask("label/image");
+</script>
+</html>
+"""
 SAMPLE = """<button class="sample"><img alt="sample {name}" src="data:image/png;base64,{data}"></button>"""
 PAGE = """<!doctype html>
 <html lang="en">
@@ -3229,6 +3590,9 @@ PAGE = """<!doctype html>
   .sample img { display: block; height: 2.5rem }
   figure { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; margin: 1rem 0 }
   figure img { max-width: min(256px, 100%); max-height: 8rem; background: #fff; border-radius: .25rem }
+  .sure { text-decoration: underline solid .15rem #2a2 }
+  .unsure { text-decoration: underline dashed .15rem #c80 }
+  .doubtful { text-decoration: underline wavy .15rem #d33 }
   output { font: 600 1.6rem ui-monospace, monospace; letter-spacing: .1em; overflow-wrap: anywhere }
   small { display: block; font: .85rem system-ui, sans-serif; letter-spacing: 0; opacity: .75 }
 </style>
@@ -3254,10 +3618,17 @@ PAGE = """<!doctype html>
     const begun = performance.now();
     try {
       const headers = {"Content-Type": blob.type.startsWith("image/") ? blob.type : "image/unknown"};
-      const response = await fetch("captchaOcr", {method: "POST", headers, body: blob});
+      const response = await fetch("captchaOcr?align=1", {method: "POST", headers, body: blob});
       const answer = await response.json();
       if (!response.ok) throw new Error(answer.error);
-      output.textContent = answer.ocr_ret || "(no letter)";
+      output.textContent = answer.ocr_ret ? "" : "(no letter)";
+      for (const {letter, confidence, columns: [first, last]} of answer.alignment) {
+        const span = document.createElement("span");
+        span.textContent = letter;
+        span.className = confidence < .5 ? "doubtful" : confidence < .95 ? "unsure" : "sure";
+        span.title = `confidence ${(100 * confidence).toFixed(1)} %, read in columns ${first} to ${last - 1}`;
+        output.append(span);
+      }
       const milliseconds = Math.round(performance.now() - begun);
       note.textContent = `confidence ${(100 * answer.confidence).toFixed(1)} %, ${milliseconds} ms`;
     } catch (error) {
@@ -3430,7 +3801,7 @@ COMMANDS = {
               "batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
     "test": ("read images: one line each", "model net beam_width letters length"),
     "start": ("serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
-              "model net beam_width letters length host port image_root token"),
+              "model net beam_width letters length host port image_root label token"),
     "export": ("write a SavedModel for TensorFlow Serving", "model net beam_width"),
 }
 
@@ -3456,6 +3827,8 @@ def _parser():
         if command == "test":
             sub.add_argument("paths", nargs="*", metavar="PATH", help="images and folders of images (dataset/test)")
             sub.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an image")
+            sub.add_argument("--align", action="store_true", help="with --json: each letter's own confidence, and the "
+                             "columns of the image, [first, last), where it was read")
     return parser
 
 
@@ -3463,7 +3836,7 @@ def main(argv=None):
     """Runs one command; returns its exit code (0 done, 1 some images could not be read, 2 wrong use)."""
     settings = vars(_parser().parse_args(argv))
     command = settings.pop("command")
-    arguments = {name: settings.pop(name) for name in ("paths", "as_json", "directory") if name in settings}
+    arguments = {name: settings.pop(name) for name in ("paths", "as_json", "align", "directory") if name in settings}
     try:
         return getattr(LstmCtcOcr(**settings), command)(**arguments) or 0
     except KeyboardInterrupt as stop:
