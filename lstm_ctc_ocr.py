@@ -98,6 +98,13 @@ CTCS = ("tensorflow", "warp")
 HEADERS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # kinds of which Pillow is asked for the size
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
+# How labels stand in the names of a folder, as --labels says it: a regular expression of the name before the suffix.
+NAMED = {"LABEL": "LABEL", "LABEL_*": "LABEL(?:_.*)?", "*_LABEL": r"\d+_LABEL"}
+COPY = r"(?: \(\d+\)|\.\d+)?"  # what another file of the same name has behind it
+LONGEST = 20  # letters of what is taken for a label without being told: checksums and the like are longer
+LISTS = ("labels.txt", "labels.csv")  # in a folder: lines of an image and its label; the second counts more
+MAX_GAP = 10  # between the numbers of images, on average: some may be missing
+BESIDE = ".gt.txt"  # of a text file that is named as the image whose label it holds
 LOOKS = ("plain", "varied")
 LOOK = ".look.json"  # in a folder of rendered captchas: how they were drawn
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
@@ -175,7 +182,10 @@ class LstmCtcOcr:
     im_width: int = setting(None, "image width in pixels, and so the LSTM's time steps", 256)
     im_height: int = setting(None, "image height in pixels, and so the input of a step", 64)
     # --- the images
-    dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images, <i>_<LABEL>.png")
+    dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images")
+    labels: str = setting("", "where labels stand: in the names, as LABEL, LABEL_*, *_LABEL or the like says (* is any "
+                              "text), or list: in labels.csv, labels.txt or <image>.gt.txt; if not given, what all of "
+                              "the folder shows")
     look: str = setting("plain", "plain: as the captcha package draws them; varied: in every way that captchas differ")
     fonts: tuple = setting((), "folders of the fonts for varied captchas; if not given the captcha package's and the "
                                "system's")
@@ -305,6 +315,22 @@ class LstmCtcOcr:
         saver: object  # of what reading needs
         known: object  # `Known` of texts, by the settings
 
+    @dataclasses.dataclass(frozen=True)
+    class _Labels:
+        """The labels of the images of a folder, all told in one way."""
+        folder: Path
+        way: str  # one of --labels, or the lists
+        of: dict  # label of each image that has one, by its path in the folder
+        left_out: dict  # what gives no label to any, by what is wrong with it
+
+        def __str__(self):
+            """Lines that say how labels were found, and what was left out."""
+            found = [f"{self.folder.resolve().name}: {len(self.of):,} images, labels as in {self.way} ({_quoted(name)} "
+                     f"is {label})" for name, label in itertools.islice(self.of.items(), 1)]
+            faults = [f"{len(those):,} {what}, such as {_quoted(those[0])}"
+                      for what, those in self.left_out.items() if those]
+            return "\n".join(found + ["left out: " + "; ".join(faults)] * bool(faults))
+
     @dataclasses.dataclass
     class _Labelling:
         """A folder whose images are labelled on the page /label; an image's name is its path from there on."""
@@ -418,6 +444,8 @@ class LstmCtcOcr:
         shard = SHARD.fullmatch(self.shard)
         if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
             raise self.Error(f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
+        if self.labels not in ("", "list") and self.labels.count("LABEL") != 1:
+            raise self.Error(f"--labels must be list, or hold LABEL once, such as '*_LABEL', not {self.labels!r}")
         for name, choices in (("net", ("", *NETS)), ("look", LOOKS), ("paper", PAPERS), ("ctc", CTCS),
                               ("label_parts", (1, 3))):
             if getattr(self, name) not in choices:
@@ -763,7 +791,8 @@ class LstmCtcOcr:
         def drop_stale(self):
             """Begins a new pair of files if there is none, or if most of its images have left the folder."""
             file, known = self._open()
-            if file and (not len(known) or np.isin(known, _stamps(_image_files(self.folder))).mean() >= 0.5):
+            stamps = _stamps(_image_files(self.folder), self.folder)
+            if file and (not len(known) or np.isin(known, stamps).mean() >= 0.5):
                 return
             token = secrets.token_bytes(8)
             for path, head in zip(self.paths, (token.ljust(DECODED_HEAD, b"\0"), token)):
@@ -782,15 +811,17 @@ class LstmCtcOcr:
                 index.seek(8 * (1 + count))
                 index.write(stamps.tobytes())
 
-    def load_images(self, files):
+    def load_images(self, files, folder=None):
         """Decodes the images of one folder, (path, text) pairs: returns `_DecodedImages` and their pairs.
+
+        folder: where they, and subfolders that hold some of them, are; if not given where the first is.
 
         Decoded images stay in a file of that folder, so that later only what is new or has changed is decoded. Files
         that are no images are named on stderr and left out. Raises `Error` if that file cannot be written.
         """
-        folder = Path(files[0][0]).parent
+        folder = Path(folder or Path(files[0][0]).parent)
         decoded = self._DecodedFile(folder, self._preprocessing, (self.im_height, self.im_width))
-        stamps = _stamps(path for path, _ in files)
+        stamps = _stamps((path for path, _ in files), folder)
         images = decoded.find(stamps)
         if (images.rows < 0).any():
             with self._writing(folder), decoded.locked():
@@ -825,37 +856,114 @@ class LstmCtcOcr:
         for _, fault in sorted(faults, key=lambda fault: fault[0]):
             print(f"left out: {fault}", file=sys.stderr)
 
-    @staticmethod
-    def _labels(folder):
-        """Returns (path, text) of every labelled image of a folder, whatever its letters."""
-        return [(str(path), named[2]) for path in _image_files(folder) if (named := LABELLED.fullmatch(path.name))]
+    def _labels(self, folder):
+        """Returns the `_Labels` of a folder's images: those of its lists, or else those in all of its names.
 
-    def _labelled_files(self, folder, place=_Place()):
+        Raises `Error` if the names can be read in two ways; the setting `labels` decides.
+        """
+        names, others = _files_in(folder)
+        lists, labels, left_out = "", {}, {}
+        if self.labels in ("", "list"):
+            lists, labels, left_out = self._listed(folder, names, others)
+        way, labels = (lists, labels) if lists or self.labels == "list" else self._named(folder, names)
+        left_out = {"images without a label": [name for name in names if name not in labels], **left_out,
+                    "files that are no images": [name for name in others if name not in LISTS and
+                                                 not name.endswith(BESIDE)]}
+        return self._Labels(folder, way, labels, left_out)
+
+    def _listed(self, folder, names, others):
+        """Returns the names of a folder's lists, the labels in them, a later one first, and lines that are no use."""
+        images, others, labels, replaced, strange = set(names), set(others), {}, [], []
+        lists = [name for name in LISTS if name in others]
+        for name in names if any(name.endswith(BESIDE) for name in others) else ():
+            with contextlib.suppress(OSError):  # the image has no label then
+                text = Path(folder, os.path.splitext(name)[0] + BESIDE).read_text("utf-8-sig", "replace")
+                labels[name] = text.strip().partition("\n")[0].rstrip()
+        ways = [f"<image>{BESIDE}"] * bool(labels) + lists
+        for path in lists:
+            for number, (name, label) in enumerate(self._rows(folder / path)):
+                if name not in images:
+                    name = os.path.normpath(name.replace("\\", "/"))
+                if name in images:
+                    replaced += [name] * (labels.get(name, label) != label)
+                    labels[name] = label
+                elif number:  # the first line may name the columns
+                    strange.append(name)
+        labels = {name: label for name, label in labels.items() if label}
+        return " and ".join(ways) * bool(labels or strange), labels, {
+            "lines of lists that name no image": strange, "labels that a later line replaces": replaced}
+
+    def _rows(self, path):
+        """The (image, label) of each line of a list, split by tabs, commas or semicolons, whichever comes first."""
+        text = path.read_text("utf-8-sig", "surrogateescape")  # as Python has names that are no UTF-8
+        sign = next((sign for sign in "\t,;" if sign in text.partition("\n")[0]), ",")
+        try:
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=sign))
+        except csv.Error as error:
+            raise self.Error(f"{path}: {error}: give it a line an image: its name, a comma, its label") from None
+        return [(row[0].strip(), row[1].strip() if len(row) > 1 else "") for row in rows if row]
+
+    def _named(self, folder, names):
+        """Returns how labels stand in all of these names, and the labels; none if the names only count the images."""
+        if self.labels:
+            stem = os.path.splitext(self.labels)[0] if _is_image_name(self.labels) else self.labels
+            return self.labels, self._labels_in(names, re.escape(stem).replace(r"\*", ".*"), r"[^\s_.()]", "")
+        plain, before, after = (self._labels_in(names, pattern, r"[^\W_]", LONGEST) for pattern in NAMED.values())
+        if 2 * len(after) > max(len(plain), len(before)):
+            return self._told_apart(folder, before, after)
+        if len(plain) >= 0.9 * len(before):
+            start = len(os.path.commonprefix(list(plain.values())))  # captcha001.png and so on
+            counted = {name: label[start:].lstrip("0") or "0" for name, label in plain.items()}
+            return ("LABEL", plain) if plain and _gap(counted) >= MAX_GAP else ("", {})
+        if len(plain) < 0.1 * len(before):  # few names without more than a label have none
+            before = {name: label for name, label in before.items() if name not in plain}
+        return ("LABEL_*", before) if _gap(before) >= MAX_GAP else ("", {})
+
+    def _told_apart(self, folder, before, after):
+        """Returns what of names <number>_<text> is the label, and the labels: not what counts the images."""
+        numbers, texts = _gap({name: os.path.basename(name).partition("_")[0] for name in after}), _gap(after)
+        if 10 * numbers < texts:
+            return "*_LABEL", after
+        if 10 * texts < numbers:
+            return "LABEL_*", before
+        name = next(iter(after))
+        raise self.Error(f"the names in {folder} can be read in two ways: give --labels 'LABEL_*' ({_quoted(name)} is "
+                         f"{before[name]}) or --labels '*_LABEL' ({_quoted(name)} is {after[name]})")
+
+    def _labels_in(self, names, pattern, letter, most):
+        """The labels in those names that follow a pattern, of as many letters as that."""
+        if odd := "".join(letter for letter in self.words or "" if not letter.isalnum()):
+            letter = f"(?:{letter}|[{re.escape(odd)}])"
+        label = f"({letter}{{1,{most}}})"
+        match = re.compile(pattern.replace("LABEL", label) + COPY + r"\.\w+", re.DOTALL).fullmatch
+        return {name: found[1] for name in names if (found := match(os.path.basename(name)))}
+
+    def _labelled_files(self, folder, place=_Place(), labels=None):
         """Returns the (path, text) of every labelled image, in the order of their names' digests.
 
-        Of several workers, number n of N gets the images i with i % N == n, what `create_dataset --shard` renders.
+        labels: its `_Labels`, if they are known already. Of several workers, number n of N gets the images i with
+        i % N == n, what `create_dataset --shard` renders, and of other names those that a digest gives it.
 
         Raises `Error` if there is none, or one with a label that no network of these settings could learn.
         """
-        files = [path.name for path in _image_files(folder)]
-        names = [named for name in files if (named := LABELLED.fullmatch(name))]
-        if names and (others := [name for name in files if not LABELLED.fullmatch(name)]):
-            print(f"left out: {len(others)} images of {folder} that are not named <i>_<LABEL>.png, such as {others[0]}",
-                  file=sys.stderr)
-        for named in names:
-            if unknown := set(named[2]) - set(self.words):
-                raise self.Error(f"{folder / named[0]}: the label holds {sorted(unknown)}, which is not in --words "
-                                 f"{self.words}: remove the file, or give other --words")
-            if not 0 < len(named[2]) <= self.words_max_num:
-                raise self.Error(f"{folder / named[0]}: a label needs 1 to {self.words_max_num} letters "
-                                 "(--words-max-num)")
-        names = [named for named in names if int(named[1]) % place.workers == place.number]
+        labels, words = labels or self._labels(folder), set(self.words)
+        for name, label in labels.of.items():
+            if not words.issuperset(label):
+                raise self.Error(f"{folder / name}: the label holds {sorted(set(label) - words)}, which is not in "
+                                 f"--words {self.words}: remove the file, or give other --words")
+            if len(label) > self.words_max_num:
+                raise self.Error(f"{folder / name}: a label needs 1 to {self.words_max_num} letters (--words-max-num)")
+        unused = f" ({labels})" if any(labels.left_out.values()) else ""
+        names = sorted(name for name in labels.of
+                       if place.workers == 1 or _number_of(name) % place.workers == place.number)
         if not names:
-            raise self.Error(f"no images <i>_<LABEL>.png in {folder}: render some with `python lstm_ctc_ocr.py "
-                             "create_dataset`, or name another folder with --dataset")
+            raise self.Error(f"no labelled images in {folder}{unused}: call them LABEL.png or the like, say with "
+                             "--labels how they are called, or write a labels.csv, a line an image: its name, a comma, "
+                             "its label; or render some with `python lstm_ctc_ocr.py create_dataset`, or name another "
+                             "folder with --dataset")
         # By a digest of each name: a folder that grows keeps its order, and those held out stay the first of it.
-        names.sort(key=lambda named: _digest(named[0]))
-        return [(os.path.join(folder, named[0]), named[2]) for named in names]
+        names.sort(key=_digest)
+        return [(os.path.join(folder, name), labels.of[name]) for name in names]
 
     # ------------------------------------------------------------------ the network
 
@@ -1461,6 +1569,7 @@ class LstmCtcOcr:
             raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders that hold some")
         self._say_model()  # first of all, so that a missing model is the only thing said
         ocr = self._reader.ocr
+        labels = {file: label for path in paths for file, label in ocr._truths_of(Path(path)).items()}
         truths, readings, confidences = [], [], []
         for path, text, confidence, *letters, fault in self.recognise_files(files, align):
             confidences += [confidence] * (not fault)
@@ -1470,7 +1579,7 @@ class LstmCtcOcr:
             elif fault:
                 print(fault, file=sys.stderr)
             else:
-                truth = ocr._truth_of(path)
+                truth = labels.get(path)
                 verdict = "" if truth is None else f"  {truth} {'right' if text == truth else 'wrong'}"
                 print(f"{text:<{ocr.words_max_num}}  {confidence:.3f}  {path}{verdict}")
                 if truth is not None:
@@ -1489,10 +1598,19 @@ class LstmCtcOcr:
             learn = f"try `--model general`, or {learn}"
         return f"most of these do not look like what this model has learnt (confidence below 0.5): {learn}"
 
-    def _truth_of(self, path):
-        """The label in a file's name, or None if there is none of this alphabet."""
-        named = LABELLED.fullmatch(path.name)
-        return named[2] if named and named[2] and set(named[2]) <= set(self.words) else None
+    def _truths_of(self, path):
+        """The labels of a folder's files, by their paths, said on stderr; or of a file, if it is <i>_<LABEL>.png."""
+        if not path.is_dir():
+            named = LABELLED.fullmatch(path.name)
+            return {path: named[2]} if named and named[2] and set(named[2]) <= set(self.words) else {}
+        try:
+            labels = self._labels(path)
+        except self.Error as error:  # the images can be read all the same
+            print(error, file=sys.stderr)
+            return {}
+        if labels.way or self.labels:  # without labels it is just read
+            print(labels, file=sys.stderr)
+        return {path / name: label for name, label in labels.of.items()}
 
     # ------------------------------------------------------------------ training
 
@@ -1509,15 +1627,17 @@ class LstmCtcOcr:
         if 0 < self.train_max_num < place.workers:
             raise self.Error(f"--train-max-num {self.train_max_num} leaves some of {place.workers} workers without an "
                              "image: give at least as many")
-        return self._settled(folder)._train(place, folder)
+        labels = self._labels(Path(self.dataset))
+        print(labels, file=sys.stderr)
+        return self._settled(folder, labels.of)._train(place, folder, labels)
 
-    def _train(self, place, folder):
-        """As `train`, with all settings known but those of the recipe."""
+    def _train(self, place, folder, labels):
+        """As `train`, with all settings known but those of the recipe; labels: `_Labels` of the images."""
         config = self._training_config(folder) if place.chief else {}
         if place.chief and (folder / LOCK).exists():
             with self._alone_in(folder):
                 pass  # if not, that is said now, before the images are decoded
-        files = self._labelled_files(Path(self.dataset), place)
+        files = self._labelled_files(Path(self.dataset), place, labels)
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only ever shrinks
         ocr = self._with_recipe(sum(_digest(path) >= share for path, _ in files) // self.batch_size)
         tf = _tensorflow()
@@ -1544,8 +1664,11 @@ class LstmCtcOcr:
             raise self.Error("my-model/pretrained is for the models that ship: name another folder with --model")
         return MODELS / dataset.name
 
-    def _settled(self, folder):
-        """These settings with what was not given as the model folder has it, the model to start from, or the images."""
+    def _settled(self, folder, labels):
+        """These settings with what was not given as the model folder has it, the model to start from, or the images.
+
+        labels: each image's, by its path in the dataset.
+        """
         known = {"net": "lstm"}
         if (folder / "config.json").exists():
             known = self._load_config(folder)
@@ -1558,30 +1681,28 @@ class LstmCtcOcr:
                                      f"{getattr(self, name)}: leave {_flag(name)} out, or start from another model")
         known = {name: known.get(name) for name in self.unset & {*PLANNED}}
         ocr = dataclasses.replace(self, **{**dict.fromkeys(self.unset), **known})
-        return ocr._settled_by_images(folder) if ocr.unset & {*OF_IMAGES} else ocr
+        return ocr._settled_by_images(folder, labels) if labels and ocr.unset & {*OF_IMAGES} else ocr
 
-    def _settled_by_images(self, folder):
+    def _settled_by_images(self, folder, labels):
         """These settings with those of `OF_IMAGES` that were not given as the labelled images have them; says so."""
-        labelled = self._labels(Path(self.dataset))
-        if not labelled:
-            return self  # `_labelled_files` says so
-        counts = collections.Counter(letter for _, text in labelled for letter in set(text))
-        longest = max(len(text) for _, text in labelled)
+        counts = collections.Counter(letter for label in labels.values() for letter in set(label))
+        longest = max(map(len, labels.values()))
         said = {"words": "".join(sorted(counts)), "words_max_num": longest,
-                "im_width": self._width_of([path for path, _ in labelled[:SIZED]], longest)}
+                "im_width": self._width_of(itertools.islice(labels, SIZED), longest)}
         ocr = dataclasses.replace(self, **{name: said.get(name) for name in self.unset})
-        print(f"{self.dataset}: {len(labelled):,} images with 1 to {ocr.words_max_num} of {ocr.words}, prepared as "
-              f"{ocr.im_width} x {ocr.im_height} pixels; the model goes to {_shown(folder)}", file=sys.stderr)
+        print(f"1 to {ocr.words_max_num} letters of {ocr.words} in {ocr.im_width} x {ocr.im_height} pixels; the model "
+              f"goes to {_shown(folder)}", file=sys.stderr)
         if rare := sorted(letter for letter, count in counts.items() if count == 1):
             print(f"in one image only, and so hardly learnt: {' '.join(rare)}", file=sys.stderr)
-        if len(labelled) < FEW and not self.start_from:
-            print(f"{len(labelled):,} images are few to learn from nothing: a model to start from, such as "
+        if len(labels) < FEW and not self.start_from:
+            print(f"{len(labels):,} images are few to learn from nothing: a model to start from, such as "
                   "--start-from general, needs far fewer", file=sys.stderr)
         return ocr
 
-    def _width_of(self, paths, longest):
+    def _width_of(self, names, longest):
         """Pixels, a multiple of 16, that nearly all of these images fit in at `im_height`, and texts so long too."""
-        shares = sorted(width / height for width, height in map(_size_of, paths) if height) or [1]
+        sizes = [_size_of(Path(self.dataset, name)) for name in names]
+        shares = sorted(width / height for width, height in sizes if height) or [1]
         usual = min(MAX_WIDTH, shares[math.ceil(.95 * len(shares)) - 1] * self.im_height)
         stride = math.prod(across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ()))
         needed = stride * max(2 * longest - 1, self.label_parts * longest)
@@ -1616,7 +1737,8 @@ class LstmCtcOcr:
         and for one model whatever happens: so nothing that was trained on is validated on later.
         """
         held = sum(_digest(path) < share for path, _ in files)
-        images, files = self.load_images(files[:held + (self.train_max_num // place.workers or len(files))])
+        files = files[:held + (self.train_max_num // place.workers or len(files))]
+        images, files = self.load_images(files, self.dataset)
         held = sum(_digest(path) < share for path, _ in files)  # less what is no image
         count = max(0, len(images) - held)
         if count < (MIN_IMAGES if self.start_from else self.batch_size):
@@ -3136,8 +3258,9 @@ def edit_distance(a, b):
 def score(truths, readings):
     """Compares readings with the truth.
 
-    Returns accuracy (whole strings), cer (character error rate: edits per true letter), count, by_length and by_repeat:
-    {length: (right, count)} of all strings, and of those with two equal letters side by side.
+    Returns accuracy (whole strings), caseless (the same with letters' case ignored), cer (character error rate: edits
+    per true letter), count, by_length and by_repeat: {length: (right, count)} of all strings, and of those with two
+    equal letters side by side.
     """
     by_length, by_repeat = collections.defaultdict(lambda: (0, 0)), collections.defaultdict(lambda: (0, 0))
     for truth, reading in zip(truths, readings):
@@ -3146,8 +3269,9 @@ def score(truths, readings):
             right, count = table[len(truth)]
             table[len(truth)] = right + (reading == truth), count + 1
     edits = sum(map(edit_distance, truths, readings))
+    caseless = sum(truth.casefold() == reading.casefold() for truth, reading in zip(truths, readings))
     return {"accuracy": sum(right for right, _ in by_length.values()) / max(1, len(truths)), "count": len(truths),
-            "cer": edits / max(1, sum(map(len, truths))),
+            "caseless": caseless / max(1, len(truths)), "cer": edits / max(1, sum(map(len, truths))),
             "by_length": dict(sorted(by_length.items())), "by_repeat": dict(sorted(by_repeat.items()))}
 
 
@@ -3155,7 +3279,7 @@ def describe(scores):
     """The lines that `test` prints below its readings."""
     right = sum(right for right, _ in scores["by_length"].values())
     lines = [f"accuracy {scores['accuracy']:.2%} ({right} of {scores['count']}), "
-             f"edit distance (CER) {scores['cer']:.4f}",
+             f"{scores['caseless']:.2%} with case ignored, edit distance (CER) {scores['cer']:.4f}",
              "by length   " + _shares(scores["by_length"])]
     repeats = sum(count for _, count in scores["by_repeat"].values())
     if repeats:
@@ -3223,27 +3347,75 @@ def _opencv_has_limit():
         return True
 
 
-def _stamps(paths):
-    """(n,) uint64: digests of files' names, sizes and times of change; a missing file's is that of no image."""
+def _stamps(paths, folder):
+    """(n,) uint64: digests of files' names in a folder, sizes and times of change; a missing file's: of no image."""
+    start = os.path.join(folder, "")
+
     def stamp(path):
         try:
             about = os.stat(path)
             facts = f"/{about.st_size}/{about.st_mtime_ns}"
         except (OSError, ValueError):  # which `load_image` will say
             facts = ""
-        name = os.fsencode(os.path.basename(path) + facts)
+        name = os.fsencode(os.fspath(path).removeprefix(start) + facts)
         return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
     return np.fromiter(map(stamp, paths), np.uint64)
 
 
 def _image_files(path):
-    """The images of a folder in the order of their numbers, or the path itself if it is no folder."""
-    if not path.is_dir():
-        return [path]
-    files = [path / entry.name for entry in os.scandir(path) if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES
-             and not entry.name.startswith(".")]
-    return sorted(files, key=lambda file: (int(re.match(r"\d*", file.name)[0] or -1), file.name))
+    """The images of a folder and those below it in the order of their numbers, or the path itself if it is none."""
+    return [path / name for name in _files_in(path)[0]] if path.is_dir() else [path]
+
+
+def _files_in(folder):
+    """The images of a folder and its subfolders in the order of their numbers, and its other files: paths in there.
+
+    What is hidden is none of them; raises OSError if the folder, not one below it, cannot be listed.
+    """
+    if not os.path.isdir(folder):
+        return [], []
+    os.scandir(folder).close()  # which os.walk would pass over
+    images, others = [], []
+    for path, folders, files in os.walk(folder):
+        start = os.path.join(os.path.relpath(path, folder), "") if path != os.fspath(folder) else ""
+        named = [name for name in folders if _is_image_name(name)]  # whoever opens one will say what is wrong with it
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is_image_name(name))
+        named += filter(_is_image_name, files)
+        named.sort(key=lambda name: (int(re.match(r"\d*", name)[0] or -1), name))
+        images += [start + name for name in named]
+        others += [start + name for name in files if not name.startswith(".") and not _is_image_name(name)]
+    return images, sorted(others)
+
+
+def _quoted(text):
+    """A name in a message: on one line, whatever it is."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _is_image_name(name):
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def _gap(labels):
+    """How far apart labels are on average that count images (0 for one of them); inf if they do not look like that.
+
+    Nearly all are different numbers without leading zeros, close together or of different lengths. Labels that are all
+    the same tell no more than such do.
+    """
+    plain = [(name, label) for name, label in labels.items() if label.isdecimal() and (label[0] != "0" or label == "0")]
+    numbers = {(os.path.dirname(name), int(label)) for name, label in plain}  # each subfolder may begin anew
+    if numbers and len(numbers) >= 0.98 * len(labels):
+        values = [number for _, number in numbers]
+        gap = (max(values) - min(values)) / len(values)
+        return gap if gap < MAX_GAP or len({len(label) for _, label in plain}) > 1 else math.inf
+    return MAX_GAP - 1 if len(set(labels.values())) == 1 else math.inf
+
+
+def _number_of(name):
+    """The number in a file's name, <i>_<LABEL>.png, or else one that the name decides."""
+    named = LABELLED.fullmatch(os.path.basename(name))
+    return int(named[1]) if named else int(_digest(name) * 2 ** 32)
 
 
 def _images_below(folder):
@@ -3797,9 +3969,9 @@ COMMANDS = {
     "create_dataset": ("render captchas to train on",
                        "dataset look fonts im_total_num words words_max_num im_width im_height seed workers shard"),
     "train": ("train on rendered captchas or on your own, or go on from the last checkpoint",
-              "dataset start_from model net words words_max_num im_width im_height train_max_num val_num n_hidden "
-              "batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
-    "test": ("read images: one line each", "model net beam_width letters length"),
+              "dataset labels start_from model net words words_max_num im_width im_height train_max_num val_num "
+              "n_hidden batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
+    "test": ("read images: one line each", "model net labels beam_width letters length"),
     "start": ("serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
               "model net beam_width letters length host port image_root label token"),
     "export": ("write a SavedModel for TensorFlow Serving", "model net beam_width"),
@@ -3836,6 +4008,8 @@ def main(argv=None):
     """Runs one command; returns its exit code (0 done, 1 some images could not be read, 2 wrong use)."""
     settings = vars(_parser().parse_args(argv))
     command = settings.pop("command")
+    with contextlib.suppress(AttributeError):  # not a stream of Python's own
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     arguments = {name: settings.pop(name) for name in ("paths", "as_json", "align", "directory") if name in settings}
     try:
         return getattr(LstmCtcOcr(**settings), command)(**arguments) or 0
