@@ -192,7 +192,8 @@ class LstmCtcOcr:
     im_total_num: int = setting(100_000, "images to render (100,000 take 0.9 GB on disk)")
     workers: int = setting(0, "processes that render; 0: one a core")
     shard: str = setting("1/1", "what to render of it, I/N: of N machines with the same settings, the part of the I-th")
-    train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (100,000 take 1.6 GB, decoded, on disk)")
+    train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (decoded, 100,000 take 1.6 GB of "
+                                    "disk)")
     val_num: int = setting(2000, "held-out images to validate on; 0: hold none out, and train on all")
     # --- the network
     net: str = setting(None, "lstm, the article's, cnn_lstm, with convolutions in front, or wide_cnn_lstm, with larger "
