@@ -76,7 +76,7 @@ def test_scores_equal_those_of_tensorflow(kind, pictures, tmp_path):
         if ocr.paper == "brightest":
             colours = cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY)[..., None]
         scores, = session.run(None, {"images": colours.transpose(2, 0, 1)[None]})
-        np.testing.assert_allclose(np.roll(scores, -1, axis=2), expected, atol=2e-3)
+        np.testing.assert_allclose(np.roll(scores, -1, axis=2), expected, atol=1e-3 if picture.shape[1] <= 256 else 2e-2)
         assert (np.roll(scores, -1, axis=2).argmax(2) == expected.argmax(2)).mean() > 0.99
 
 
