@@ -526,7 +526,8 @@ class LstmCtcOcr:
         return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
     def _font_folders(self):
-        return tuple(self.fonts) or (str(Path(_package("captcha", "render captchas").__file__).parent), *map(os.path.expanduser, FONT_FOLDERS))
+        package = Path(_package("captcha", "render captchas").__file__).parent
+        return tuple(self.fonts) or (str(package), *map(os.path.expanduser, FONT_FOLDERS))
 
     def _origin(self):
         """What the images of a folder have in common beside what their names tell: the look, and what draws letters."""
@@ -1172,7 +1173,8 @@ class LstmCtcOcr:
         """Returns a model folder's config.json; raises `Error` if it is missing, torn or of another version."""
         path = folder / "config.json"
         if folder.is_file():
-            raise self.Error(f"{folder} is a file, and can only be read with: name a model folder")
+            raise self.Error(f"{folder} is a file, which can only be read with: name a model folder "
+                             "with --model")
         try:
             config = json.loads(path.read_text())
         except FileNotFoundError:
@@ -1295,14 +1297,11 @@ class LstmCtcOcr:
         return self._Reader(ocr, folder, config, ocr.known(self.letters, self.length), logits, session, saver)
 
     def _open_onnx(self, path):
-        runtime = _package("onnxruntime", "read with an ONNX file")
+        _package("onnxruntime", "read with an ONNX file")
         try:
             data = path.read_bytes()
-            options = runtime.SessionOptions()
-            options.log_severity_level, options.intra_op_num_threads = 4, 1  # 4: silent, for what is raised is said
-            session = runtime.InferenceSession(data, options, ["CPUExecutionProvider"])
-            config = {name: json.loads(value) for name, value in
-                      session.get_modelmeta().custom_metadata_map.items()}
+            session = _onnx_session(data, 1)
+            config = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
         except OSError as error:
             raise self.Error(f"no model in {path} ({error.strerror}): write it with `python lstm_ctc_ocr.py export "
                              f"{path.name}`, or name another with --model") from None
@@ -1311,8 +1310,11 @@ class LstmCtcOcr:
             raise self.Error(f"{path} cannot be read ({fault}): export it anew, or name another with --model") from None
         ocr = self._with_architecture(self._checked(config, path), path)
 
+        on_all_cores = functools.cache(functools.partial(_onnx_session, data, _cores()))
+
         def logits(images, alone=False):
-            scores, = session.run(None, {"images": -1 - images[:, None].astype(np.float32)})
+            ink = -1 - images[:, None].astype(np.float32)  # see `_export_onnx`
+            scores, = (session if alone else on_all_cores()).run(None, {"images": ink})
             return np.roll(scores, -1, axis=2)
 
         return self._Reader(ocr, path, config, ocr.known(self.letters, self.length), logits)
@@ -1395,7 +1397,7 @@ class LstmCtcOcr:
 
         def read(batch):
             return [(path, None, None, str(reading)) if isinstance(reading, self.Error) else (path, *reading, None)
-                    for path, reading in zip(batch, self._read_each(batch))]
+                    for path, reading in zip(batch, self._read_each(batch, alone=len(batches) > 1))]
 
         paths = list(paths)
         batches = [paths[start:start + READ_BATCH] for start in range(0, len(paths), READ_BATCH)]
@@ -1712,8 +1714,12 @@ class LstmCtcOcr:
         epoch, batch = divmod(run.step, run.steps_per_epoch)
         speed = (run.step - last_step) * self.batch_size / (now - last_time)
         images, sequences = feeds.values()
+
+        def infer(images):
+            return run.session.run(run.net.logits, {run.net.images: images})
+
         train = score([self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sequences)],
-                      [text for text, _ in self._read(lambda images: run.session.run(run.net.logits, {run.net.images: images}), images)])
+                      [text for text, _ in self._read(infer, images)])
         truths, readings, loss, temperature = self._validate(run)
         held = score(truths, readings)
         if run.distorts:
@@ -2244,9 +2250,9 @@ class LstmCtcOcr:
         """Writes an ONNX file of standard operators, and beside it the .json with which ddddocr uses it.
 
         images (B, channels, H, any width) float32, 0 to 1, scaled to the height H -> scores (T, B, C) float32, the
-        logarithms of probabilities, blank first. Paper "brightest" takes one channel, grey; "border" one or three. Wider
-        images than W are squeezed once more: where the caller has scaled them, that rounds other than `load_image`.
-        Instead it takes what `load_image` gives, (B, 1, H, W), as -1 less the ink.
+        logarithms of probabilities, blank first. Paper "brightest" takes one channel, grey; "border" one or three.
+        Images wider than W are squeezed, as `load_image` does; only, it scales those of another height but once.
+        Instead it takes the ink that `load_image` gives, (B, 1, H, W): 1 added, and negative.
         """
         onnx, reader = _package("onnx", "write ONNX files"), self._open_folder(self._model_to_read())
         ocr, graph = reader.ocr, self._OnnxGraph(onnx)
@@ -2296,7 +2302,7 @@ class LstmCtcOcr:
         add("LogSoftmax", add("Add", add("MatMul", x, kernel), bias), axis=2, name="scores")
 
     def _onnx_convolutions(self, add, x, weights):
-        """`convolutions` as ONNX operations, batch normalisation folded into them: (B, 1, H, W) -> (B, channels, ., T)."""
+        """`convolutions` as ONNX operations, with batch normalisation folded in: (B, 1, H, W) -> (B, channels, ., T)."""
         def convolution(x, name, strides=(1, 1)):
             kernel, scale, offset, mean, variance = (
                 weights[f"{name}/{part}"] for part in ("kernel", "scale", "offset", "mean", "variance"))
@@ -2449,6 +2455,15 @@ class LstmCtcOcr:
             reason = re.search(r"(.+)\n\s*\[\[", text) or re.match(".*", text)  # TensorFlow puts a traceback around it
             raise self.Error(f"cannot write to {folder} ({reason[reason.re.groups]}); run the same command again once "
                              "that is mended") from None
+
+
+def _onnx_session(data, threads):
+    """Opens an ONNX file's bytes for reading; each reading takes so many threads."""
+    runtime = _package("onnxruntime", "read with an ONNX file")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # nothing is printed, for what is wrong is raised
+    return runtime.InferenceSession(data, options, ["CPUExecutionProvider"])
 
 
 def _onnx_lstm(kernel, bias):
@@ -3493,7 +3508,7 @@ def _tensorflow():
     """TensorFlow's graph-and-session API, imported when first needed: it takes seconds, and rendering needs none."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with _quiet_stderr():  # no setting stops the lines that it prints while it is loaded
-        tf = _package("tensorflow.compat.v1", "train, export, or read with a model folder")
+        tf = _package("tensorflow.compat.v1", "train, export or read with a model folder (an ONNX file reads without)")
     tf.logging.set_verbosity(tf.logging.FATAL)
     with contextlib.suppress(RuntimeError):  # somebody has used TensorFlow before
         tf.config.threading.set_intra_op_parallelism_threads(1)  # or a tf.function gives every operation all cores
