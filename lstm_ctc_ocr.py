@@ -4,7 +4,7 @@
     python lstm_ctc_ocr.py train              learns from them, saves to my-model/lstm; run again, it resumes
     python lstm_ctc_ocr.py test [PATH...]     reads images, dataset/test by default
     python lstm_ctc_ocr.py start              serves GET /captchaOcr?img_path=./dataset/test/0_PIY.png, and a page
-    python lstm_ctc_ocr.py export DIR         writes a SavedModel
+    python lstm_ctc_ocr.py export DIR         writes a SavedModel, or with export FILE.onnx an ONNX file
 
 The idea: the columns of an image are the time steps of an LSTM. At each of them it says which letter it has just seen,
 or none (the blank); CTC adds up every way in which those steps can spell the label, so nobody has to say where in the
@@ -32,6 +32,7 @@ import functools
 import hashlib
 import hmac
 import html
+import importlib
 import importlib.util
 import io
 import ipaddress
@@ -63,11 +64,9 @@ except ImportError:  # Windows
     fcntl = None
 
 import cv2  # noqa: E402
-import captcha
 import flask
 import numpy as np
 import waitress
-from captcha.image import ImageCaptcha
 from PIL import Image, ImageFont
 from tqdm import tqdm
 from werkzeug.datastructures import WWWAuthenticate
@@ -192,8 +191,8 @@ class LstmCtcOcr:
     im_total_num: int = setting(100_000, "images to render (100,000 take 0.9 GB on disk)")
     workers: int = setting(0, "processes that render; 0: one a core")
     shard: str = setting("1/1", "what to render of it, I/N: of N machines with the same settings, the part of the I-th")
-    train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (decoded, 100,000 take 1.6 GB of "
-                                    "disk)")
+    train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (decoded, 100,000 take 1.6 GB "
+                                    "of disk)")
     val_num: int = setting(2000, "held-out images to validate on; 0: hold none out, and train on all")
     # --- the network
     net: str = setting(None, "lstm, the article's, cnn_lstm, with convolutions in front, or wide_cnn_lstm, with larger "
@@ -216,7 +215,8 @@ class LstmCtcOcr:
     seed: int = setting(0, "fixes what is drawn at random: rendered images, first weights, order, held-out images")
     # --- reading
     model: str = setting("", "model folder; if not given, to train my-model/<net>, or for another than the usual "
-                             "dataset my-model/<its name>; to read what was trained last, or what ships")
+                             "dataset my-model/<its name>; to read what was trained last, or what ships; to read, an "
+                             "ONNX file will do too")
     beam_width: int = setting(4, "beam of the search, 1 to 100; in reading, for each length that a text may have")
     letters: str = setting("", "letters that alone can be read; of one case, they stand for the other case too")
     length: str = setting("", "N or MIN-MAX: letters that a text has, for sure")
@@ -309,12 +309,12 @@ class LstmCtcOcr:
     class _Reader:
         """A model that is ready to read."""
         ocr: object  # LstmCtcOcr with the architecture of the model
-        folder: Path
+        folder: Path  # or ONNX file
         config: dict  # as it was when the weights were loaded
-        net: object  # _Net
-        session: object
-        saver: object  # of what reading needs
         known: object  # `Known` of texts, by the settings
+        logits: object  # function (images (B, H, W) uint8, alone=False) -> (T, B, C) float32, blank last, see `_opened`
+        session: object = None  # TensorFlow's, of a model folder
+        saver: object = None  # of what reading needs
 
     @dataclasses.dataclass(frozen=True)
     class _Labels:
@@ -595,7 +595,8 @@ class LstmCtcOcr:
         return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
     def _font_folders(self):
-        return tuple(self.fonts) or (str(Path(captcha.__file__).parent), *map(os.path.expanduser, FONT_FOLDERS))
+        package = Path(_package("captcha", "render captchas").__file__).parent
+        return tuple(self.fonts) or (str(package), *map(os.path.expanduser, FONT_FOLDERS))
 
     def _origin(self):
         """What the images of a folder have in common beside what their names tell: the look, and what draws letters."""
@@ -1361,6 +1362,9 @@ class LstmCtcOcr:
     def _load_config(self, folder):
         """Returns a model folder's config.json; raises `Error` if it is missing, torn or of another version."""
         path = folder / "config.json"
+        if folder.is_file():
+            raise self.Error(f"{folder} is a file, which can only be read with: name a model folder "
+                             "with --model")
         try:
             config = json.loads(path.read_text())
         except FileNotFoundError:
@@ -1369,7 +1373,10 @@ class LstmCtcOcr:
         except (OSError, ValueError) as error:
             raise self.Error(f"{path} cannot be read ({error}): restore it, or name another folder with "
                              "--model") from None
-        config = config if isinstance(config, dict) else {}
+        return self._checked(config if isinstance(config, dict) else {}, path)
+
+    def _checked(self, config, path):
+        """Returns what `path` says of a model, with what older ones do not say; raises `Error` if it is no such."""
         for name, value in UNSAID.items():
             config.setdefault(name, value)
         if config.get("format") != MODEL_FORMAT or not config.keys() >= {*ARCHITECTURE} or not all(
@@ -1456,16 +1463,51 @@ class LstmCtcOcr:
 
     @functools.cached_property
     def _opened(self):
-        tf, folder = _tensorflow(), self._model_to_read()
+        """What reads: TensorFlow with a model folder, or ONNX Runtime with a file that `export FILE.onnx` has written.
+
+        Its `logits` use all cores, but `alone` only the calling thread: others then do the same on the other cores.
+        """
+        model = self._model_to_read()
+        return self._open_onnx(model) if model.suffix == ".onnx" else self._open_folder(model)
+
+    def _open_folder(self, folder):
         config = self._load_config(folder)  # before the weights, once: a training beside it may write a newer one
-        ocr = self._with_architecture(config, folder)
+        tf, ocr = _tensorflow(), self._with_architecture(config, folder)
         with tf.Graph().as_default() as graph:
             net = ocr._build_reading(ocr._build_input(), config.get("temperature", 1))
             saver = self._reading_saver()
             session = tf.Session(config=_session_config())
             self._restore(session, saver, folder, config.get("best_step", config.get("step")))
             graph.finalize()  # nothing may be added to it per request
-        return self._Reader(ocr, folder, config, net, session, saver, ocr.known(self.letters, self.length))
+        in_this_thread = tf.RunOptions(inter_op_thread_pool=-1)
+
+        def logits(images, alone=False):
+            return session.run(net.logits, {net.images: images}, in_this_thread if alone else None)
+
+        return self._Reader(ocr, folder, config, ocr.known(self.letters, self.length), logits, session, saver)
+
+    def _open_onnx(self, path):
+        _package("onnxruntime", "read with an ONNX file")
+        try:
+            data = path.read_bytes()
+            session = _onnx_session(data, 1)
+            config = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+        except OSError as error:
+            raise self.Error(f"no model in {path} ({error.strerror}): write it with `python lstm_ctc_ocr.py export "
+                             f"{path.name}`, or name another with --model") from None
+        except Exception as error:  # ONNX Runtime has many, and no class of them all
+            fault = str(error).splitlines()[0]
+            raise self.Error(f"{path} cannot be read ({fault}): export it anew, or name another with --model") from None
+        ocr = self._with_architecture(self._checked(config, path), path)
+
+        on_all_cores = functools.cache(functools.partial(_onnx_session, data, _cores()))
+
+        def logits(images, alone=False):
+            ink = -1 - images[:, None].astype(np.float32)  # see `_export_onnx`
+            scores, = (session if alone else on_all_cores()).run(None, {"images": ink})
+            return np.roll(scores, -1, axis=2)
+
+        return self._Reader(ocr, path, config, ocr.known(self.letters, self.length), logits)
 
     def _say_model(self):
         """Says on stderr what is read with, and how well."""
@@ -1477,7 +1519,8 @@ class LstmCtcOcr:
 
     def publish(self, folder):
         """Copies the model that this object reads with into `folder`, without what only training needs."""
-        reader, folder, config = self._reader, Path(folder), dict(self._reader.config)
+        reader, folder = self._open_folder(self._model_to_read()), Path(folder)
+        config = dict(reader.config)
         step = config.get("best_step", config["step"])
         share = step / config["step"] if config["step"] else 1
         config.update(step=step, images_seen=round(config["images_seen"] * share),
@@ -1489,9 +1532,12 @@ class LstmCtcOcr:
                     path.unlink()
             self._save_config(folder, config)
 
-    def _read(self, session, net, images, known=(), options=None):
-        """images (n, H, W) uint8, and what is `Known` of each, or of none -> what `texts` says of each."""
-        logits = session.run(net.logits, {net.images: images}, options)
+    def _read(self, infer, images, known=()):
+        """images (n, H, W) uint8, and what is `Known` of each, or of none -> what `texts` says of each.
+
+        infer: function from the images to logits (T, n, C).
+        """
+        logits = infer(images)
         known = known or [self.Known()] * len(images)
         readings = {}
         for each in set(known):
@@ -1499,11 +1545,11 @@ class LstmCtcOcr:
             readings.update(zip(rows, self.texts(logits[:, rows], each)))
         return [readings[row] for row in range(len(images))]
 
-    def _read_each(self, sources, known=(), options=None):
+    def _read_each(self, sources, known=(), alone=False):
         """As `recognise`, but an image that cannot be read has its `Error` in its place.
 
         known: what is `Known` of each; by default what the settings say. If that asks to align, a result's third is
-        [(letter, its confidence, [first, last) columns of the image)].
+        [(letter, its confidence, [first, last) columns of the image)]. alone: see `_opened`.
         """
         reader, images, sizes, rows, results = self._reader, [], [], [], []
         for row, source in enumerate(sources):
@@ -1517,8 +1563,8 @@ class LstmCtcOcr:
                 results.append(error)
         if images:
             known = known or [reader.known] * len(sources)
-            readings = reader.ocr._read(reader.session, reader.net, np.stack(images), [known[row] for row in rows],
-                                        options)
+            infer = functools.partial(reader.logits, alone=alone)
+            readings = reader.ocr._read(infer, np.stack(images), [known[row] for row in rows])
             for row, (height, width), (text, confidence, *aligned) in zip(rows, sizes, readings):
                 results[row] = (text, confidence, *(
                     [(letter, sure, reader.ocr._columns(begin, end, height, width))
@@ -1549,7 +1595,7 @@ class LstmCtcOcr:
 
         def read(batch):
             return [(path, None, None, str(reading)) if isinstance(reading, self.Error) else (path, *reading, None)
-                    for path, reading in zip(batch, self._read_each(batch, [known] * len(batch)))]
+                    for path, reading in zip(batch, self._read_each(batch, [known] * len(batch), len(batches) > 1))]
 
         paths = list(paths)
         batches = [paths[start:start + READ_BATCH] for start in range(0, len(paths), READ_BATCH)]
@@ -1595,7 +1641,7 @@ class LstmCtcOcr:
     def _strange_images(self):
         """The line that says what to do about images of which most are read with little confidence."""
         learn = "label a few hundred of them, and `train --dataset FOLDER --start-from general`"
-        if self._model_to_read().name != "general":
+        if self._model_to_read().stem != "general":
             learn = f"try `--model general`, or {learn}"
         return f"most of these do not look like what this model has learnt (confidence below 0.5): {learn}"
 
@@ -1884,8 +1930,12 @@ class LstmCtcOcr:
         epoch, batch = divmod(run.step, run.steps_per_epoch)
         speed = (run.step - last_step) * self.batch_size / (now - last_time)
         images, sequences = feeds.values()
+
+        def infer(images):
+            return run.session.run(run.net.logits, {run.net.images: images})
+
         train = score([self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sequences)],
-                      [text for text, _ in self._read(run.session, run.net, images)])
+                      [text for text, _ in self._read(infer, images)])
         truths, readings, loss, temperature = self._validate(run)
         held = score(truths, readings)
         if run.distorts:
@@ -2270,7 +2320,7 @@ class LstmCtcOcr:
         The batch is decoded and read in this thread, on one core, and there is such a thread for each: in paired runs a
         sixth to a fifth more requests a second than one thread whose operations all cores share.
         """
-        jobs, options = service.jobs, _tensorflow().RunOptions(inter_op_thread_pool=-1)  # in the calling thread
+        jobs = service.jobs
         while job := jobs.get():
             batch = [job]
             with contextlib.suppress(queue.Empty):
@@ -2282,7 +2332,7 @@ class LstmCtcOcr:
                     batch.append(job)
             datas, known, futures = zip(*batch)
             try:
-                for future, reading in zip(futures, self._read_each(datas, known, options)):
+                for future, reading in zip(futures, self._read_each(datas, known, alone=True)):
                     future.set_result(reading)
             except Exception as error:  # whoever asked is told, and the next batch is read
                 for future in futures:
@@ -2448,9 +2498,12 @@ class LstmCtcOcr:
         """Writes a SavedModel for TensorFlow Serving: encoded images (B,) string -> text (B,), confidence (B,).
 
         PNG, JPEG, GIF and BMP of any size, prepared as by `load_image`. Raises `Error` if the folder is there already.
+        A name that ends in .onnx gets an ONNX file instead, see `_export_onnx`.
         """
         if Path(directory).exists():
-            raise self.Error(f"{directory} is there already: name a new folder")
+            raise self.Error(f"{directory} is there already: name a new folder or file")
+        if str(directory).endswith(".onnx"):
+            return self._export_onnx(Path(directory))
         tf, folder = _tensorflow(), self._model_to_read()
         config = self._load_config(folder)
         ocr = self._with_architecture(config, folder)
@@ -2461,6 +2514,141 @@ class LstmCtcOcr:
             tf.saved_model.simple_save(session, str(directory), {"images": encoded},
                                        {"text": ocr._texts_in_graph(net.sparse), "confidence": net.confidence})
         print(f"{directory} takes {{'images': [encoded, ...]}} and gives text and confidence", file=sys.stderr)
+
+    # -- to ONNX
+
+    @dataclasses.dataclass
+    class _OnnxGraph:
+        """An ONNX graph in the making: call it to add an operation."""
+        onnx: object  # the package
+        nodes: list = dataclasses.field(default_factory=list)
+        constants: list = dataclasses.field(default_factory=list)
+
+        def __call__(self, kind, *inputs, name=None, **attributes):
+            """Adds an operation; its inputs are names of outputs, or arrays. Returns the name of its output."""
+            name = name or f"{kind}_{len(self.nodes)}"
+            inputs = [each if isinstance(each, str) else self._constant(each) for each in inputs]
+            self.nodes.append(self.onnx.helper.make_node(kind, inputs, [name], name, **attributes))
+            return name
+
+        def _constant(self, array):
+            name = f"constant_{len(self.constants)}"
+            array = np.ascontiguousarray(array, np.asarray(array).dtype).reshape(np.shape(array))
+            self.constants.append(self.onnx.numpy_helper.from_array(array, name))
+            return name
+
+    def _export_onnx(self, path):
+        """Writes an ONNX file of standard operators, and beside it the .json with which ddddocr uses it.
+
+        images (B, channels, H, any width) float32, 0 to 1, scaled to the height H -> scores (T, B, C) float32, the
+        logarithms of probabilities, blank first. Paper "brightest" takes one channel, grey; "border" one or three.
+        Images wider than W are squeezed, as `load_image` does; only, it scales those of another height but once.
+        Instead it takes the ink that `load_image` gives, (B, 1, H, W): 1 added, and negative.
+        """
+        onnx, reader = _package("onnx", "write ONNX files"), self._open_folder(self._model_to_read())
+        ocr, graph = reader.ocr, self._OnnxGraph(onnx)
+        variables = reader.session.graph.get_collection("variables")
+        weights = reader.session.run({variable.op.name: variable for variable in variables})
+        ocr._onnx_network(graph, weights, reader.config.get("temperature", 1))
+        values, real = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+        channels = 1 if ocr.paper == "brightest" else "channels"
+        model = onnx.helper.make_model(
+            onnx.helper.make_graph(graph.nodes, "lstm_ctc_ocr",
+                                   [values("images", real, ["batch", channels, ocr.im_height, "width"])],
+                                   [values("scores", real, [ocr.steps, "batch", len(ocr.words) * ocr.label_parts + 1])],
+                                   graph.constants),
+            opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8, producer_name="lstm_ctc_ocr",
+            producer_version=VERSION)
+        known = {name: reader.config[name] for name in ("format", *ARCHITECTURE, *NUMBERS) if name in reader.config}
+        onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in known.items()})
+        onnx.checker.check_model(model)
+        with self._writing(path.parent):
+            _replace(path.with_suffix(".json"), json.dumps(ocr._ddddocr_settings()) + "\n")
+            _replace(path, model.SerializeToString())
+        print(f"{path} takes images ({channels} x {ocr.im_height} x any width, 0 to 1) and gives scores; "
+              f"{path.with_suffix('.json')} is for ddddocr", file=sys.stderr)
+
+    def _ddddocr_settings(self):
+        """What ddddocr wants to know of a model; it drops repeats, and joins what the charset has for the rest."""
+        charset = [letter if part == self.label_parts // 2 else ""  # of a letter's parts, the middle one writes it
+                   for letter in self.words for part in range(self.label_parts)]
+        return {"charset": ["", *charset], "word": False, "image": [-1, self.im_height],
+                "channel": 1 if self.paper == "brightest" else 3}
+
+    def _onnx_network(self, add, weights, temperature):
+        """`_logits` as ONNX operations, blank first, from "images" to "scores"."""
+        x = add("Mul", self._onnx_ink(add), np.float32(3 / 255))  # (B, 1, H, W)
+        names = ["lstm"]
+        if self.net in CONVOLUTIONS:
+            x, names = self._onnx_convolutions(add, x, weights), ["forward", "backward"]
+        x = add("Reshape", add("Transpose", x, perm=[3, 0, 2, 1]), np.array([0, 0, -1]))  # (T, B, F)
+        if self.net in CONVOLUTIONS:
+            x = add("Relu", add("Add", add("MatMul", x, weights["projection/kernel"]), weights["projection/bias"]))
+        layers = [_onnx_lstm(weights[f"{name}/kernel"], weights[f"{name}/bias"]) for name in names]
+        x = add("LSTM", x, *map(np.stack, zip(*layers)), hidden_size=layers[0][1].shape[1],
+                direction="bidirectional" if len(names) > 1 else "forward")  # (T, directions, B, N)
+        x = add("Reshape", add("Transpose", x, perm=[0, 2, 1, 3]), np.array([0, 0, -1]))
+        kernel, bias = (np.roll(weights[f"dense/{name}"], 1, axis=-1) / np.float32(temperature)
+                        for name in ("kernel", "bias"))  # rolled, so that the blank comes first
+        add("LogSoftmax", add("Add", add("MatMul", x, kernel), bias), axis=2, name="scores")
+
+    def _onnx_convolutions(self, add, x, weights):
+        """`convolutions` in ONNX operations, batch normalisation folded in: (B, 1, H, W) -> (B, channels, ., T)."""
+        def convolution(x, name, strides=(1, 1)):
+            kernel, scale, offset, mean, variance = (
+                weights[f"{name}/{part}"] for part in ("kernel", "scale", "offset", "mean", "variance"))
+            scale = scale / np.sqrt(variance + np.float32(1e-3))
+            return add("Conv", x, (kernel * scale).transpose(3, 2, 0, 1), offset - mean * scale, strides=strides,
+                       auto_pad="SAME_UPPER")
+
+        for number, (_, _, down, across, blocks) in enumerate(CONVOLUTIONS[self.net], 1):
+            name = f"convolution{number}"
+            x = add("Relu", convolution(x, name, (down, across)))
+            for block in range(1, blocks + 1):
+                y = add("Relu", convolution(x, f"{name}/residual{block}a"))
+                x = add("Relu", add("Add", x, convolution(y, f"{name}/residual{block}b")))
+        return x
+
+    def _onnx_ink(self, add):
+        """`_ink` as ONNX operations: "images" (B, channels, H, any width) -> (B, 1, H, W) float32 of 0 to 255."""
+        def axis(x, position):
+            return add("Slice", add("Shape", x), np.array([position]), np.array([position + 1]))
+
+        fitted = add("Min", axis("images", 3), np.array([self.im_width]))
+        size = add("Concat", add("Slice", add("Shape", "images"), np.array([0]), np.array([3])), fitted, axis=0)
+        colours = add("Resize", "images", "", "", size, mode="linear", coordinate_transformation_mode="half_pixel")
+        if self.paper == "brightest":
+            paper = add("ReduceMax", colours, axes=[1, 2, 3])
+        else:
+            paper = self._onnx_edge(add, colours)
+        ink = add("ReduceMax", add("Abs", add("Sub", colours, paper)), axes=[1])
+        strongest = add("Max", add("ReduceMax", ink, axes=[2, 3]), np.float32(MIN_CONTRAST))
+        ink = add("Round", add("Mul", ink, add("Div", np.float32(255), strongest)))
+        given = add("ReduceMax", colours, axes=[1])
+        ink = add("Where", add("Less", given, np.float32(0)), add("Sub", np.float32(-1), given), ink)
+        missing = add("Sub", np.array([self.im_width]), fitted)
+        return add("Pad", ink, add("Concat", np.zeros(7, np.int64), missing, axis=0))
+
+    def _onnx_edge(self, add, colours):
+        """The median along the edge: (B, channels, H, width) -> (B, channels, 1, 1)."""
+        edge, last = max(1, self.im_height // 16), np.iinfo(np.int64).max
+
+        def part(x, axis, start, end):
+            return add("Slice", x, np.array([start]), np.array([end]), np.array([axis]))
+
+        def row(x):
+            return add("Reshape", x, np.array([0, 0, -1]))
+
+        middle = part(colours, 2, edge, -edge)
+        right = part(part(middle, 3, edge, last), 3, -edge, last)  # nothing that the left side has, in a narrow image
+        along = add("Concat", *map(row, (part(colours, 2, 0, edge), part(colours, 2, -edge, last),
+                                         part(middle, 3, 0, edge), right)), axis=2)
+        count = add("Slice", add("Shape", along), np.array([2]), np.array([3]))
+        least = f"{along}_least"
+        add.nodes.append(add.onnx.helper.make_node(
+            "TopK", [along, add("Add", add("Div", count, np.array([2])), np.array([1]))], [least, f"{least}_at"],
+            largest=0))
+        return add("Unsqueeze", add("Gather", least, np.array([-1]), axis=2), np.array([3]))
 
     def _load_in_graph(self, encoded):
         """`load_image` as TensorFlow operations: the bytes of a file () string -> (H, W) uint8."""
@@ -2558,6 +2746,25 @@ class LstmCtcOcr:
             reason = re.search(r"(.+)\n\s*\[\[", text) or re.match(".*", text)  # TensorFlow puts a traceback around it
             raise self.Error(f"cannot write to {folder} ({reason[reason.re.groups]}); run the same command again once "
                              "that is mended") from None
+
+
+def _onnx_session(data, threads):
+    """Opens an ONNX file's bytes for reading; each reading takes so many threads."""
+    runtime = _package("onnxruntime", "read with an ONNX file")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # nothing is printed, for what is wrong is raised
+    return runtime.InferenceSession(data, options, ["CPUExecutionProvider"])
+
+
+def _onnx_lstm(kernel, bias):
+    """Weights of BlockLSTM, kernel (I + N, 4 N) and bias (4 N,), as ONNX has them: (4 N, I), (4 N, N), (8 N,)."""
+    i, c, f, o = np.split(np.vstack([kernel, bias]), 4, axis=1)
+    f[-1] += 1  # BlockLSTM's forget_bias
+    ordered = np.concatenate([i, o, f, c], axis=1).T
+    inputs = len(kernel) - len(bias) // 4
+    bias = np.concatenate([ordered[:, -1], np.zeros_like(bias)])
+    return ordered[:, :inputs], ordered[:, inputs:-1], bias
 
 
 def _is_plain_gif(encoded):
@@ -3488,10 +3695,10 @@ def _to_disk(*paths):
             os.close(descriptor)
 
 
-def _replace(path, text):
-    """Writes a small file whole or not at all; several may do so at once."""
+def _replace(path, content):
+    """Writes a small file of text or bytes whole or not at all; several may do so at once."""
     part = path.with_name(f".{secrets.token_hex(4)}.part")
-    part.write_text(text)
+    part.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(part, path)
 
 
@@ -3506,7 +3713,7 @@ def _is_whole_png(path):
 
 @functools.cache
 def _renderer(width, height):
-    return ImageCaptcha(width, height)
+    return _package("captcha.image", "render captchas").ImageCaptcha(width, height)
 
 
 # ---------------------------------------------------------------------- HTTP
@@ -3831,12 +4038,23 @@ PAGE = """<!doctype html>
 
 # ---------------------------------------------------------------------- the machine
 
+def _package(name, purpose):
+    """Imports a package that is not needed by everything; raises `Error` where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        if error.name != package:  # it is there, but lacks something itself
+            raise
+        raise LstmCtcOcr.Error(f"to {purpose}, install {package}: pip install {package}") from None
+
+
 @functools.cache
 def _tensorflow():
     """TensorFlow's graph-and-session API, imported when first needed: it takes seconds, and rendering needs none."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with _quiet_stderr():  # no setting stops the lines that it prints while it is loaded
-        import tensorflow.compat.v1 as tf
+        tf = _package("tensorflow.compat.v1", "train, export or read with a model folder (an ONNX file reads without)")
     tf.logging.set_verbosity(tf.logging.FATAL)
     with contextlib.suppress(RuntimeError):  # somebody has used TensorFlow before
         tf.config.threading.set_intra_op_parallelism_threads(1)  # or a tf.function gives every operation all cores
@@ -3975,7 +4193,7 @@ COMMANDS = {
     "test": ("read images: one line each", "model net labels beam_width letters length"),
     "start": ("serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
               "model net beam_width letters length host port image_root label token"),
-    "export": ("write a SavedModel for TensorFlow Serving", "model net beam_width"),
+    "export": ("write a SavedModel for TensorFlow Serving, or an ONNX file", "model net beam_width"),
 }
 
 
@@ -3996,7 +4214,8 @@ def _parser():
             sub.add_argument(_flag(field.name), **{"type": field.type, "metavar": field.type.__name__, **several},
                              default=field.default, help=field.metadata["help"] + shown)
         if command == "export":
-            sub.add_argument("directory", metavar="DIR", help="a new folder; TensorFlow Serving wants <name>/<number>")
+            sub.add_argument("directory", metavar="DIR|FILE.onnx",
+                             help="a new folder; TensorFlow Serving wants <name>/<number>; or a new ONNX file")
         if command == "test":
             sub.add_argument("paths", nargs="*", metavar="PATH", help="images and folders of images (dataset/test)")
             sub.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an image")

@@ -1,5 +1,6 @@
 """Shared by the tests: a task small enough to be learnt for real within seconds."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -74,3 +75,23 @@ def trained(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "small"
     assert main(["train", *flags(dataset=dataset, model=folder, **TASK, **NET)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A function from a model folder to the ONNX file that it is exported to, once."""
+    @functools.cache
+    def export(model):
+        for package in ("onnx", "onnxruntime"):
+            pytest.importorskip(package, reason=f"needs pip install {package}")
+        path = tmp_path_factory.mktemp("exported") / f"{model.name}.onnx"
+        assert main(["export", str(path), "--model", str(model)]) == 0
+        return path
+
+    return export
+
+
+@pytest.fixture(scope="session", params=["tensorflow", "onnxruntime"])
+def engine(request, exported):
+    """What reads: a function from a model folder to what --model is given."""
+    return exported if request.param == "onnxruntime" else lambda model: model

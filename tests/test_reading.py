@@ -63,9 +63,9 @@ def test_the_shipped_models_are_small_and_hold_no_optimiser_slots(net):
     assert json.loads((PRETRAINED / net / "config.json").read_text())["accuracy"] > 0.95
 
 
-def test_lines_figures_and_order(trained, dataset, capfd):
+def test_lines_figures_and_order(trained, dataset, engine, capfd):
     """A line an image in the order of their numbers, whatever batch it was in; the figures follow from the lines."""
-    code, lines, _ = read(capfd, "--model", trained, dataset)
+    code, lines, _ = read(capfd, "--model", engine(trained), dataset)
     assert code == 0
     rows = [line.split() for line in lines[:IMAGES]]
     assert [row[-2] for row in rows] == [path.stem.split("_")[1] for path in
@@ -76,14 +76,15 @@ def test_lines_figures_and_order(trained, dataset, capfd):
     assert lines[IMAGES + 2].startswith("by length") and lines[IMAGES + 3].startswith("with a letter repeated")
 
 
-def test_an_unreadable_file_does_not_stop_the_others(trained, dataset, tmp_path, capfd):
+def test_an_unreadable_file_does_not_stop_the_others(trained, dataset, engine, tmp_path, capfd):
+    model = engine(trained)
     good = sorted(dataset.glob("*.png"))[:2]
     bad = tmp_path / "5_AX.png"
     bad.write_bytes(b"not an image")
-    code, lines, messages = read(capfd, "--model", trained, good[0], bad, tmp_path / "gone.png", good[1])
+    code, lines, messages = read(capfd, "--model", model, good[0], bad, tmp_path / "gone.png", good[1])
     assert code == 1 and "5_AX.png: not a whole image" in messages and "gone.png: No such file" in messages
     assert [line.split()[2] for line in lines[:2]] == [str(path) for path in good] and "of 2)" in lines[3]
-    code, lines, _ = read(capfd, "--model", trained, "--json", good[0], bad)
+    code, lines, _ = read(capfd, "--model", model, "--json", good[0], bad)
     first, second = map(json.loads, lines)
     assert code == 1 and list(first) == ["img_path", "ocr_ret", "confidence"] and list(second) == ["img_path", "error"]
 
@@ -94,9 +95,9 @@ def test_a_file_without_a_label_is_read_all_the_same(trained, dataset, tmp_path,
     assert code == 0 and len(lines) == 1 and lines[0].endswith("captcha.png")
 
 
-def test_the_architecture_comes_from_the_model(trained, dataset):
+def test_the_architecture_comes_from_the_model(trained, dataset, engine):
     """Not from the defaults: the small model has other letters, sizes and cells."""
-    ocr = LstmCtcOcr(model=str(trained))
+    ocr = LstmCtcOcr(model=str(engine(trained)))
     path = next(dataset.glob("*.png"))
     (_, text, confidence, fault), = ocr.recognise_files([path])
     assert fault is None and set(text) <= set("AX") and 0 < confidence <= 1
@@ -207,11 +208,11 @@ def test_publishing_over_a_training_is_refused(trained, tmp_path):
         assert sorted(path.name for path in (tmp_path / "other").iterdir()) == before
 
 
-def test_letters_and_length_that_are_known_restrict_the_reading(capfd):
+def test_letters_and_length_that_are_known_restrict_the_reading(engine, capfd):
     sample = ROOT / "dataset" / "test" / "0_PIY.png"
 
     def answer(*arguments):
-        code, (line,), _ = read(capfd, "--model", SHIPPED, "--json", *arguments, sample)
+        code, (line,), _ = read(capfd, "--model", engine(SHIPPED), "--json", *arguments, sample)
         assert code == 0
         return json.loads(line)["ocr_ret"], json.loads(line)["confidence"]
 
@@ -237,12 +238,12 @@ def test_images_unlike_what_was_learnt_are_named_as_such(tmp_path, capfd):
         assert "accuracy 0.00% (0 of 3)" in lines[4]
 
 
-def test_a_temperature_in_the_model_makes_it_less_sure(tmp_path, capfd):
+def test_a_temperature_in_the_model_makes_it_less_sure(tmp_path, engine, capfd):
     """And its export as much."""
     shutil.copytree(SHIPPED, tmp_path / "model")
     config = json.loads((SHIPPED / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "temperature": 3.0}))
-    sure, unsure = ([json.loads(line) for line in read(capfd, "--model", folder, "--json")[1]]
+    sure, unsure = ([json.loads(line) for line in read(capfd, "--model", engine(folder), "--json")[1]]
                     for folder in (SHIPPED, tmp_path / "model"))
     assert [answer["ocr_ret"] for answer in sure] == [answer["ocr_ret"] for answer in unsure]
     assert all(a["confidence"] > b["confidence"] + 0.1 for a, b in zip(sure, unsure))

@@ -48,9 +48,9 @@ def serving(*flags, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The port of a server of the shipped model, started from another folder than the script's."""
-    with serving(cwd=tmp_path_factory.mktemp("elsewhere")) as (process, port):
+def server(tmp_path_factory, engine):
+    """The port of a server of the shipped model, by each engine, started from another folder than the script's."""
+    with serving("--model", engine(SHIPPED), cwd=tmp_path_factory.mktemp("elsewhere")) as (process, port):
         threading.Thread(target=process.stderr.read, daemon=True).start()  # its log, lest it wait for a reader
         yield port
 

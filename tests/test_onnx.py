@@ -1,0 +1,218 @@
+"""An exported ONNX file: read by ONNX Runtime, by ddddocr and by this program, it must read as TensorFlow does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from captcha.image import ImageCaptcha
+from conftest import PRETRAINED, ROOT, SCRIPT, SHIPPED, flags
+
+import lstm_ctc_ocr
+from lstm_ctc_ocr import LstmCtcOcr, main
+
+pytest.importorskip("onnx", reason="needs pip install onnx")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install onnxruntime")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float32():
+    """TensorFlow without bfloat16, whose rounding is far above what is compared here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lstm_ctc_ocr, "_has_bfloat16", lambda: False)
+        yield
+
+
+def untrained(folder, **settings):
+    """A model folder of first weights, but with statistics and biases that are not the neutral ones."""
+    tf, ocr = lstm_ctc_ocr._tensorflow(), LstmCtcOcr(**settings)
+    with tf.Graph().as_default(), tf.Session() as session:
+        ocr._build_reading(ocr._build_input())
+        session.run(tf.global_variables_initializer())
+        generator = np.random.default_rng(0)
+        for variable in tf.global_variables():
+            if len(variable.shape) == 1:
+                variable.load(generator.uniform(0.5, 1.5, variable.shape), session)
+        folder.mkdir()
+        ocr._reading_saver().save(session, str(folder / "LstmCtcOcr"), 1)
+    config = {name: getattr(ocr, name) for name in lstm_ctc_ocr.ARCHITECTURE}
+    (folder / "config.json").write_text(json.dumps({"format": 1, **config, "best_step": 1}))
+    return folder
+
+
+MODELS = {
+    "lstm": lambda folder: PRETRAINED / "lstm",
+    "cnn_lstm": lambda folder: SHIPPED,
+    "general": lambda folder: PRETRAINED / "general",  # residual blocks, a temperature, paper by the border
+    "parts": lambda folder: untrained(folder, net="cnn_lstm", paper="border", label_parts=3, words="AX", n_hidden=32),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Images (64, w, 3) uint8 as PNG files have them: plain, light on dark, varied, noise, narrow, blank."""
+    folder = tmp_path_factory.mktemp("varied")
+    assert main(["create_dataset", *flags(dataset=folder, look="varied", im_total_num=40, seed=3)]) == 0
+    varied = [cv2.imread(str(path)) for path in sorted(folder.glob("*.png"))]
+    varied = [cv2.resize(image, (min(256, round(image.shape[1] * 64 / image.shape[0])), 64)) for image in varied]
+    plain = [cv2.imdecode(np.frombuffer(ImageCaptcha(width, 64).generate(text).read(), np.uint8), 1)
+             for text in ("PIY", "A", "ZZZZ", "QWERTYUIOP") for width in (256, 200, 120)]
+    generator = np.random.default_rng(0)
+    noise = [generator.integers(0, 256, (64, width, 3), np.uint8) for width in (1, 5, 9, 255)]
+    return [*plain, *(255 - image for image in plain[:6]), *varied, *noise, np.full((64, 90, 3), 130, np.uint8)]
+
+
+def as_a_client(ocr, picture):
+    """What the file is given: (1, channels, H, w) float32."""
+    colours = picture.astype(np.float32) / 255
+    if ocr.paper == "brightest":
+        colours = cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY)[..., None]
+    return {"images": colours.transpose(2, 0, 1)[None]}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_scores_and_texts_equal_those_of_tensorflow(kind, pictures, exported, tmp_path):
+    """A foreign client's, which gives an image as it is, and this program's, which reads it as it reads any."""
+    model = MODELS[kind](tmp_path / "model")
+    path = exported(model)
+    session = onnxruntime.InferenceSession(str(path))
+    tensorflow, ours = (LstmCtcOcr(model=str(each)) for each in (model, path))
+    datas = [cv2.imencode(".png", picture)[1].tobytes() for picture in pictures]
+    ocr = tensorflow._reader.ocr
+    images = np.stack([ocr.load_image(data) for data in datas])
+    logits = tensorflow._reader.logits(images).astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
+    foreign = [session.run(None, as_a_client(ocr, picture))[0] for picture in pictures]
+    for scores in (np.roll(np.concatenate(foreign, axis=1), -1, axis=2), ours._reader.logits(images),
+                   ours._reader.logits(images, alone=True)):
+        np.testing.assert_allclose(scores, expected, atol=1e-3, rtol=1e-4)  # they go down to -80
+    expected, got = ([text for text, _ in each.recognise(datas)] for each in (tensorflow, ours))
+    assert got == expected
+
+
+def test_wide_images_are_squeezed(exported):
+    """A client scales them to the height first, so they are scaled twice: the same text, and all but the same scores."""
+    session = onnxruntime.InferenceSession(str(exported(SHIPPED)))
+    ocr = LstmCtcOcr(model=str(SHIPPED))._reader.ocr
+    for width, height in (400, 64), (257, 64), (600, 96):
+        captcha = ImageCaptcha(width, height).generate("HELLO").read()
+        picture = cv2.imdecode(np.frombuffer(captcha, np.uint8), 1)
+        picture = cv2.resize(picture, (round(width * 64 / height), 64), interpolation=cv2.INTER_AREA)
+        scores, = session.run(None, as_a_client(ocr, picture))
+        (text, confidence), = ocr.texts(np.roll(scores, -1, axis=2))
+        (expected, sure), = LstmCtcOcr(model=str(SHIPPED)).recognise([captcha])
+        assert text == expected and confidence == pytest.approx(sure, abs=0.1)
+
+
+def test_reads_a_batch_as_it_reads_each(pictures, exported):
+    session = onnxruntime.InferenceSession(str(exported(PRETRAINED / "general")))
+    images = np.stack([image for image in pictures if image.shape[1] == 256]).transpose(0, 3, 1, 2) / np.float32(255)
+    together, = session.run(None, {"images": images})
+    for number, image in enumerate(images):
+        alone, = session.run(None, {"images": image[None]})
+        np.testing.assert_allclose(together[:, number], alone[:, 0], atol=1e-3)
+
+
+def test_temperature_and_metadata(tmp_path):
+    scores = {}
+    for temperature in (1, 2):
+        model = shutil.copytree(SHIPPED, tmp_path / f"model{temperature}")
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "temperature": temperature}))
+        path = tmp_path / f"{temperature}.onnx"
+        assert main(["export", str(path), "--model", str(model)]) == 0
+        session = onnxruntime.InferenceSession(str(path))
+        known = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+        assert known["temperature"] == temperature and known["accuracy"] == 0.996 and known["net"] == "cnn_lstm"
+        image = np.linspace(0, 1, 64 * 256, dtype=np.float32).reshape(1, 1, 64, 256)
+        scores[temperature] = session.run(None, {"images": image})[0].astype(np.float64)
+    softened = scores[1] / 2
+    softened -= np.log(np.exp(softened).sum(axis=2, keepdims=True))
+    np.testing.assert_allclose(scores[2], softened, atol=1e-3)
+    assert not list(tmp_path.glob(".*"))  # nothing half written is left
+
+
+def test_ddddocr_reads_as_we_do(tmp_path, exported):
+    ddddocr = pytest.importorskip("ddddocr", reason="needs pip install ddddocr==1.6.1")
+    path = exported(SHIPPED)
+    reader = ddddocr.DdddOcr(det=False, ocr=False, show_ad=False, import_onnx_path=str(path),
+                             charsets_path=str(path.with_suffix(".json")))
+    assert main(["create_dataset", *flags(dataset=tmp_path / "unseen", im_total_num=300, seed=55)]) == 0
+    samples, unseen = (sorted(folder.glob("*.png")) for folder in (ROOT / "dataset" / "test", tmp_path / "unseen"))
+    right = {path: reader.classification(path.read_bytes()) == path.stem.split("_")[1] for path in [*samples, *unseen]}
+    assert samples and all(right[path] for path in samples)
+    ours = sum(text == path.stem.split("_")[1] for path, text, *_ in LstmCtcOcr(model="cnn_lstm").recognise_files(unseen))
+    assert len(unseen) == 300 and abs(sum(right[path] for path in unseen) - ours) <= 1.5
+
+
+# ---------------------------------------------------------------------- what is missing or wrong
+
+MISSING = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("tensorflow", "keras", "captcha", "onnx"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+@pytest.mark.parametrize("arguments, code, said", [
+    (["test", "--model", "{onnx}"], 0, "accuracy 100.00% (3 of 3)"),
+    (["test", "--model", "cnn_lstm"], 2, "(an ONNX file reads without), install tensorflow: pip install tensorflow"),
+    (["create_dataset", "--dataset", "{tmp}"], 2, "pip install captcha")])
+def test_it_reads_where_neither_tensorflow_nor_captcha_is_installed(arguments, code, said, exported, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(MISSING)
+    arguments = [word.format(onnx=exported(SHIPPED), tmp=tmp_path / "images") for word in arguments]
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == code and said in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("package, arguments", [
+    ("onnx", ["export", "{tmp}/new.onnx"]), ("onnxruntime", ["test", "--model", "{onnx}"])])
+def test_without_the_package_one_line_says_what_to_install(package, arguments, exported, tmp_path, capsys, monkeypatch):
+    arguments = [word.format(onnx=exported(SHIPPED), tmp=tmp_path) for word in arguments]
+    monkeypatch.setitem(sys.modules, package, None)
+    capsys.readouterr()
+    assert main(arguments) == 2
+    message, = capsys.readouterr().err.splitlines()
+    assert message.endswith(f"pip install {package}") and not any(tmp_path.iterdir())
+
+
+def not_ours(path):
+    """An ONNX file that this program has not written."""
+    import onnx
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "other", [value], [
+        onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+@pytest.mark.parametrize("command", ["test", "start", "export"])
+@pytest.mark.parametrize("harm", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:10_000]), not_ours,
+    lambda path: path.write_bytes(b"")])
+def test_a_harmed_file_is_one_clear_line(harm, command, exported, tmp_path, capfd):
+    path = tmp_path / "it.onnx"
+    shutil.copy(exported(SHIPPED), path)
+    harm(path)
+    capfd.readouterr()
+    arguments = {"start": ["--port", "0"], "export": [str(tmp_path / "new")]}.get(command, [])
+    assert main([command, *arguments, "--model", str(path)]) == 2
+    output, messages = capfd.readouterr()
+    assert not output and str(path) in messages and "--model" in messages and len(messages.splitlines()) == 1
+
+
+def test_from_a_file_nothing_can_be_trained_or_exported(exported, tmp_path, capsys):
+    path = exported(SHIPPED)
+    for arguments in (["export", str(tmp_path / "new")], ["export", str(tmp_path / "new.onnx")]):
+        capsys.readouterr()
+        assert main([*arguments, "--model", str(path)]) == 2
+        assert "can only be read with: name a model folder with --model" in capsys.readouterr().err
