@@ -3631,12 +3631,8 @@ def _images_below(folder):
 
     Those with unprintable names are left out.
     """
-    for place, below, _ in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for path in _image_files(Path(place)):
-            name = path.relative_to(folder).as_posix()
-            if name.isprintable() and _file_under(folder, path):
-                yield name
+    return [Path(name).as_posix() for name in _files_in(folder)[0] if name.isprintable() and
+            _file_under(folder, folder / name)]
 
 
 def _file_under(folder, path):
