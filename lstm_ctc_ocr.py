@@ -127,6 +127,8 @@ DISTORTED = 0.9  # of the training; the rest is on the images as they are
 START_LR = 1e-3  # learning rate of a training that starts from a model
 PATIENCE = 6  # validations in a row without any gain, after which a training on few images ends
 MIN_IMAGES = 10  # to train on
+MAX_CURVE = 200  # points of a learning curve
+SHOWN = 200  # wrong readings that a report shows
 MIN_VALIDATED = 100  # images that a temperature can be fitted on
 START_STEPS, START_STEPS_SHARE = 800, 0.2  # of a training that starts from a model: so many, and more for each image
 SIZED = 1000  # images of which the size is asked for
@@ -1603,10 +1605,11 @@ class LstmCtcOcr:
             for rows in pool.imap(read, batches):
                 yield from rows
 
-    def test(self, paths=(), as_json=False, align=False):
+    def test(self, paths=(), as_json=False, align=False, report=""):
         """Reads files and folders and prints a line for each image, then how many labelled ones were read right.
 
-        Returns 0, or 1 if some could not be read. Raises `Error` if there is nothing to read.
+        report: an HTML file to write about that. Returns 0, or 1 if some images could not be read. Raises `Error` if
+        there is nothing to read, or for a report nothing labelled.
         """
         if align and not as_json:
             raise self.Error("--align says where each letter was read in JSON alone: add --json")
@@ -1617,23 +1620,26 @@ class LstmCtcOcr:
         self._say_model()  # first of all, so that a missing model is the only thing said
         ocr = self._reader.ocr
         labels = {file: label for path in paths for file, label in ocr._truths_of(Path(path)).items()}
-        truths, readings, confidences = [], [], []
+        if report and not labels:
+            raise self.Error("--report wants labelled images, and none of these is: see `train --help` for --labels")
+        labelled, confidences = [], []
         for path, text, confidence, *letters, fault in self.recognise_files(files, align):
             confidences += [confidence] * (not fault)
+            truth = labels.get(path)
+            if truth is not None and not fault:
+                labelled.append((path, truth, text, confidence))
             if as_json:
                 print(json.dumps({"img_path": str(path), "error": fault} if fault else
                                  {"img_path": str(path), **_reading(text, confidence, *letters)}))
             elif fault:
                 print(fault, file=sys.stderr)
             else:
-                truth = labels.get(path)
                 verdict = "" if truth is None else f"  {truth} {'right' if text == truth else 'wrong'}"
                 print(f"{text:<{ocr.words_max_num}}  {confidence:.3f}  {path}{verdict}")
-                if truth is not None:
-                    truths.append(truth)
-                    readings.append(text)
-        if truths and not as_json:
-            print("\n" + describe(score(truths, readings)))
+        if labelled and not as_json:
+            print("\n" + describe(score(*zip(*(reading[1:3] for reading in labelled)))))
+        if labelled and report:
+            _replace(Path(report), report_page(labelled, str(_shown(self._reader.folder))))
         if sum(confidence < 0.5 for confidence in confidences) > len(confidences) / 2:
             print(self._strange_images(), file=sys.stderr)
         return 1 if len(confidences) < len(files) else 0
@@ -1843,8 +1849,10 @@ class LstmCtcOcr:
             print(_stopped(run), file=sys.stderr)
             return 128 + stop[0]
         if chief:
-            print(f"{run.step} steps done; best accuracy {run.config.get('accuracy')} in {run.folder}", file=sys.stderr)
-            if run.config.get("accuracy") == 0:
+            accuracy, count = run.config.get("accuracy"), run.config.get("validated_on", 0)
+            best = f"best held-out accuracy {_counted(round(accuracy * count), count)}" if count else "none held out"
+            print(f"{run.step} steps done; {best}; in {run.folder}", file=sys.stderr)
+            if accuracy == 0:
                 print(self._nothing_learnt(run), file=sys.stderr)
         return 0
 
@@ -1958,6 +1966,10 @@ class LstmCtcOcr:
         if held["accuracy"] >= run.config.get("accuracy", 0):
             run.config.update(accuracy=held["accuracy"], validated_on=len(truths), best_step=run.step,
                               temperature=temperature)
+        run.config["curve"] = _thinned([*run.config.get("curve", []),
+                                        (run.step, figures["train/loss"], held["accuracy"])])
+        with self._writing(run.folder):
+            _replace(run.folder / "curve.svg", draw_curve(run.config["curve"]))
         run.reported = time.monotonic(), run.step
         run.validation = time.process_time() - begun
         run.validating += run.validation
@@ -3516,6 +3528,118 @@ def _spelt(text):
     return "[" + ", ".join(text) + "]"
 
 
+def interval(right, count):
+    """The 95 % interval of a share of which `right` of `count` were counted (Wilson, 1927): (low, high), 0 to 1."""
+    z, share = 1.96, right / count
+    middle, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)
+
+
+def _counted(right, count):
+    """A share with its interval, in words."""
+    low, high = (round(100 * end) for end in interval(right, count))
+    return f"{right:,} of {count:,}, {low} to {high} %"
+
+
+# ---------------------------------------------------------------------- pictures of it: learning curve, report
+
+def _thinned(curve):
+    """A learning curve, and once it has too many points every other one, the last among them."""
+    return curve[::-1][::2][::-1] if len(curve) > MAX_CURVE else curve
+
+
+def chart(lines, most, left, right=(), below=""):
+    """An SVG line chart.
+
+    lines: (name, class, [(x, y)]), x from 0 to `most`, y from 0 to 1. left, right: what the ends and the quarters of
+    the height are called on either side. below: what x is.
+    """
+    width, height = 480, 240
+    place = lambda x, y: f"{x / most * width:.1f},{(1 - y) * height:.1f}"  # noqa: E731
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-60 -20 620 320" width="620" class="chart">'
+             f"<style>{CHART}</style>"]
+    for quarter in range(5):
+        y = (1 - quarter / 4) * height
+        parts.append(f'<path class="grid" d="M0 {y}H{width}"/>'
+                     f'<text x="-8" y="{y + 4}" class="end">{left[quarter]}</text>'
+                     f'<text x="{quarter / 4 * width}" y="{height + 18}" class="mid">{most * quarter / 4:,.4g}</text>')
+        if right:
+            parts.append(f'<text x="{width + 8}" y="{y + 4}">{right[quarter]}</text>')
+    for number, (name, kind, points) in enumerate(lines):
+        parts.append(f'<polyline class="{kind}" points="{" ".join(place(*point) for point in points)}"/>'
+                     f'<text class="{kind}" x="{120 * number}" y="-6">{html.escape(name)}</text>')
+    return "".join([*parts, f'<text class="mid" x="{width / 2}" y="{height + 38}">{below}</text></svg>'])
+
+
+def draw_curve(curve):
+    """The learning curve of [(step, loss in training, held-out accuracy or None)], as an SVG file's text."""
+    steps, losses, accuracies = zip(*curve)
+    most = max(*losses, 1e-3)
+    lines = [("loss in training", "a", [(step, loss / most) for step, loss in zip(steps, losses)]),
+             ("held-out strings right", "b", list(zip(steps, accuracies)))]
+    return chart(lines, max(steps), [f"{most * quarter / 4:.2g}" for quarter in range(5)],
+                 [f"{25 * quarter} %" for quarter in range(5)], "steps")
+
+
+def confusions(truth, reading):
+    """The edits that make a reading of a truth, as few as can be: pairs of letters, "" for one missing or added."""
+    table = np.add.outer(np.arange(len(truth) + 1), np.arange(len(reading) + 1))
+    for i, j in itertools.product(range(len(truth)), range(len(reading))):
+        table[i + 1, j + 1] = min(table[i, j] + (truth[i] != reading[j]), table[i, j + 1] + 1, table[i + 1, j] + 1)
+    i, j, pairs = len(truth), len(reading), []
+    while i or j:
+        if i and j and table[i, j] == table[i - 1, j - 1] + (truth[i - 1] != reading[j - 1]):
+            i, j = i - 1, j - 1
+            pairs += [(truth[i], reading[j])] * (truth[i] != reading[j])
+        elif i and table[i, j] == table[i - 1, j] + 1:
+            i -= 1
+            pairs.append((truth[i], ""))
+        else:
+            j -= 1
+            pairs.append(("", reading[j]))
+    return pairs[::-1]
+
+
+def _table(heads, rows):
+    cells = [f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows]
+    return f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{''.join(cells)}</table>"
+
+
+def _reliability(readings):
+    """The reliability diagram: of readings about as confident, how many are right."""
+    bins = collections.defaultdict(list)
+    for _, truth, text, confidence in readings:
+        bins[min(9, int(10 * confidence))].append((confidence, text == truth))
+    points = [tuple(np.mean(bins[number], axis=0).tolist()) for number in sorted(bins)]
+    names = [f"{25 * quarter} %" for quarter in range(5)]
+    return chart([("right", "b", points), ("as they should be", "grid", [(0, 0), (1, 1)])], 1, names,
+                 below="confidence") + _table(("confidence", "readings", "right"), [
+                     (f"{number / 10:.1f} to {number / 10 + .1:.1f}", len(bins[number]),
+                      f"{np.mean([right for _, right in bins[number]]):.1%}") for number in sorted(bins)])
+
+
+def report_page(readings, model):
+    """A page of HTML about (path, truth, text, confidence) of labelled images, complete in itself."""
+    truths, texts = [truth for _, truth, *_ in readings], [text for _, _, text, _ in readings]
+    scores, count = score(truths, texts), len(readings)
+    right, caseless = (round(scores[name] * count) for name in ("accuracy", "caseless"))
+    edits = collections.Counter(pair for truth, text in zip(truths, texts) for pair in confusions(truth, text))
+    wrong = sorted((reading for reading in readings if reading[1] != reading[2]), key=lambda reading: -reading[3])
+    figures = "".join(
+        f'<figure><img alt="" src="data:image;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"><figcaption>'
+        f"<b>{html.escape(truth)}</b> read as <b>{html.escape(text)}</b>, {confidence:.3f}<br>"
+        f"<small>{html.escape(Path(path).name)}</small></figcaption></figure>"
+        for path, truth, text, confidence in wrong[:SHOWN])
+    more = f"<p>and {len(wrong) - SHOWN:,} more</p>" if len(wrong) > SHOWN else ""
+    return REPORT.format(
+        model=html.escape(model), right=_counted(right, count), caseless=_counted(caseless, count),
+        lengths=_table(("letters", "right"),
+                       [(length, _counted(*pair)) for length, pair in scores["by_length"].items()]),
+        letters=_table(("letter", "read as", "times"), [(was or "(nothing)", read or "(nothing)", times)
+                                                        for (was, read), times in edits.most_common(40)]),
+        reliability=_reliability(readings), wrong=figures + more, count=f"{len(wrong):,}")
+
+
 def _forget_best(config):
     for name in ("accuracy", "validated_on", "best_step"):
         config.pop(name, None)
@@ -4032,6 +4156,40 @@ PAGE = """<!doctype html>
 """
 
 
+CHART = """text { font: 12px system-ui, sans-serif; fill: #555 } .end { text-anchor: end } .mid { text-anchor: middle }
+polyline { fill: none; stroke-width: 2 } .a { stroke: #c60 } .b { stroke: #07b } text.a { fill: #c60; stroke: none }
+text.b { fill: #07b; stroke: none } .grid { stroke: #999; stroke-width: .5 } text.grid { stroke: none }
+@media (prefers-color-scheme: dark) { text { fill: #bbb } }"""
+REPORT = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>How well captchas are read</title>
+<style>
+  :root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }}
+  body {{ max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem }}
+  table {{ border-collapse: collapse; margin: .5rem 0 }}
+  th, td {{ padding: .1rem .75rem .1rem 0; text-align: left; font-weight: normal; border-bottom: 1px solid #8884 }}
+  th, small {{ opacity: .7 }}
+  .chart {{ max-width: 100%; height: auto }}
+  .wrong {{ display: flex; flex-wrap: wrap; gap: 1rem }}
+  figure {{ margin: 0; break-inside: avoid }}
+  figure img {{ display: block; max-width: 256px; max-height: 96px; background: #fff }}
+</style>
+<h1>How well captchas are read</h1>
+<p>By {model}: <b>{right}</b> right; with letters' case ignored {caseless}. What follows a count is its 95 %
+  interval.</p>
+<h2>By length</h2>
+{lengths}
+<h2>Letters that are taken for others</h2>
+{letters}
+<h2>Is the confidence right?</h2>
+{reliability}
+<h2>Read wrong: {count}, the most confident first</h2>
+<div class="wrong">{wrong}</div>
+"""
+
+
 # ---------------------------------------------------------------------- the machine
 
 def _package(name, purpose):
@@ -4215,6 +4373,8 @@ def _parser():
         if command == "test":
             sub.add_argument("paths", nargs="*", metavar="PATH", help="images and folders of images (dataset/test)")
             sub.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an image")
+            sub.add_argument("--report", default="", metavar="FILE.html", help="write a page to look at: what is read "
+                             "wrong, and whether the confidence is right")
             sub.add_argument("--align", action="store_true", help="with --json: each letter's own confidence, and the "
                              "columns of the image, [first, last), where it was read")
     return parser
@@ -4226,7 +4386,8 @@ def main(argv=None):
     command = settings.pop("command")
     with contextlib.suppress(AttributeError):  # not a stream of Python's own
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
-    arguments = {name: settings.pop(name) for name in ("paths", "as_json", "align", "directory") if name in settings}
+    arguments = {name: settings.pop(name) for name in settings.keys() & {
+        "paths", "as_json", "align", "report", "directory"}}
     try:
         return getattr(LstmCtcOcr(**settings), command)(**arguments) or 0
     except KeyboardInterrupt as stop:
