@@ -3636,7 +3636,7 @@ def report_page(readings, model):
         lengths=_table(("letters", "right"),
                        [(length, _counted(*pair)) for length, pair in scores["by_length"].items()]),
         letters=_table(("letter", "read as", "times"), [(was or "(nothing)", read or "(nothing)", times)
-                                                        for (was, read), times in edits.most_common(40)]),
+                                                        for (was, read), times in edits.most_common(20)]),
         reliability=_reliability(readings), wrong=figures + more, count=f"{len(wrong):,}")
 
 
