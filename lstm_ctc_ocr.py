@@ -166,9 +166,9 @@ class LstmCtcOcr:
     im_height: int = setting(64, "image height in pixels, and so the input of a step")
     # --- the images
     dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images")
-    labels: str = setting("", "how images are labelled: LABEL, LABEL_*, *_LABEL or the like, as their names are made (* "
-                              "is any text), or list, by labels.csv, labels.txt or <image>.gt.txt; if not given, what "
-                              "all of the folder shows")
+    labels: str = setting("", "how images are labelled: LABEL, LABEL_*, *_LABEL or the like, as their names are made "
+                              "(* is any text), or list, by labels.csv, labels.txt or <image>.gt.txt; if not given, "
+                              "what all of the folder shows")
     look: str = setting("plain", "plain: as the captcha package draws them; varied: in every way that captchas differ")
     fonts: tuple = setting((), "folders of the fonts for varied captchas; if not given the captcha package's and the "
                                "system's")
