@@ -184,9 +184,9 @@ class LstmCtcOcr:
     im_height: int = setting(None, "image height in pixels, and so the input of a step", 64)
     # --- the images
     dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images")
-    labels: str = setting("", "where labels stand: in the names, as LABEL, LABEL_*, *_LABEL or the like says (* is any "
-                              "text), or list: in labels.csv, labels.txt or <image>.gt.txt; if not given, what all of "
-                              "the folder shows")
+    labels: str = setting("", "how images are labelled: LABEL, LABEL_*, *_LABEL or the like, as their names are made "
+                              "(* is any text), or list, by labels.csv, labels.txt or <image>.gt.txt; if not given, "
+                              "what all of the folder shows")
     look: str = setting("plain", "plain: as the captcha package draws them; varied: in every way that captchas differ")
     fonts: tuple = setting((), "folders of the fonts for varied captchas; if not given the captcha package's and the "
                                "system's")
@@ -911,9 +911,11 @@ class LstmCtcOcr:
         """Returns how labels stand in all of these names, and the labels; none if the names only count the images."""
         if self.labels:
             stem = os.path.splitext(self.labels)[0] if _is_image_name(self.labels) else self.labels
-            return self.labels, self._labels_in(names, re.escape(stem).replace(r"\*", ".*"), r"[^\s_.()]", "")
+            apart = re.escape("".join(sign for sign in stem if not sign.isalnum()))
+            letter = rf"[^\s_.(){apart}]"  # what stands around a label is not in it
+            return self.labels, self._labels_in(names, re.escape(stem).replace(r"\*", ".*"), letter, "")
         plain, before, after = (self._labels_in(names, pattern, r"[^\W_]", LONGEST) for pattern in NAMED.values())
-        if 2 * len(after) > max(len(plain), len(before)):
+        if after and 2 * len(after) >= max(len(plain), len(before)):
             return self._told_apart(folder, before, after)
         if len(plain) >= 0.9 * len(before):
             start = len(os.path.commonprefix(list(plain.values())))  # captcha001.png and so on
@@ -957,11 +959,11 @@ class LstmCtcOcr:
                                  f"--words {self.words}: remove the file, or give other --words")
             if len(label) > self.words_max_num:
                 raise self.Error(f"{folder / name}: a label needs 1 to {self.words_max_num} letters (--words-max-num)")
-        unused = f" ({labels})" if any(labels.left_out.values()) else ""
         names = sorted(name for name in labels.of
                        if place.workers == 1 or _number_of(name) % place.workers == place.number)
         if not names:
-            raise self.Error(f"no labelled images in {folder}{unused}: call them LABEL.png or the like, say with "
+            why = f" ({labels})" if str(labels) and not labels.of else ""
+            raise self.Error(f"no labelled images in {folder}{why}: call them LABEL.png or the like, say with "
                              "--labels how they are called, or write a labels.csv, a line an image: its name, a comma, "
                              "its label; or render some with `python lstm_ctc_ocr.py create_dataset`, or name another "
                              "folder with --dataset")
@@ -3703,13 +3705,13 @@ def _image_files(path):
 def _files_in(folder):
     """The images of a folder and its subfolders in the order of their numbers, and its other files: paths in there.
 
-    What is hidden is none of them; raises OSError if the folder, not one below it, cannot be listed.
+    What is hidden is none of them. Raises OSError if one of the folders cannot be listed.
     """
-    if not os.path.isdir(folder):
-        return [], []
-    os.scandir(folder).close()  # which os.walk would pass over
+    def refuse(error):  # os.walk would pass over it
+        raise error
+
     images, others = [], []
-    for path, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder, onerror=refuse) if os.path.isdir(folder) else ():
         start = os.path.join(os.path.relpath(path, folder), "") if path != os.fspath(folder) else ""
         named = [name for name in folders if _is_image_name(name)]  # whoever opens one will say what is wrong with it
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is_image_name(name))
