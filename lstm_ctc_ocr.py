@@ -25,6 +25,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import functools
@@ -96,6 +97,13 @@ CTCS = ("tensorflow", "warp")
 HEADERS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # kinds of which Pillow is asked for the size
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
+# How labels stand in the names of a folder, as --labels says it: a regular expression of the name before the suffix.
+NAMED = {"LABEL": "LABEL", "LABEL_*": "LABEL(?:_.*)?", "*_LABEL": r"\d+_LABEL"}
+COPY = r"(?: \(\d+\)|\.\d+)?"  # what another file of the same name has behind it
+LONGEST = 20  # letters of what is taken for a label without being told: checksums and the like are longer
+LISTS = ("labels.txt", "labels.csv")  # in a folder: lines of an image and its label; the second counts more
+MAX_GAP = 10  # between the numbers of images, on average: some may be missing
+BESIDE = ".gt.txt"  # of a text file that is named as the image whose label it holds
 LOOKS = ("plain", "varied")
 LOOK = ".look.json"  # in a folder of rendered captchas: how they were drawn
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
@@ -146,6 +154,8 @@ CONNECTIONS = 100  # at once; waitress takes whole bodies before the token is lo
 MAX_IMAGES = 64  # in a request
 QUEUE = 64  # images that may wait for their reading; whoever comes then is told to come again, a form as an image
 SERVE_BATCH = 8  # the most images that a thread of the service reads at once; more cost hardly less an image
+LABELS = "labels.csv"  # in a folder whose images are labelled on the page: relative/path.png,LABEL lines
+ENOUGH_LABELS = 200  # to begin with, says that page
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of what is served
 
 
@@ -171,14 +181,18 @@ class LstmCtcOcr:
     im_width: int = setting(None, "image width in pixels, and so the LSTM's time steps", 256)
     im_height: int = setting(None, "image height in pixels, and so the input of a step", 64)
     # --- the images
-    dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images, <i>_<LABEL>.png")
+    dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images")
+    labels: str = setting("", "where labels stand: in the names, as LABEL, LABEL_*, *_LABEL or the like says (* is any "
+                              "text), or list: in labels.csv, labels.txt or <image>.gt.txt; if not given, what all of "
+                              "the folder shows")
     look: str = setting("plain", "plain: as the captcha package draws them; varied: in every way that captchas differ")
     fonts: tuple = setting((), "folders of the fonts for varied captchas; if not given the captcha package's and the "
                                "system's")
     im_total_num: int = setting(100_000, "images to render (100,000 take 0.9 GB on disk)")
     workers: int = setting(0, "processes that render; 0: one a core")
     shard: str = setting("1/1", "what to render of it, I/N: of N machines with the same settings, the part of the I-th")
-    train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (100,000 take 1.6 GB, decoded, on disk)")
+    train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (decoded, 100,000 take 1.6 GB of "
+                                    "disk)")
     val_num: int = setting(2000, "held-out images to validate on; 0: hold none out, and train on all")
     # --- the network
     net: str = setting(None, "lstm, the article's, cnn_lstm, with convolutions in front, or wide_cnn_lstm, with larger "
@@ -197,7 +211,7 @@ class LstmCtcOcr:
                                      "from a model, as many as few images need", 9)
     lr: float = setting(None, "learning rate at the start; it falls as lr * (1 - (epoch / epoch_max) ** 2); started "
                               f"from a model {START_LR}", 4e-3)
-    save_epoch: float = setting(0.1, "epochs between checkpoints")
+    save_epoch: float = setting(None, f"epochs between checkpoints; if not given, at least {REPORT_STEPS} steps", 0.1)
     seed: int = setting(0, "fixes what is drawn at random: rendered images, first weights, order, held-out images")
     # --- reading
     model: str = setting("", "model folder; if not given, to train my-model/<net>, or for another than the usual "
@@ -209,6 +223,7 @@ class LstmCtcOcr:
     host: str = setting("127.0.0.1", "address to serve on")
     port: int = setting(5050, "port to serve on")
     image_root: str = setting(str(HOME / "dataset"), "only images under this folder can be asked for by path")
+    label: str = setting("", "folder of images, subfolders included, to label on the page /label")
     token: str = setting("", "what clients must show, as a bearer token or as HTTP Basic's password; better given in "
                              f"the environment, as {TOKEN_VARIABLE}")
 
@@ -301,6 +316,57 @@ class LstmCtcOcr:
         session: object = None  # TensorFlow's, of a model folder
         saver: object = None  # of what reading needs
 
+    @dataclasses.dataclass(frozen=True)
+    class _Labels:
+        """The labels of the images of a folder, all told in one way."""
+        folder: Path
+        way: str  # one of --labels, or the lists
+        of: dict  # label of each image that has one, by its path in the folder
+        left_out: dict  # what gives no label to any, by what is wrong with it
+
+        def __str__(self):
+            """Lines that say how labels were found, and what was left out."""
+            found = [f"{self.folder.resolve().name}: {len(self.of):,} images, labels as in {self.way} ({_quoted(name)} "
+                     f"is {label})" for name, label in itertools.islice(self.of.items(), 1)]
+            faults = [f"{len(those):,} {what}, such as {_quoted(those[0])}"
+                      for what, those in self.left_out.items() if those]
+            return "\n".join(found + ["left out: " + "; ".join(faults)] * bool(faults))
+
+    @dataclasses.dataclass
+    class _Labelling:
+        """A folder whose images are labelled on the page /label; an image's name is its path from there on."""
+        folder: Path  # links resolved
+        images: tuple  # names of all, in the order of the folder
+        labels: dict  # by name, of those that have one
+        guesses: dict = dataclasses.field(default_factory=dict)  # (text, confidence) by name; None if it is unreadable
+        skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # how often, by name
+        lock: object = dataclasses.field(default_factory=threading.Lock)  # held to write
+
+        def left(self):
+            """Names of those without a label."""
+            return [name for name in self.images if name not in self.labels and self.guesses.get(name, True)]
+
+        def next(self):
+            """Of those left and skipped the least often, the one that was read least surely; None: there is no more."""
+            return min(self.left(), key=lambda name: (self.skipped[name], self.guesses.get(name, ("", 2))[1]),
+                       default=None)
+
+        def write(self, name, label):
+            """Adds a line to the file of labels, whole or not at all; it is on the disk when this returns."""
+            path, line = self.folder / LABELS, io.StringIO()
+            csv.writer(line, lineterminator="\n").writerow([name, label])
+            with self.lock:
+                end = path.stat().st_size if path.exists() else 0
+                try:
+                    with open(path, "ab") as file:
+                        file.write(line.getvalue().encode())
+                    _to_disk(path, self.folder)
+                except OSError:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.truncate(path, end)
+                    raise
+                self.labels[name] = label
+
     @dataclasses.dataclass
     class _Service:
         """What the requests to an application share."""
@@ -308,6 +374,7 @@ class LstmCtcOcr:
         token: str  # what clients must show, if anything
         folders: tuple  # where a relative path may start, all absolute; the image root last
         model: dict  # what of config.json clients are told
+        labelling: object = None  # _Labelling, with --label
         lock: object = dataclasses.field(default_factory=threading.Lock)  # held to count
         jobs: object = dataclasses.field(default_factory=queue.SimpleQueue)  # (bytes, Known, Future), or None: the end
         threads: list = dataclasses.field(default_factory=list)  # that read
@@ -378,6 +445,8 @@ class LstmCtcOcr:
         shard = SHARD.fullmatch(self.shard)
         if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
             raise self.Error(f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
+        if self.labels not in ("", "list") and self.labels.count("LABEL") != 1:
+            raise self.Error(f"--labels must be list, or hold LABEL once, such as '*_LABEL', not {self.labels!r}")
         for name, choices in (("net", ("", *NETS)), ("look", LOOKS), ("paper", PAPERS), ("ctc", CTCS),
                               ("label_parts", (1, 3))):
             if getattr(self, name) not in choices:
@@ -578,6 +647,10 @@ class LstmCtcOcr:
         texts, and a narrower one has paper added on its right.
         Raises `Error`, which names the file and the fault.
         """
+        return self._load_sized(source)[0]
+
+    def _load_sized(self, source):
+        """As `load_image`, and the height and width that the image had in its file."""
         name = "the image" if isinstance(source, bytes) else source
         try:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -596,7 +669,7 @@ class LstmCtcOcr:
             raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels")
         if pixels is None:
             raise self.Error(f"{name}: not a whole image of a kind that OpenCV reads")
-        return self._ink(self._colours(pixels))
+        return self._ink(self._colours(pixels)), pixels.shape[:2]
 
     @staticmethod
     def _colours(pixels):
@@ -619,7 +692,7 @@ class LstmCtcOcr:
         if self.paper == "brightest" and colours.shape[2] == 3:
             colours = cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY)[..., None]
         height, width, channels = colours.shape
-        fitted = min(self.im_width, max(1, round(width * self.im_height / height)))
+        fitted = self._fitted(height, width)
         if (height, width) != (self.im_height, fitted):
             method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
             colours = cv2.resize(colours, (fitted, self.im_height), interpolation=method).reshape(
@@ -635,6 +708,17 @@ class LstmCtcOcr:
         image = np.zeros((self.im_height, self.im_width), np.uint8)
         image[:, :fitted] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
         return image
+
+    def _fitted(self, height, width):
+        """The width that an image of that size is brought to; what is left of W is paper."""
+        return min(self.im_width, max(1, round(width * self.im_height / height)))
+
+    def _columns(self, begin, end, height, width):
+        """Steps [begin, end) of the network -> columns [first, last) of the image of that size, at least one."""
+        stride = math.prod(across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ()))
+        first, last = (round(step * stride * width / self._fitted(height, width)) for step in (begin, end))
+        first = min(first, width - 1)
+        return [first, min(max(last, first + 1), width)]
 
     @dataclasses.dataclass(frozen=True)
     class _DecodedImages:
@@ -709,7 +793,8 @@ class LstmCtcOcr:
         def drop_stale(self):
             """Begins a new pair of files if there is none, or if most of its images have left the folder."""
             file, known = self._open()
-            if file and (not len(known) or np.isin(known, _stamps(_image_files(self.folder))).mean() >= 0.5):
+            stamps = _stamps(_image_files(self.folder), self.folder)
+            if file and (not len(known) or np.isin(known, stamps).mean() >= 0.5):
                 return
             token = secrets.token_bytes(8)
             for path, head in zip(self.paths, (token.ljust(DECODED_HEAD, b"\0"), token)):
@@ -728,15 +813,17 @@ class LstmCtcOcr:
                 index.seek(8 * (1 + count))
                 index.write(stamps.tobytes())
 
-    def load_images(self, files):
+    def load_images(self, files, folder=None):
         """Decodes the images of one folder, (path, text) pairs: returns `_DecodedImages` and their pairs.
+
+        folder: where they, and subfolders that hold some of them, are; if not given where the first is.
 
         Decoded images stay in a file of that folder, so that later only what is new or has changed is decoded. Files
         that are no images are named on stderr and left out. Raises `Error` if that file cannot be written.
         """
-        folder = Path(files[0][0]).parent
+        folder = Path(folder or Path(files[0][0]).parent)
         decoded = self._DecodedFile(folder, self._preprocessing, (self.im_height, self.im_width))
-        stamps = _stamps(path for path, _ in files)
+        stamps = _stamps((path for path, _ in files), folder)
         images = decoded.find(stamps)
         if (images.rows < 0).any():
             with self._writing(folder), decoded.locked():
@@ -771,37 +858,114 @@ class LstmCtcOcr:
         for _, fault in sorted(faults, key=lambda fault: fault[0]):
             print(f"left out: {fault}", file=sys.stderr)
 
-    @staticmethod
-    def _labels(folder):
-        """Returns (path, text) of every labelled image of a folder, whatever its letters."""
-        return [(str(path), named[2]) for path in _image_files(folder) if (named := LABELLED.fullmatch(path.name))]
+    def _labels(self, folder):
+        """Returns the `_Labels` of a folder's images: those of its lists, or else those in all of its names.
 
-    def _labelled_files(self, folder, place=_Place()):
+        Raises `Error` if the names can be read in two ways; the setting `labels` decides.
+        """
+        names, others = _files_in(folder)
+        lists, labels, left_out = "", {}, {}
+        if self.labels in ("", "list"):
+            lists, labels, left_out = self._listed(folder, names, others)
+        way, labels = (lists, labels) if lists or self.labels == "list" else self._named(folder, names)
+        left_out = {"images without a label": [name for name in names if name not in labels], **left_out,
+                    "files that are no images": [name for name in others if name not in LISTS and
+                                                 not name.endswith(BESIDE)]}
+        return self._Labels(folder, way, labels, left_out)
+
+    def _listed(self, folder, names, others):
+        """Returns the names of a folder's lists, the labels in them, a later one first, and lines that are no use."""
+        images, others, labels, replaced, strange = set(names), set(others), {}, [], []
+        lists = [name for name in LISTS if name in others]
+        for name in names if any(name.endswith(BESIDE) for name in others) else ():
+            with contextlib.suppress(OSError):  # the image has no label then
+                text = Path(folder, os.path.splitext(name)[0] + BESIDE).read_text("utf-8-sig", "replace")
+                labels[name] = text.strip().partition("\n")[0].rstrip()
+        ways = [f"<image>{BESIDE}"] * bool(labels) + lists
+        for path in lists:
+            for number, (name, label) in enumerate(self._rows(folder / path)):
+                if name not in images:
+                    name = os.path.normpath(name.replace("\\", "/"))
+                if name in images:
+                    replaced += [name] * (labels.get(name, label) != label)
+                    labels[name] = label
+                elif number:  # the first line may name the columns
+                    strange.append(name)
+        labels = {name: label for name, label in labels.items() if label}
+        return " and ".join(ways) * bool(labels or strange), labels, {
+            "lines of lists that name no image": strange, "labels that a later line replaces": replaced}
+
+    def _rows(self, path):
+        """The (image, label) of each line of a list, split by tabs, commas or semicolons, whichever comes first."""
+        text = path.read_text("utf-8-sig", "surrogateescape")  # as Python has names that are no UTF-8
+        sign = next((sign for sign in "\t,;" if sign in text.partition("\n")[0]), ",")
+        try:
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=sign))
+        except csv.Error as error:
+            raise self.Error(f"{path}: {error}: give it a line an image: its name, a comma, its label") from None
+        return [(row[0].strip(), row[1].strip() if len(row) > 1 else "") for row in rows if row]
+
+    def _named(self, folder, names):
+        """Returns how labels stand in all of these names, and the labels; none if the names only count the images."""
+        if self.labels:
+            stem = os.path.splitext(self.labels)[0] if _is_image_name(self.labels) else self.labels
+            return self.labels, self._labels_in(names, re.escape(stem).replace(r"\*", ".*"), r"[^\s_.()]", "")
+        plain, before, after = (self._labels_in(names, pattern, r"[^\W_]", LONGEST) for pattern in NAMED.values())
+        if 2 * len(after) > max(len(plain), len(before)):
+            return self._told_apart(folder, before, after)
+        if len(plain) >= 0.9 * len(before):
+            start = len(os.path.commonprefix(list(plain.values())))  # captcha001.png and so on
+            counted = {name: label[start:].lstrip("0") or "0" for name, label in plain.items()}
+            return ("LABEL", plain) if plain and _gap(counted) >= MAX_GAP else ("", {})
+        if len(plain) < 0.1 * len(before):  # few names without more than a label have none
+            before = {name: label for name, label in before.items() if name not in plain}
+        return ("LABEL_*", before) if _gap(before) >= MAX_GAP else ("", {})
+
+    def _told_apart(self, folder, before, after):
+        """Returns what of names <number>_<text> is the label, and the labels: not what counts the images."""
+        numbers, texts = _gap({name: os.path.basename(name).partition("_")[0] for name in after}), _gap(after)
+        if 10 * numbers < texts:
+            return "*_LABEL", after
+        if 10 * texts < numbers:
+            return "LABEL_*", before
+        name = next(iter(after))
+        raise self.Error(f"the names in {folder} can be read in two ways: give --labels 'LABEL_*' ({_quoted(name)} is "
+                         f"{before[name]}) or --labels '*_LABEL' ({_quoted(name)} is {after[name]})")
+
+    def _labels_in(self, names, pattern, letter, most):
+        """The labels in those names that follow a pattern, of as many letters as that."""
+        if odd := "".join(letter for letter in self.words or "" if not letter.isalnum()):
+            letter = f"(?:{letter}|[{re.escape(odd)}])"
+        label = f"({letter}{{1,{most}}})"
+        match = re.compile(pattern.replace("LABEL", label) + COPY + r"\.\w+", re.DOTALL).fullmatch
+        return {name: found[1] for name in names if (found := match(os.path.basename(name)))}
+
+    def _labelled_files(self, folder, place=_Place(), labels=None):
         """Returns the (path, text) of every labelled image, in the order of their names' digests.
 
-        Of several workers, number n of N gets the images i with i % N == n, what `create_dataset --shard` renders.
+        labels: its `_Labels`, if they are known already. Of several workers, number n of N gets the images i with
+        i % N == n, what `create_dataset --shard` renders, and of other names those that a digest gives it.
 
         Raises `Error` if there is none, or one with a label that no network of these settings could learn.
         """
-        files = [path.name for path in _image_files(folder)]
-        names = [named for name in files if (named := LABELLED.fullmatch(name))]
-        if names and (others := [name for name in files if not LABELLED.fullmatch(name)]):
-            print(f"left out: {len(others)} images of {folder} that are not named <i>_<LABEL>.png, such as {others[0]}",
-                  file=sys.stderr)
-        for named in names:
-            if unknown := set(named[2]) - set(self.words):
-                raise self.Error(f"{folder / named[0]}: the label holds {sorted(unknown)}, which is not in --words "
-                                 f"{self.words}: remove the file, or give other --words")
-            if not 0 < len(named[2]) <= self.words_max_num:
-                raise self.Error(f"{folder / named[0]}: a label needs 1 to {self.words_max_num} letters "
-                                 "(--words-max-num)")
-        names = [named for named in names if int(named[1]) % place.workers == place.number]
+        labels, words = labels or self._labels(folder), set(self.words)
+        for name, label in labels.of.items():
+            if not words.issuperset(label):
+                raise self.Error(f"{folder / name}: the label holds {sorted(set(label) - words)}, which is not in "
+                                 f"--words {self.words}: remove the file, or give other --words")
+            if len(label) > self.words_max_num:
+                raise self.Error(f"{folder / name}: a label needs 1 to {self.words_max_num} letters (--words-max-num)")
+        unused = f" ({labels})" if any(labels.left_out.values()) else ""
+        names = sorted(name for name in labels.of
+                       if place.workers == 1 or _number_of(name) % place.workers == place.number)
         if not names:
-            raise self.Error(f"no images <i>_<LABEL>.png in {folder}: render some with `python lstm_ctc_ocr.py "
-                             "create_dataset`, or name another folder with --dataset")
+            raise self.Error(f"no labelled images in {folder}{unused}: call them LABEL.png or the like, say with "
+                             "--labels how they are called, or write a labels.csv, a line an image: its name, a comma, "
+                             "its label; or render some with `python lstm_ctc_ocr.py create_dataset`, or name another "
+                             "folder with --dataset")
         # By a digest of each name: a folder that grows keeps its order, and those held out stay the first of it.
-        names.sort(key=lambda named: _digest(named[0]))
-        return [(os.path.join(folder, named[0]), named[2]) for named in names]
+        names.sort(key=_digest)
+        return [(os.path.join(folder, name), labels.of[name]) for name in names]
 
     # ------------------------------------------------------------------ the network
 
@@ -980,16 +1144,22 @@ class LstmCtcOcr:
         """What is known of a text before it is read: the settings `letters` and `length`, or a request's."""
         letters: str = ""
         length: str = ""
+        align: bool = False  # whether to say of each letter how sure it is and where it was read
 
-    def known(self, letters="", length=""):
-        """Returns what is known of a text as `texts` takes it; raises `Error` where this model cannot read such."""
+    def known(self, letters="", length="", align=""):
+        """Returns what is known of a text as `texts` takes it; raises `Error` where this model cannot read such.
+
+        align: 1 to have the alignment too, or 0.
+        """
         letters = "".join(dict.fromkeys(letters))
         for letter in letters:
             if not self._read_as(letter, letters):
                 raise self.Error(f"letters: this model does not know {letter!r}, it knows {self.words}")
         if length:
             self._bounds(length)
-        return self.Known(letters, length)
+        if align not in ("", "0", "1"):
+            raise self.Error(f"align must be 0 or 1, not {align!r}")
+        return self.Known(letters, length, align == "1")
 
     def _bounds(self, length):
         """The least and the most letters that "N" or "MIN-MAX" allows."""
@@ -1005,7 +1175,7 @@ class LstmCtcOcr:
         return [word for word in self.words if word == letter or word.swapcase() == letter and word not in letters]
 
     def texts(self, logits, known=Known()):
-        """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs.
+        """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs; asked to align, `_align` is the third.
 
         The confidence is the probability that the network gives to the text (with --label-parts, to the sequence of
         parts), exp(-CTC loss). What is `known` does not raise it: it is low where the image holds something else. Where
@@ -1021,7 +1191,27 @@ class LstmCtcOcr:
             fits = lambda sequence: low <= len(self.sequence_to_text(sequence, words)) <= high  # noqa: E731
             follows = self._whole_letters(len(words)) if parts > 1 else None
         found = most_probable(p, self.beam_width, longest, fits, follows)
-        return [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
+        readings = [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
+        if known.align:
+            return [(*reading, self._align(reading[0], words, p[:, b])) for b, reading in enumerate(readings)]
+        return readings
+
+    def _align(self, text, words, p):
+        """Each letter of a text that was read from p (T, C): (letter, confidence, its first step, that after its last).
+
+        The confidence is the share of this text's probability in that of all texts that differ from it in this letter
+        alone, another one being there, or none. The steps are those of the likeliest alignment.
+        """
+        parts = self.label_parts
+        letters = np.arange(len(words) * parts).reshape(-1, parts).tolist()  # the classes of each
+        sequence, aligned = sum((letters[words.index(letter)] for letter in text), []), []
+        spans = viterbi(sequence, p)
+        for place, letter in zip(range(0, len(sequence), parts), text):
+            others = [sequence[:place] + other + sequence[place + parts:] for other in [*letters, []]]
+            found = sequence_probabilities(others, np.broadcast_to(p[:, None], (len(p), len(others), p.shape[1])))
+            confidence = found[words.index(letter)] / max(found.sum(), TINY)
+            aligned.append((letter, float(confidence), spans[place][0], spans[place + parts - 1][1]))
+        return aligned
 
     def _folds(self, letters):
         """The matrix that adds up the classes read as each of `letters`, and drops the others, the blank last."""
@@ -1343,7 +1533,7 @@ class LstmCtcOcr:
             self._save_config(folder, config)
 
     def _read(self, infer, images, known=()):
-        """images (n, H, W) uint8, and what is `Known` of each, or of none -> n (text, confidence) pairs.
+        """images (n, H, W) uint8, and what is `Known` of each, or of none -> what `texts` says of each.
 
         infer: function from the images to logits (T, n, C).
         """
@@ -1358,12 +1548,15 @@ class LstmCtcOcr:
     def _read_each(self, sources, known=(), alone=False):
         """As `recognise`, but an image that cannot be read has its `Error` in its place.
 
-        known: what is `Known` of each; by default what the settings say. alone: see `_opened`.
+        known: what is `Known` of each; by default what the settings say. If that asks to align, a result's third is
+        [(letter, its confidence, [first, last) columns of the image)]. alone: see `_opened`.
         """
-        reader, images, rows, results = self._reader, [], [], []
+        reader, images, sizes, rows, results = self._reader, [], [], [], []
         for row, source in enumerate(sources):
             try:
-                images.append(reader.ocr.load_image(source))
+                image, size = reader.ocr._load_sized(source)
+                images.append(image)
+                sizes.append(size)
                 rows.append(row)
                 results.append(None)
             except self.Error as error:
@@ -1372,8 +1565,10 @@ class LstmCtcOcr:
             known = known or [reader.known] * len(sources)
             infer = functools.partial(reader.logits, alone=alone)
             readings = reader.ocr._read(infer, np.stack(images), [known[row] for row in rows])
-            for row, reading in zip(rows, readings):
-                results[row] = reading
+            for row, (height, width), (text, confidence, *aligned) in zip(rows, sizes, readings):
+                results[row] = (text, confidence, *(
+                    [(letter, sure, reader.ocr._columns(begin, end, height, width))
+                     for letter, sure, begin, end in letters] for letters in aligned))
         return results
 
     def recognise(self, sources, letters="", length=""):
@@ -1391,13 +1586,16 @@ class LstmCtcOcr:
                 raise reading
         return readings
 
-    def recognise_files(self, paths):
-        """Yields for each path, in order: (path, text, confidence, None), or (path, None, None, what is wrong)."""
-        self._reader  # built by this thread alone
+    def recognise_files(self, paths, align=False):
+        """Yields for each path, in order: (path, text, confidence, None), or (path, None, None, what is wrong).
+
+        Asked to align, it yields each letter's (letter, confidence, [first, last) columns) before the None.
+        """
+        known = dataclasses.replace(self._reader.known, align=align)  # the reader is built by this thread alone
 
         def read(batch):
             return [(path, None, None, str(reading)) if isinstance(reading, self.Error) else (path, *reading, None)
-                    for path, reading in zip(batch, self._read_each(batch, alone=len(batches) > 1))]
+                    for path, reading in zip(batch, self._read_each(batch, [known] * len(batch), len(batches) > 1))]
 
         paths = list(paths)
         batches = [paths[start:start + READ_BATCH] for start in range(0, len(paths), READ_BATCH)]
@@ -1405,27 +1603,30 @@ class LstmCtcOcr:
             for rows in pool.imap(read, batches):
                 yield from rows
 
-    def test(self, paths=(), as_json=False):
+    def test(self, paths=(), as_json=False, align=False):
         """Reads files and folders and prints a line for each image, then how many labelled ones were read right.
 
         Returns 0, or 1 if some could not be read. Raises `Error` if there is nothing to read.
         """
+        if align and not as_json:
+            raise self.Error("--align says where each letter was read in JSON alone: add --json")
         paths = paths or [HOME / "dataset" / "test"]
         files = [file for path in paths for file in _image_files(Path(path))]
         if not files:
             raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders that hold some")
         self._say_model()  # first of all, so that a missing model is the only thing said
         ocr = self._reader.ocr
+        labels = {file: label for path in paths for file, label in ocr._truths_of(Path(path)).items()}
         truths, readings, confidences = [], [], []
-        for path, text, confidence, fault in self.recognise_files(files):
+        for path, text, confidence, *letters, fault in self.recognise_files(files, align):
             confidences += [confidence] * (not fault)
             if as_json:
                 print(json.dumps({"img_path": str(path), "error": fault} if fault else
-                                 {"img_path": str(path), "ocr_ret": text, "confidence": confidence}))
+                                 {"img_path": str(path), **_reading(text, confidence, *letters)}))
             elif fault:
                 print(fault, file=sys.stderr)
             else:
-                truth = ocr._truth_of(path)
+                truth = labels.get(path)
                 verdict = "" if truth is None else f"  {truth} {'right' if text == truth else 'wrong'}"
                 print(f"{text:<{ocr.words_max_num}}  {confidence:.3f}  {path}{verdict}")
                 if truth is not None:
@@ -1444,10 +1645,19 @@ class LstmCtcOcr:
             learn = f"try `--model general`, or {learn}"
         return f"most of these do not look like what this model has learnt (confidence below 0.5): {learn}"
 
-    def _truth_of(self, path):
-        """The label in a file's name, or None if there is none of this alphabet."""
-        named = LABELLED.fullmatch(path.name)
-        return named[2] if named and named[2] and set(named[2]) <= set(self.words) else None
+    def _truths_of(self, path):
+        """The labels of a folder's files, by their paths, said on stderr; or of a file, if it is <i>_<LABEL>.png."""
+        if not path.is_dir():
+            named = LABELLED.fullmatch(path.name)
+            return {path: named[2]} if named and named[2] and set(named[2]) <= set(self.words) else {}
+        try:
+            labels = self._labels(path)
+        except self.Error as error:  # the images can be read all the same
+            print(error, file=sys.stderr)
+            return {}
+        if labels.way or self.labels:  # without labels it is just read
+            print(labels, file=sys.stderr)
+        return {path / name: label for name, label in labels.of.items()}
 
     # ------------------------------------------------------------------ training
 
@@ -1464,15 +1674,17 @@ class LstmCtcOcr:
         if 0 < self.train_max_num < place.workers:
             raise self.Error(f"--train-max-num {self.train_max_num} leaves some of {place.workers} workers without an "
                              "image: give at least as many")
-        return self._settled(folder)._train(place, folder)
+        labels = self._labels(Path(self.dataset))
+        print(labels, file=sys.stderr)
+        return self._settled(folder, labels.of)._train(place, folder, labels)
 
-    def _train(self, place, folder):
-        """As `train`, with all settings known but those of the recipe."""
+    def _train(self, place, folder, labels):
+        """As `train`, with all settings known but those of the recipe; labels: `_Labels` of the images."""
         config = self._training_config(folder) if place.chief else {}
         if place.chief and (folder / LOCK).exists():
             with self._alone_in(folder):
                 pass  # if not, that is said now, before the images are decoded
-        files = self._labelled_files(Path(self.dataset), place)
+        files = self._labelled_files(Path(self.dataset), place, labels)
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only ever shrinks
         ocr = self._with_recipe(sum(_digest(path) >= share for path, _ in files) // self.batch_size)
         tf = _tensorflow()
@@ -1499,8 +1711,11 @@ class LstmCtcOcr:
             raise self.Error("my-model/pretrained is for the models that ship: name another folder with --model")
         return MODELS / dataset.name
 
-    def _settled(self, folder):
-        """These settings with what was not given as the model folder has it, the model to start from, or the images."""
+    def _settled(self, folder, labels):
+        """These settings with what was not given as the model folder has it, the model to start from, or the images.
+
+        labels: each image's, by its path in the dataset.
+        """
         known = {"net": "lstm"}
         if (folder / "config.json").exists():
             known = self._load_config(folder)
@@ -1513,30 +1728,28 @@ class LstmCtcOcr:
                                      f"{getattr(self, name)}: leave {_flag(name)} out, or start from another model")
         known = {name: known.get(name) for name in self.unset & {*PLANNED}}
         ocr = dataclasses.replace(self, **{**dict.fromkeys(self.unset), **known})
-        return ocr._settled_by_images(folder) if ocr.unset & {*OF_IMAGES} else ocr
+        return ocr._settled_by_images(folder, labels) if labels and ocr.unset & {*OF_IMAGES} else ocr
 
-    def _settled_by_images(self, folder):
+    def _settled_by_images(self, folder, labels):
         """These settings with those of `OF_IMAGES` that were not given as the labelled images have them; says so."""
-        labelled = self._labels(Path(self.dataset))
-        if not labelled:
-            return self  # `_labelled_files` says so
-        counts = collections.Counter(letter for _, text in labelled for letter in set(text))
-        longest = max(len(text) for _, text in labelled)
+        counts = collections.Counter(letter for label in labels.values() for letter in set(label))
+        longest = max(map(len, labels.values()))
         said = {"words": "".join(sorted(counts)), "words_max_num": longest,
-                "im_width": self._width_of([path for path, _ in labelled[:SIZED]], longest)}
+                "im_width": self._width_of(itertools.islice(labels, SIZED), longest)}
         ocr = dataclasses.replace(self, **{name: said.get(name) for name in self.unset})
-        print(f"{self.dataset}: {len(labelled):,} images with 1 to {ocr.words_max_num} of {ocr.words}, prepared as "
-              f"{ocr.im_width} x {ocr.im_height} pixels; the model goes to {_shown(folder)}", file=sys.stderr)
+        print(f"1 to {ocr.words_max_num} letters of {ocr.words} in {ocr.im_width} x {ocr.im_height} pixels; the model "
+              f"goes to {_shown(folder)}", file=sys.stderr)
         if rare := sorted(letter for letter, count in counts.items() if count == 1):
             print(f"in one image only, and so hardly learnt: {' '.join(rare)}", file=sys.stderr)
-        if len(labelled) < FEW and not self.start_from:
-            print(f"{len(labelled):,} images are few to learn from nothing: a model to start from, such as "
+        if len(labels) < FEW and not self.start_from:
+            print(f"{len(labels):,} images are few to learn from nothing: a model to start from, such as "
                   "--start-from general, needs far fewer", file=sys.stderr)
         return ocr
 
-    def _width_of(self, paths, longest):
+    def _width_of(self, names, longest):
         """Pixels, a multiple of 16, that nearly all of these images fit in at `im_height`, and texts so long too."""
-        shares = sorted(width / height for width, height in map(_size_of, paths) if height) or [1]
+        sizes = [_size_of(Path(self.dataset, name)) for name in names]
+        shares = sorted(width / height for width, height in sizes if height) or [1]
         usual = min(MAX_WIDTH, shares[math.ceil(.95 * len(shares)) - 1] * self.im_height)
         stride = math.prod(across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ()))
         needed = stride * max(2 * longest - 1, self.label_parts * longest)
@@ -1552,13 +1765,15 @@ class LstmCtcOcr:
         return share
 
     def _with_recipe(self, steps_per_epoch):
-        """These settings with the schedule of a training that starts from a model, where it was not given.
+        """These settings with a schedule for so few or many images, where it was not given.
 
-        It counts steps rather than epochs, since even the fewest images want hundreds.
+        Started from a model it counts steps rather than epochs, since even the fewest images want hundreds.
         """
         steps_per_epoch = max(1, steps_per_epoch)
-        steps = START_STEPS + START_STEPS_SHARE * self.batch_size * steps_per_epoch
-        recipe = {"epoch_max": steps / steps_per_epoch, "lr": START_LR} if self.start_from else {}
+        recipe = {"save_epoch": max(self.save_epoch, REPORT_STEPS / steps_per_epoch)}
+        if self.start_from:
+            steps = START_STEPS + START_STEPS_SHARE * self.batch_size * steps_per_epoch
+            recipe.update(epoch_max=steps / steps_per_epoch, lr=START_LR)
         return dataclasses.replace(self, **{name: recipe.get(name) for name in self.unset})
 
     def _prepare(self, place, folder, files, share):
@@ -1569,7 +1784,8 @@ class LstmCtcOcr:
         and for one model whatever happens: so nothing that was trained on is validated on later.
         """
         held = sum(_digest(path) < share for path, _ in files)
-        images, files = self.load_images(files[:held + (self.train_max_num // place.workers or len(files))])
+        files = files[:held + (self.train_max_num // place.workers or len(files))]
+        images, files = self.load_images(files, self.dataset)
         held = sum(_digest(path) < share for path, _ in files)  # less what is no image
         count = max(0, len(images) - held)
         if count < (MIN_IMAGES if self.start_from else self.batch_size):
@@ -1960,6 +2176,7 @@ class LstmCtcOcr:
 
         What its requests share is `app.extensions["lstm_ctc_ocr"]`, whose `close` ends the threads that read.
         """
+        labelling = self._open_labelling() if self.label else None
         reader, root = self._reader, Path(os.path.realpath(self.image_root))
         try:
             folders = Path.cwd(), root.parent, root
@@ -1968,9 +2185,9 @@ class LstmCtcOcr:
         service = self._Service(
             reader, self.token or os.environ.get(TOKEN_VARIABLE, ""), folders,
             {name: reader.config[name] for name in ("net", "words", "words_max_num", "step", "accuracy")
-             if name in reader.config})
-        for _ in range(_cores()):
-            service.threads.append(threading.Thread(target=self._read_jobs, args=[service], daemon=True))
+             if name in reader.config}, labelling)
+        for work in [self._read_jobs] * _cores() + [self._guess_all] * bool(labelling):
+            service.threads.append(threading.Thread(target=work, args=[service], daemon=True))
             service.threads[-1].start()
         blank = np.zeros((reader.ocr.im_height, reader.ocr.im_width), np.uint8)
         self._read_in_batches(service, [cv2.imencode(".png", blank)[1].tobytes()], reader.known)
@@ -1981,10 +2198,13 @@ class LstmCtcOcr:
         app.before_request(self._admit)
         app.after_request(self._account)
         app.register_error_handler(HTTPException, _json_error)
-        for path, method, answer in (
-                ("/captchaOcr", "GET", self._answer_path), ("/captchaOcr", "POST", self._answer_post),
-                ("/healthz", "GET", self._answer_health), ("/", "GET", self._answer_page),
-                ("/openapi.json", "GET", describe_service)):
+        routes = [("/captchaOcr", "GET", self._answer_path), ("/captchaOcr", "POST", self._answer_post),
+                  ("/healthz", "GET", self._answer_health), ("/", "GET", self._answer_page),
+                  ("/openapi.json", "GET", describe_service)]
+        if labelling:
+            routes += [("/label", "GET", self._answer_label_page), ("/label", "POST", self._answer_label),
+                       ("/label/image", "GET", self._answer_image_to_label)]
+        for path, method, answer in routes:
             app.add_url_rule(path, answer.__name__, answer, methods=[method], provide_automatic_options=False)
         return app
 
@@ -2057,13 +2277,13 @@ class LstmCtcOcr:
     def _answer(self, datas, known):
         """Reads files' bytes; returns for each what the service says about it.
 
-        known: a mapping that may hold `letters` and `length`; where it does not, the settings do. Ends the request with
-        an error if no image can be read; where some can, the others have their error in their place.
+        known: a mapping that may hold `letters`, `length` and `align`; where it does not, the settings do. Ends the
+        request with an error if no image can be read; where some can, the others have their error in their place.
         """
         service = _service()
         try:
-            known = service.reader.ocr.known(*(str(known.get(name) or getattr(self, name))
-                                               for name in ("letters", "length")))
+            known = service.reader.ocr.known(*(str(known.get(name) or getattr(self, name, ""))
+                                               for name in ("letters", "length", "align")))
         except self.Error as error:
             flask.abort(error.status, str(error))
         with service.lock:
@@ -2081,7 +2301,7 @@ class LstmCtcOcr:
         with service.lock:
             service.images_read += len(readings) - len(faults)
         return [{"error": str(reading)} if isinstance(reading, self.Error) else
-                {"ocr_ret": reading[0], "confidence": reading[1]} for reading in readings]
+                _reading(*reading) for reading in readings]
 
     def _read_in_batches(self, service, datas, known):
         """As `_read_each`, for many threads at once: others read in batches what all of them have asked for."""
@@ -2130,13 +2350,9 @@ class LstmCtcOcr:
 
     def _answer_page(self):
         """GET /"""
-        nonce = secrets.token_urlsafe(16)
         samples = "".join(SAMPLE.format(name=html.escape(path.stem), data=base64.b64encode(path.read_bytes()).decode())
                           for path in sorted((HOME / "dataset" / "test").glob("*.png"))[:3])
-        page = PAGE.replace("$nonce", nonce).replace("$samples", samples).replace("$net", _service().model["net"])
-        return page, {"Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
-                      f"'nonce-{nonce}'; img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-                      "frame-ancestors 'none'"}
+        return _page(PAGE, samples=samples, net=_service().model["net"])
 
     def _servable(self, img_path):
         """The regular file that a client names, links resolved, if it is under the image root; else None.
@@ -2144,13 +2360,85 @@ class LstmCtcOcr:
         A relative path may start at the server's folder, at the image root or at the folder that holds it.
         """
         folders = _service().folders
-        for folder in folders:
-            try:
-                path = Path(os.path.realpath(folder / img_path))
-                if path.is_relative_to(folders[-1]) and path.is_file():
-                    return path
-            except (OSError, ValueError):  # a name too long, a NUL
-                return None
+        return next(filter(None, (_file_under(folders[-1], folder / img_path) for folder in folders)), None)
+
+    def _open_labelling(self):
+        """The folder to label, what labels it has and what images; raises `Error` if that is no such folder."""
+        folder = Path(os.path.realpath(self.label))
+        if not folder.is_dir():
+            raise self.Error(f"--label {self.label} is not a folder")
+        images = tuple(_images_below(folder))
+        if not images:
+            raise self.Error(f"no images in {self.label}: --label takes the folder of those that you want to label")
+        labels, known = dict(_read_labels(folder / LABELS)), set(images)
+        return self._Labelling(folder, images, {name: label for name, label in labels.items() if name in known})
+
+    def _guess_all(self, service):
+        """Reads the images that are to be labelled, until the service is closed."""
+        names = service.labelling.left()
+        for start in range(0, len(names), SERVE_BATCH):
+            if service.stopping:
+                break
+            self._guess(service.labelling, names[start:start + SERVE_BATCH])
+
+    def _guess(self, labelling, names):
+        """Reads images that are to be labelled; one that cannot be read is said on stderr, and need not be."""
+        for name, reading in zip(names, self._read_each([labelling.folder / name for name in names])):
+            if isinstance(reading, self.Error):
+                reading = print(reading, file=sys.stderr)
+            labelling.guesses[name] = reading
+
+    def _answer_label_page(self):
+        """GET /label"""
+        return _page(LABEL_PAGE, enough=str(ENOUGH_LABELS))
+
+    def _answer_image_to_label(self):
+        """GET /label/image: the one that `path` names, or else the next."""
+        return self._image_to_label(flask.request.args.get("path"))
+
+    def _answer_label(self):
+        """POST /label: writes an image's label, or puts the image off if there is none; answers with the next."""
+        request, labelling = flask.request, _service().labelling
+        origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "same-origin")
+        if site != "same-origin" or origin is not None and origin.partition("://")[2] != request.host:
+            flask.abort(403, "labels are taken from this service's own page, and from no other site's")
+        if request.mimetype != "application/json":
+            flask.abort(415, 'send JSON: {"path": the image\'s, "label": what it says}')
+        body = _json_body()
+        if not isinstance(body, dict) or not isinstance(body.get("path"), str):
+            flask.abort(400, 'send {"path": the image\'s, "label": what it says}')
+        name, label = body["path"], body.get("label")
+        if name not in labelling.images:
+            flask.abort(404, "no such image in the folder to label")
+        if label is None:
+            labelling.skipped[name] += 1
+            return self._image_to_label()
+        label = label.strip() if isinstance(label, str) else ""
+        if not label or not label.isprintable():
+            flask.abort(400, "a label is at least one letter, and holds no control characters")
+        try:
+            labelling.write(name, label)
+        except OSError as error:
+            raise ServiceUnavailable(f"{LABELS} cannot be written: {error.strerror}") from None
+        return self._image_to_label()
+
+    def _image_to_label(self, asked=None):
+        """What the page shows: the image that is asked for, or that which is next; no path if all have a label."""
+        labelling, data = _service().labelling, b""
+        while name := asked or labelling.next():
+            path = name in labelling.images and _file_under(labelling.folder, labelling.folder / name)
+            if path and name not in labelling.guesses:
+                self._guess(labelling, [name])
+            if path and labelling.guesses[name]:
+                data = path.read_bytes()
+                break
+            if asked:
+                flask.abort(404, "no such image in the folder to label")
+            labelling.guesses[name] = None  # it has gone since
+        guess, confidence = labelling.guesses[name] if name else ("", 0)
+        return {"path": name or "", "image": _data_url(data), "guess": guess, "confidence": confidence,
+                "label": labelling.labels.get(name, ""), "labelled": len(labelling.labels),
+                "images": len(labelling.labels) + len(labelling.left())}
 
     def start(self):
         """Serves until it is told to stop, and then finishes what is under way; returns 1 if the server failed."""
@@ -2165,6 +2453,8 @@ class LstmCtcOcr:
             print(f"http://{host}:{server.effective_port}/captchaOcr?img_path=./dataset/test/0_PIY.png",
                   file=sys.stderr, flush=True)
             self._say_model()
+            if self.label:
+                print(f"label {self.label} on http://{host}:{server.effective_port}/label", file=sys.stderr, flush=True)
             while not stop and serving.is_alive():  # who waits for a lock misses a signal that comes as the wait begins
                 time.sleep(0.1)
             if not stop:
@@ -2182,8 +2472,9 @@ class LstmCtcOcr:
             raise self.Error(f"cannot serve on {self.host}:{self.port} ({error}); choose another --port or "
                              "--host") from None
         if not ipaddress.ip_address(address[0]).is_loopback:
-            print(f"other machines can reach this: posted images are read, and every image under {self.image_root}; "
-                  f"a token is {'' if self.token or os.environ.get(TOKEN_VARIABLE) else 'not '}asked for",
+            label = f", and {self.label} can be seen and labelled" if self.label else ""
+            print(f"other machines can reach this: posted images are read, and every image under {self.image_root}"
+                  f"{label}; a token is {'' if self.token or os.environ.get(TOKEN_VARIABLE) else 'not '}asked for",
                   file=sys.stderr)
         waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
         # More threads than may wait for an answer, so that there is always one to say that too many wait.
@@ -3051,12 +3342,7 @@ def sequence_probabilities(sequences, p):
     The forward recursion of Graves et al. (2006), section 4.1. It needs no logarithms: float64 loses only what is below
     1e-300 in the end.
     """
-    lengths, blank = np.array([len(sequence) for sequence in sequences]), p.shape[2] - 1
-    states = np.full((len(sequences), 2 * lengths.max() + 1), blank)  # (B, S): letters with blanks around them
-    for row, sequence in zip(states, sequences):
-        row[1:2 * len(sequence):2] = sequence
-    skips = np.zeros(states.shape)  # 1 where a path may come from the state before the last one
-    skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
+    lengths, (states, skips) = np.array([len(sequence) for sequence in sequences]), _states(sequences, p.shape[2] - 1)
     rows = np.arange(len(sequences))
     emitted = p[:, rows[:, None], states]  # (T, B, S)
     paths = np.zeros((len(sequences), states.shape[1] + 2))  # (B, S + 2): what ends in each state, two zeros before
@@ -3068,6 +3354,40 @@ def sequence_probabilities(sequences, p):
         now += own
         np.multiply(now, step, out=own)
     return np.minimum(1, paths[rows, 2 * lengths + 2] + paths[rows, 2 * lengths + 1])
+
+
+def _states(sequences, blank):
+    """CTC's states of B sequences: classes (B, S) with blanks around each, and 1 (B, S) where one may be skipped to.
+
+    That is where a path may come from the state before the last one.
+    """
+    states = np.full((len(sequences), 2 * max(map(len, sequences)) + 1), blank)
+    for row, sequence in zip(states, sequences):
+        row[1:2 * len(sequence):2] = sequence
+    skips = np.zeros(states.shape)
+    skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
+    return states, skips
+
+
+def viterbi(sequence, p):
+    """The likeliest alignment of a sequence with p (T, C), blank last: (first step, step after the last) of each class.
+
+    Where the steps are too few for the sequence, what has none is given an empty span.
+    """
+    (states,), (skips,) = _states([sequence], p.shape[1] - 1)
+    log_p = np.log(np.maximum(p[:, states], TINY))  # (T, S)
+    best = np.full(len(states) + 2, -np.inf)  # of the paths that end in each state, two impossible ones before
+    best[2:4] = log_p[0, :2]
+    back, barred = np.zeros(log_p.shape, int), np.where(skips > 0, 0, -np.inf)
+    for step in range(1, len(p)):
+        ways = np.stack([best[2:], best[1:-1], best[:-2] + barred])  # from the same state, the last, the one before it
+        back[step] = ways.argmax(axis=0)
+        best[2:] = ways.max(axis=0) + log_p[step]
+    path = [len(states) - 2 + int(best[-2:].argmax())]
+    for step in range(len(p) - 1, 0, -1):
+        path.append(path[-1] - back[step, path[-1]])
+    return [tuple(np.searchsorted(path[::-1], state, side).tolist() for side in ("left", "right"))
+            for state in range(1, len(states), 2)]
 
 
 def _beam_search(p, beam_width, longest, fits=None, follows=None):
@@ -3146,8 +3466,9 @@ def edit_distance(a, b):
 def score(truths, readings):
     """Compares readings with the truth.
 
-    Returns accuracy (whole strings), cer (character error rate: edits per true letter), count, by_length and by_repeat:
-    {length: (right, count)} of all strings, and of those with two equal letters side by side.
+    Returns accuracy (whole strings), caseless (the same with letters' case ignored), cer (character error rate: edits
+    per true letter), count, by_length and by_repeat: {length: (right, count)} of all strings, and of those with two
+    equal letters side by side.
     """
     by_length, by_repeat = collections.defaultdict(lambda: (0, 0)), collections.defaultdict(lambda: (0, 0))
     for truth, reading in zip(truths, readings):
@@ -3156,8 +3477,9 @@ def score(truths, readings):
             right, count = table[len(truth)]
             table[len(truth)] = right + (reading == truth), count + 1
     edits = sum(map(edit_distance, truths, readings))
+    caseless = sum(truth.casefold() == reading.casefold() for truth, reading in zip(truths, readings))
     return {"accuracy": sum(right for right, _ in by_length.values()) / max(1, len(truths)), "count": len(truths),
-            "cer": edits / max(1, sum(map(len, truths))),
+            "caseless": caseless / max(1, len(truths)), "cer": edits / max(1, sum(map(len, truths))),
             "by_length": dict(sorted(by_length.items())), "by_repeat": dict(sorted(by_repeat.items()))}
 
 
@@ -3165,7 +3487,7 @@ def describe(scores):
     """The lines that `test` prints below its readings."""
     right = sum(right for right, _ in scores["by_length"].values())
     lines = [f"accuracy {scores['accuracy']:.2%} ({right} of {scores['count']}), "
-             f"edit distance (CER) {scores['cer']:.4f}",
+             f"{scores['caseless']:.2%} with case ignored, edit distance (CER) {scores['cer']:.4f}",
              "by length   " + _shares(scores["by_length"])]
     repeats = sum(count for _, count in scores["by_repeat"].values())
     if repeats:
@@ -3182,6 +3504,12 @@ def describe(scores):
 def _shares(table):
     """{length: (right, count)} as a line."""
     return "  ".join(f"{length}: {right / count:.1%}" for length, (right, count) in table.items())
+
+
+def _reading(text, confidence, letters=None):
+    """A reading as JSON has it; letters: (letter, confidence, columns) of each, where that was asked for."""
+    alignment = [dict(zip(("letter", "confidence", "columns"), letter)) for letter in letters or ()]
+    return {"ocr_ret": text, "confidence": confidence, **({} if letters is None else {"alignment": alignment})}
 
 
 def _spelt(text):
@@ -3227,27 +3555,114 @@ def _opencv_has_limit():
         return True
 
 
-def _stamps(paths):
-    """(n,) uint64: digests of files' names, sizes and times of change; a missing file's is that of no image."""
+def _stamps(paths, folder):
+    """(n,) uint64: digests of files' names in a folder, sizes and times of change; a missing file's: of no image."""
+    start = os.path.join(folder, "")
+
     def stamp(path):
         try:
             about = os.stat(path)
             facts = f"/{about.st_size}/{about.st_mtime_ns}"
         except (OSError, ValueError):  # which `load_image` will say
             facts = ""
-        name = os.fsencode(os.path.basename(path) + facts)
+        name = os.fsencode(os.fspath(path).removeprefix(start) + facts)
         return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
     return np.fromiter(map(stamp, paths), np.uint64)
 
 
 def _image_files(path):
-    """The images of a folder in the order of their numbers, or the path itself if it is no folder."""
-    if not path.is_dir():
-        return [path]
-    files = [path / entry.name for entry in os.scandir(path) if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES
-             and not entry.name.startswith(".")]
-    return sorted(files, key=lambda file: (int(re.match(r"\d*", file.name)[0] or -1), file.name))
+    """The images of a folder and those below it in the order of their numbers, or the path itself if it is none."""
+    return [path / name for name in _files_in(path)[0]] if path.is_dir() else [path]
+
+
+def _files_in(folder):
+    """The images of a folder and its subfolders in the order of their numbers, and its other files: paths in there.
+
+    What is hidden is none of them; raises OSError if the folder, not one below it, cannot be listed.
+    """
+    if not os.path.isdir(folder):
+        return [], []
+    os.scandir(folder).close()  # which os.walk would pass over
+    images, others = [], []
+    for path, folders, files in os.walk(folder):
+        start = os.path.join(os.path.relpath(path, folder), "") if path != os.fspath(folder) else ""
+        named = [name for name in folders if _is_image_name(name)]  # whoever opens one will say what is wrong with it
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is_image_name(name))
+        named += filter(_is_image_name, files)
+        named.sort(key=lambda name: (int(re.match(r"\d*", name)[0] or -1), name))
+        images += [start + name for name in named]
+        others += [start + name for name in files if not name.startswith(".") and not _is_image_name(name)]
+    return images, sorted(others)
+
+
+def _quoted(text):
+    """A name in a message: on one line, whatever it is."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _is_image_name(name):
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def _gap(labels):
+    """How far apart labels are on average that count images (0 for one of them); inf if they do not look like that.
+
+    Nearly all are different numbers without leading zeros, close together or of different lengths. Labels that are all
+    the same tell no more than such do.
+    """
+    plain = [(name, label) for name, label in labels.items() if label.isdecimal() and (label[0] != "0" or label == "0")]
+    numbers = {(os.path.dirname(name), int(label)) for name, label in plain}  # each subfolder may begin anew
+    if numbers and len(numbers) >= 0.98 * len(labels):
+        values = [number for _, number in numbers]
+        gap = (max(values) - min(values)) / len(values)
+        return gap if gap < MAX_GAP or len({len(label) for _, label in plain}) > 1 else math.inf
+    return MAX_GAP - 1 if len(set(labels.values())) == 1 else math.inf
+
+
+def _number_of(name):
+    """The number in a file's name, <i>_<LABEL>.png, or else one that the name decides."""
+    named = LABELLED.fullmatch(os.path.basename(name))
+    return int(named[1]) if named else int(_digest(name) * 2 ** 32)
+
+
+def _images_below(folder):
+    """Names of the images in a folder and its subfolders: paths from there on, of files that are in there for real.
+
+    Those with unprintable names are left out.
+    """
+    for place, below, _ in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for path in _image_files(Path(place)):
+            name = path.relative_to(folder).as_posix()
+            if name.isprintable() and _file_under(folder, path):
+                yield name
+
+
+def _file_under(folder, path):
+    """The regular file at `path`, links resolved, if it is under `folder` (links resolved); else None."""
+    try:
+        path = Path(os.path.realpath(path))
+        return path if path.is_relative_to(folder) and path.is_file() else None
+    except (OSError, ValueError):  # a name too long, a NUL
+        return None
+
+
+def _read_labels(path):
+    """(name, label) of each line of a file of labels; a last line without its end is taken out of the file.
+
+    Such a line was cut short by a power cut, and its label may be. Raises `Error` if the file is not text.
+    """
+    try:
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[:max(data.rfind(b"\n"), data.rfind(b"\r")) + 1]
+        rows = list(csv.reader(io.StringIO(whole.decode("utf-8-sig"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise LstmCtcOcr.Error(f"{path} is no CSV file in UTF-8 ({error}): mend it, or move it away") from None
+    if len(whole) < len(data):
+        print(f"{path}: the last line was cut short and is taken out: {data[len(whole):]!r}", file=sys.stderr)
+        os.truncate(path, len(whole))
+    return [row[:2] for row in rows if len(row) > 1 and row[1]]
 
 
 def _digest(path):
@@ -3345,6 +3760,23 @@ def _json_body():
         return None
 
 
+def _page(page, **values):
+    """A page, its $names filled in, and the policy that no script or style but its own runs."""
+    nonce = secrets.token_urlsafe(16)
+    for name, value in {"nonce": nonce, **values}.items():
+        page = page.replace("$" + name, value)
+    return page, {"Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
+                  f"'nonce-{nonce}'; img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+                  "frame-ancestors 'none'"}
+
+
+def _data_url(data):
+    """An image file for a page, which finds out the kind by itself; a TIFF, which browsers do not show, as PNG."""
+    if data.startswith((b"II*\0", b"MM\0*")):
+        data = cv2.imencode(".png", cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))[1].tobytes()
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
 def _base64_image(body):
     """The image in the JSON body {"image": base64}."""
     try:
@@ -3355,10 +3787,12 @@ def _base64_image(body):
 
 def describe_service():
     """The service's OpenAPI description."""
-    text, number, binary = {"type": "string"}, {"type": "number", "minimum": 0}, {"type": "string", "format": "binary"}
+    text, binary = {"type": "string"}, {"type": "string", "format": "binary"}
     letters = {**text, "description": "letters that alone can be read, such as ABC"}
     length = {**text, "pattern": f"^{LENGTH.pattern}$", "description": "letters of the text: N or MIN-MAX"}
-    known = [{"name": "letters", "in": "query", "schema": letters}, {"name": "length", "in": "query", "schema": length}]
+    align = {"type": "integer", "enum": [0, 1], "description": "1: each letter's own confidence, and its columns"}
+    restrictions = {"letters": letters, "length": length, "align": align}
+    known = [{"name": name, "in": "query", "schema": schema} for name, schema in restrictions.items()]
     return {
         "openapi": "3.1.0",
         "info": {"title": "lstm_ctc_ocr", "version": VERSION},
@@ -3377,28 +3811,59 @@ def describe_service():
                         "image/*": {"schema": binary},
                         "application/json": {"schema": {
                             "type": "object", "required": ["image"], "properties": {
-                                "image": {**text, "format": "byte"}, "letters": letters, "length": length}}},
+                                "image": {**text, "format": "byte"}, **restrictions}}},
                         "multipart/form-data": {"schema": {
                             "type": "object", "required": ["image"], "properties": {
                                 "image": {"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": binary},
-                                "letters": letters, "length": length}}}}},
+                                **restrictions}}}}},
                     "responses": _answers("its text; of several, their texts in order, or what is wrong with one",
                                           "Readings", 400, 413, 415, 422)}},
             "/healthz": {"get": {"summary": "Model, version, counters, latency of readings",
                                  "responses": _answers("it is up", "Health")}},
             "/openapi.json": {"get": {"summary": "This description", "responses": _answers("OpenAPI", "Any")}},
-            "/": {"get": {"summary": "The page", "responses": _answers("HTML", "Text", kind="text/html")}}},
-        "components": {"schemas": {
-            "Any": {"type": "object"},
-            "Text": text,
-            "Error": _record(error=text),
-            "Reading": _record(ocr_ret=text, confidence=number),
-            "PathReading": _record(img_path=text, ocr_ret=text, confidence=number),
-            "Readings": {"anyOf": [_schema("Reading"), _record(results={
-                "type": "array", "items": {"anyOf": [_schema("Reading"), _schema("Error")]}})]},
-            "Health": _record(status=text, version=text, model={"type": "object"}, waiting=number, images_read=number,
-                              errors=number, other_requests=number, latency_ms=_record(
-                                  p50=number, p95=number, p99=number))}}}
+            "/": {"get": {"summary": "The page", "responses": _answers("HTML", "Text", kind="text/html")}},
+            **(_describe_labelling() if _service().labelling else {})},
+        "components": {"schemas": _describe_answers()}}
+
+
+def _describe_answers():
+    """The schemas of what the service answers."""
+    text, number = {"type": "string"}, {"type": "number", "minimum": 0}
+    return {
+        "Any": {"type": "object"},
+        "Text": text,
+        "Error": _record(error=text),
+        "ToLabel": _record(path=text, image=text, guess=text, confidence=number, label=text, labelled=number,
+                           images=number),
+        "Letter": _record(letter=text, confidence=number, columns={
+            "type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2,
+            "description": "the first, and the one after the last"}),
+        "Reading": {**_record(ocr_ret=text, confidence=number), "properties": {
+            "ocr_ret": text, "confidence": number, "alignment": {"type": "array", "items": _schema("Letter")}}},
+        "PathReading": {"allOf": [_record(img_path=text), _schema("Reading")]},
+        "Readings": {"anyOf": [_schema("Reading"), _record(results={
+            "type": "array", "items": {"anyOf": [_schema("Reading"), _schema("Error")]}})]},
+        "Health": _record(status=text, version=text, model={"type": "object"}, waiting=number, images_read=number,
+                          errors=number, other_requests=number, latency_ms=_record(
+                              p50=number, p95=number, p99=number))}
+
+
+def _describe_labelling():
+    """The paths that --label adds to the description."""
+    text, name = {"type": "string"}, {"type": "string", "minLength": 1}
+    return {
+        "/label": {
+            "get": {"summary": "The page to label images on",
+                    "responses": _answers("HTML", "Text", kind="text/html")},
+            "post": {
+                "summary": "Writes an image's label, or puts it off if there is none",
+                "requestBody": {"required": True, "content": {"application/json": {"schema": {
+                    "type": "object", "required": ["path"], "properties": {"path": name, "label": text}}}}},
+                "responses": _answers("the next image to label", "ToLabel", 400, 403, 404, 413, 415)}},
+        "/label/image": {"get": {
+            "summary": "The image to label next, or one that is named",
+            "parameters": [{"name": "path", "in": "query", "schema": name}],
+            "responses": _answers("the image, and what it may say", "ToLabel", 404)}}}
 
 
 def _answers(description, schema, *codes, kind="application/json"):
@@ -3416,6 +3881,77 @@ def _schema(name):
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+LABEL_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Label captchas</title>
+<style nonce="$nonce">
+  :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+  body { max-width: 40rem; margin: 0 auto; padding: 1.5rem 1rem }
+  h1 { font-size: 1.4rem }
+  img { display: block; width: 100%; height: 10rem; object-fit: contain; background: #fff; border-radius: .25rem }
+  input { display: block; box-sizing: border-box; width: 100%; margin: 1rem 0; padding: .5rem; text-align: center }
+  input { font: 600 1.6rem ui-monospace, monospace; letter-spacing: .1em }
+  small { font-size: .85rem; opacity: .75 }
+</style>
+<h1>What does it say?</h1>
+<main>
+  <img alt="the image to label" hidden>
+  <input aria-label="what the image says" autocomplete="off" autocapitalize="off" spellcheck="false" autofocus>
+  <p id="note" aria-live="polite"></p>
+  <p id="progress"></p>
+</main>
+<small>Enter takes it, Escape skips it, Backspace in the empty field goes one back.</small>
+<noscript>This page needs JavaScript.</noscript>
+<script nonce="$nonce">
+  const image = document.querySelector("img"), field = document.querySelector("input"), past = [];
+  const note = document.querySelector("#note"), progress = document.querySelector("#progress");
+  let shown = "", busy = false;
+
+  async function ask(target, body) {
+    busy = true;
+    try {
+      const headers = {"Content-Type": "application/json"};
+      const response = await fetch(target, body && {method: "POST", headers, body: JSON.stringify(body)});
+      const answer = await response.json();
+      if (!response.ok) throw new Error(answer.error);
+      show(answer);
+      return true;
+    } catch (error) {
+      note.textContent = error.message;
+    } finally {
+      busy = false;
+    }
+  }
+
+  function show(answer) {
+    shown = answer.path;
+    image.hidden = !shown;
+    image.src = answer.image;
+    field.value = answer.label || answer.guess;
+    field.select();
+    const sure = `${answer.path}: read with confidence ${(100 * answer.confidence).toFixed(1)} %`;
+    note.textContent = shown ? sure : "Every image has its label.";
+    progress.textContent = `${answer.labelled} of ${answer.images}; about $enough are enough to begin with`;
+  }
+
+  async function leave(body) {
+    const before = shown;
+    if (await ask("label", body)) past.push(before);
+  }
+
+  field.addEventListener("keydown", event => {
+    const back = event.key === "Backspace" && !field.value && !event.repeat && past.length;
+    if (busy || event.isComposing) return;
+    if (event.key === "Enter" && shown) leave({path: shown, label: field.value});
+    else if (event.key === "Escape" && shown) leave({path: shown});
+    else if (back) ask("label/image?path=" + encodeURIComponent(past.pop()));
+  });
+  ask("label/image");
+</script>
+</html>
+"""
 SAMPLE = """<button class="sample"><img alt="sample {name}" src="data:image/png;base64,{data}"></button>"""
 PAGE = """<!doctype html>
 <html lang="en">
@@ -3434,6 +3970,9 @@ PAGE = """<!doctype html>
   .sample img { display: block; height: 2.5rem }
   figure { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; margin: 1rem 0 }
   figure img { max-width: min(256px, 100%); max-height: 8rem; background: #fff; border-radius: .25rem }
+  .sure { text-decoration: underline solid .15rem #2a2 }
+  .unsure { text-decoration: underline dashed .15rem #c80 }
+  .doubtful { text-decoration: underline wavy .15rem #d33 }
   output { font: 600 1.6rem ui-monospace, monospace; letter-spacing: .1em; overflow-wrap: anywhere }
   small { display: block; font: .85rem system-ui, sans-serif; letter-spacing: 0; opacity: .75 }
 </style>
@@ -3459,10 +3998,17 @@ PAGE = """<!doctype html>
     const begun = performance.now();
     try {
       const headers = {"Content-Type": blob.type.startsWith("image/") ? blob.type : "image/unknown"};
-      const response = await fetch("captchaOcr", {method: "POST", headers, body: blob});
+      const response = await fetch("captchaOcr?align=1", {method: "POST", headers, body: blob});
       const answer = await response.json();
       if (!response.ok) throw new Error(answer.error);
-      output.textContent = answer.ocr_ret || "(no letter)";
+      output.textContent = answer.ocr_ret ? "" : "(no letter)";
+      for (const {letter, confidence, columns: [first, last]} of answer.alignment) {
+        const span = document.createElement("span");
+        span.textContent = letter;
+        span.className = confidence < .5 ? "doubtful" : confidence < .95 ? "unsure" : "sure";
+        span.title = `confidence ${(100 * confidence).toFixed(1)} %, read in columns ${first} to ${last - 1}`;
+        output.append(span);
+      }
       const milliseconds = Math.round(performance.now() - begun);
       note.textContent = `confidence ${(100 * answer.confidence).toFixed(1)} %, ${milliseconds} ms`;
     } catch (error) {
@@ -3642,11 +4188,11 @@ COMMANDS = {
     "create_dataset": ("render captchas to train on",
                        "dataset look fonts im_total_num words words_max_num im_width im_height seed workers shard"),
     "train": ("train on rendered captchas or on your own, or go on from the last checkpoint",
-              "dataset start_from model net words words_max_num im_width im_height train_max_num val_num n_hidden "
-              "batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
-    "test": ("read images: one line each", "model net beam_width letters length"),
+              "dataset labels start_from model net words words_max_num im_width im_height train_max_num val_num "
+              "n_hidden batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
+    "test": ("read images: one line each", "model net labels beam_width letters length"),
     "start": ("serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
-              "model net beam_width letters length host port image_root token"),
+              "model net beam_width letters length host port image_root label token"),
     "export": ("write a SavedModel for TensorFlow Serving, or an ONNX file", "model net beam_width"),
 }
 
@@ -3673,6 +4219,8 @@ def _parser():
         if command == "test":
             sub.add_argument("paths", nargs="*", metavar="PATH", help="images and folders of images (dataset/test)")
             sub.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an image")
+            sub.add_argument("--align", action="store_true", help="with --json: each letter's own confidence, and the "
+                             "columns of the image, [first, last), where it was read")
     return parser
 
 
@@ -3680,7 +4228,9 @@ def main(argv=None):
     """Runs one command; returns its exit code (0 done, 1 some images could not be read, 2 wrong use)."""
     settings = vars(_parser().parse_args(argv))
     command = settings.pop("command")
-    arguments = {name: settings.pop(name) for name in ("paths", "as_json", "directory") if name in settings}
+    with contextlib.suppress(AttributeError):  # not a stream of Python's own
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
+    arguments = {name: settings.pop(name) for name in ("paths", "as_json", "align", "directory") if name in settings}
     try:
         return getattr(LstmCtcOcr(**settings), command)(**arguments) or 0
     except KeyboardInterrupt as stop:

@@ -161,7 +161,7 @@ def test_a_model_that_never_learnt_does_not_take_over_silently(trained, tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), "accuracy": 0.03}))
     monkeypatch.setattr("lstm_ctc_ocr.MODELS", tmp_path)
     assert main(["test"]) == 0
-    passed, reading = capfd.readouterr().err.splitlines()
+    passed, reading, _ = capfd.readouterr().err.splitlines()
     assert "lstm is passed over: it read only 3.0% of its held-out images" in passed
     assert "reading with" in reading and "cnn_lstm, 99.6% of 2,000 held-out images" in reading
     assert main(["test", "--model", str(tmp_path / "lstm")]) == 0  # asked for, it reads
@@ -230,10 +230,10 @@ def test_letters_and_length_that_are_known_restrict_the_reading(engine, capfd):
 def test_images_unlike_what_was_learnt_are_named_as_such(tmp_path, capfd):
     """The remedy too: `general`, unless it is at work already."""
     shutil.copytree(SHIPPED, tmp_path / "general")
-    assert len(read(capfd, "--model", SHIPPED)[2].splitlines()) == 1  # what it reads with
+    assert len(read(capfd, "--model", SHIPPED)[2].splitlines()) == 2  # what it reads with, and how files are labelled
     for folder, general in (SHIPPED, True), (tmp_path / "general", False):
         _, lines, messages = read(capfd, "--model", folder, "--length", 5)  # the samples have 1, 3 and 8 letters
-        assert len(messages.splitlines()) == 2 and "do not look like what this model has learnt" in messages
+        assert len(messages.splitlines()) == 3 and "do not look like what this model has learnt" in messages
         assert ("--model general" in messages) == general and "--start-from general" in messages
         assert "accuracy 0.00% (0 of 3)" in lines[4]
 

@@ -409,6 +409,9 @@ def test_a_browser_reads_what_is_dropped_chosen_and_clicked(server, tmp_path):
             document.querySelector("#drop").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
         """, base64.b64encode(SAMPLES["BCAVDPXT"]).decode())
         newest("BCAVDPXT", 3)
+        letters = driver.find_elements(By.CSS_SELECTOR, "output:first-of-type span.sure")  # each underlined by itself
+        assert "".join(letter.text for letter in letters[:8]) == "BCAVDPXT" and "read in columns" in (
+            letters[0].get_attribute("title"))
         assert "confidence" in driver.find_element(By.TAG_NAME, "output").text
         complaints = [entry for entry in driver.get_log("browser") if "favicon" not in entry["message"]]
         assert not complaints  # such as of the content security policy

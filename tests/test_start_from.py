@@ -37,7 +37,7 @@ def test_it_goes_on_from_what_the_other_model_knows(few, trained, tmp_path, capf
     assert config["validated_on"] >= 20  # rather than a tenth of 60
     assert config["accuracy"] >= base["accuracy"] - 0.15  # ten steps or so from nothing read nothing
     said = capfd.readouterr().err
-    assert "60 images with 1 to 3 of AX, prepared as 96 x 64 pixels" in said and "few to learn" not in said
+    assert "60 images, labels as in *_LABEL" in said and "1 to 3 letters of AX in 96 x 64 pixels" in said and "few to learn" not in said
     assert train(few, trained, tmp_path / "model", epoch_max=12) == 0  # goes on, and not from the start again
     assert config_of(tmp_path / "model")["step"] > config["step"]
 
