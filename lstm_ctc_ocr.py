@@ -2607,7 +2607,7 @@ class LstmCtcOcr:
         add("LogSoftmax", add("Add", add("MatMul", x, kernel), bias), axis=2, name="scores")
 
     def _onnx_convolutions(self, add, x, weights):
-        """`convolutions` in ONNX operations, batch normalisation folded in: (B, 1, H, W) -> (B, channels, ., T)."""
+        """`convolutions` as ONNX operations, batch normalisation folded in: (B, 1, H, W) -> (B, channels, ., T)."""
         def convolution(x, name, strides=(1, 1)):
             kernel, scale, offset, mean, variance = (
                 weights[f"{name}/{part}"] for part in ("kernel", "scale", "offset", "mean", "variance"))

@@ -1,6 +1,6 @@
 """Measures this project's speed as ratios of figures taken in one run.
 
-    python tests/benchmark.py [train|read|render|serve|cluster|soak] [--net lstm|cnn_lstm] [--json]
+    python tests/benchmark.py [train|read|start|render|serve|cluster|soak] [--net lstm|cnn_lstm] [--json]
 
 Machines differ, and one machine differs from hour to hour; a ratio of two things that took turns does not. Run it on an
 otherwise idle machine.
@@ -9,6 +9,7 @@ otherwise idle machine.
 import argparse
 import collections
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -138,13 +139,33 @@ def benchmark_train(ocr, folder):
             "peak_gflops": operations / peak / 1e9, "train_share_of_peak": rate / (operations / peak)}
 
 
+def exported(ocr, folder):
+    """The same model as an ONNX file: returns its path."""
+    path = str(Path(folder) / "reader.onnx")
+    ocr.export(path)
+    return path
+
+
 def benchmark_read(ocr, folder):
-    """Milliseconds an image with the model loaded: decoding of the file, network and beam search."""
-    paths = [path for path, _ in rendered(ocr, 256, folder)]
-    one, many = take_turns(lambda: [ocr.recognise([path]) for path in paths[:16]],
-                           lambda: list(ocr.recognise_files(paths)))
+    """Milliseconds an image with the model loaded: decoding of the file, network and beam search; by each engine."""
+    paths, readers = [path for path, _ in rendered(ocr, 256, folder)], [ocr, LstmCtcOcr(model=exported(ocr, folder))]
+    one, many, onnx_one, onnx_many = take_turns(*(job for reader in readers for job in (
+        functools.partial(lambda reader: [reader.recognise([path]) for path in paths[:16]], reader),
+        functools.partial(lambda reader: list(reader.recognise_files(paths)), reader))))
     return {"read_ms_batch1": one / 16 * 1e3, "read_ms_batch64": many / 256 * 1e3,
-            "read_images_per_second_batch1": 16 / one, "read_images_per_second_batch64": 256 / many}
+            "read_images_per_second_batch1": 16 / one, "read_images_per_second_batch64": 256 / many,
+            "onnx_ms_batch1": onnx_one / 16 * 1e3, "onnx_ms_batch64": onnx_many / 256 * 1e3}
+
+
+def benchmark_start(ocr, folder):
+    """Seconds from the start of a process to the text of one image, by each engine, warm files."""
+    def start(*flags):
+        subprocess.run([sys.executable, "lstm_ctc_ocr.py", "test", "dataset/test/0_PIY.png", *flags], cwd=ROOT,
+                       check=True, capture_output=True)
+
+    path = exported(ocr, folder)
+    tensorflow, onnx = take_turns(lambda: start("--net", ocr.net), lambda: start("--model", path))
+    return {"start_seconds": tensorflow, "start_seconds_onnx": onnx}
 
 
 def benchmark_render(_, folder):
@@ -163,9 +184,10 @@ def benchmark_render(_, folder):
 
 
 @contextlib.contextmanager
-def serving(ocr, change="pass"):
+def serving(ocr, change="pass", model=""):
     """A server in a process of its own, the script changed by a line; yields its process and port."""
-    code = f"import lstm_ctc_ocr\n{change}\nlstm_ctc_ocr.main(['start', '--port', '0', '--net', {ocr.net!r}])"
+    flags = ["start", "--port", "0", "--net", ocr.net, "--model", model]
+    code = f"import lstm_ctc_ocr\n{change}\nlstm_ctc_ocr.main({flags})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     port = int(re.search(r":(\d+)/", process.stderr.readline())[1])
     threading.Thread(target=lambda: collections.deque(process.stderr, 0), daemon=True).start()
@@ -206,21 +228,24 @@ def load(port, bodies, clients=16):
 def posted(ocr, folder, count):
     """(PNG, what the model reads in it alone) of `count` captchas."""
     paths = [path for path, _ in rendered(ocr, count, folder)]
-    return [(path.read_bytes(), text) for path, text, *_ in ocr.recognise_files(paths)]
+    return [(Path(path).read_bytes(), text) for path, text, *_ in ocr.recognise_files(paths)]
 
 
 SERVERS = {"": "pass", "_unbatched": "lstm_ctc_ocr.SERVE_BATCH = 1",
-           "_http_alone": "lstm_ctc_ocr.LstmCtcOcr._read = lambda *arguments: [('', 0)] * len(arguments[3])"}
+           "_http_alone": "lstm_ctc_ocr.LstmCtcOcr._read = lambda *arguments: [('', 0)] * len(arguments[2])",
+           "_onnx": "assert 'tensorflow' not in lstm_ctc_ocr.sys.modules"}
 
 
 def benchmark_serve(ocr, folder):
-    """16 clients, each with one PNG at a time, against a server as it is, one without batches, one without network.
+    """16 clients, each with one PNG at a time, against a server as it is, and without batches, network, TensorFlow.
 
     Returns requests a second and, of the server's process alone, CPU milliseconds a request.
     """
     bodies, speeds, costs, latencies = posted(ocr, folder, 128), {}, {}, []
+    models = {"_onnx": exported(ocr, folder)}
     with contextlib.ExitStack() as stack:
-        servers = {name: stack.enter_context(serving(ocr, change)) for name, change in SERVERS.items()}
+        servers = {name: stack.enter_context(serving(ocr, change, models.get(name, "")))
+                   for name, change in SERVERS.items()}
         other = stack.enter_context(ProcessPoolExecutor(1))
         for part in range(4):
             for name, (process, port) in servers.items():
@@ -235,8 +260,9 @@ def benchmark_serve(ocr, folder):
     for name in servers:
         figures["serve_requests_per_second" + name] = statistics.median(speeds[name])
         figures["serve_cpu_ms" + name] = statistics.median(costs[name])
-    return {**figures, "serve_vs_unbatched": figures["serve_requests_per_second"]
-            / figures["serve_requests_per_second_unbatched"]}
+    speed = figures["serve_requests_per_second"]
+    return {**figures, "serve_vs_unbatched": speed / figures["serve_requests_per_second_unbatched"],
+            "serve_onnx_vs_tensorflow": figures["serve_requests_per_second_onnx"] / speed}
 
 
 def cpu_seconds(process):
@@ -311,8 +337,8 @@ def benchmark_cluster(ocr, folder):
             "cluster_workers_at_10_gbit": 1.25e9 / (sent / 2 / (LstmCtcOcr.batch_size / one))}
 
 
-BENCHMARKS = {"train": benchmark_train, "read": benchmark_read, "render": benchmark_render, "serve": benchmark_serve,
-              "cluster": benchmark_cluster}
+BENCHMARKS = {"train": benchmark_train, "read": benchmark_read, "start": benchmark_start, "render": benchmark_render,
+              "serve": benchmark_serve, "cluster": benchmark_cluster}
 ON_REQUEST = {"soak": benchmark_soak}
 
 
