@@ -2767,6 +2767,7 @@ def _onnx_session(data, threads):
     runtime = _package("onnxruntime", "read with an ONNX file")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take as much CPU time again
     options.log_severity_level = 4  # nothing is printed, for what is wrong is raised
     return runtime.InferenceSession(data, options, ["CPUExecutionProvider"])
 
