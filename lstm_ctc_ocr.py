@@ -3665,7 +3665,6 @@ def _pixel_count(data):
         return 0
 
 
-@functools.cache
 def _size_of(path):
     """Width and height of an image file by its header, or zeros."""
     with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as image:
@@ -3673,6 +3672,7 @@ def _size_of(path):
     return 0, 0
 
 
+@functools.cache
 def _opencv_has_limit():
     """Whether OpenCV itself refuses more than `MAX_PIXELS`: not if it was imported before this script set them."""
     try:
