@@ -124,7 +124,7 @@ HELD_SHARE, HELD_NUM = 0.1, 2000  # images held out: a tenth of a small folder, 
 HELD_LEAST = 20  # but of a very small one these, or half of it
 FEW = 20_000  # images below which each is distorted anew whenever it is trained on
 DISTORTED = 0.9  # of the training; the rest is on the images as they are
-START_LR = 1e-3  # learning rate of a training that starts from a model
+START_LR, START_IMAGES = 1e-3, 160  # learning rate of a training that starts from a model; of fewer images it is lower
 PATIENCE = 6  # validations in a row without any gain, after which a training on few images ends
 MIN_IMAGES = 10  # to train on
 MAX_CURVE = 200  # points of a learning curve
@@ -418,8 +418,9 @@ class LstmCtcOcr:
 
     def __post_init__(self):
         """Raises `Error` for settings that cannot work."""
-        unset = {field.name: field.metadata["otherwise"] for field in dataclasses.fields(self)
-                 if field.default is None and getattr(self, field.name) in (None, "")}
+        unset = {field.name: field.metadata["otherwise"] for field in dataclasses.fields(self) if field.default is None}
+        unset = {name: value for name, value in unset.items()
+                 if getattr(self, name) is None or getattr(self, name) == value == ""}
         for name, value in {**unset, "unset": frozenset(unset)}.items():
             object.__setattr__(self, name, value)
         if self.words is None:
@@ -1683,7 +1684,6 @@ class LstmCtcOcr:
             raise self.Error(f"--train-max-num {self.train_max_num} leaves some of {place.workers} workers without an "
                              "image: give at least as many")
         labels = self._labels(Path(self.dataset))
-        print(labels, file=sys.stderr)
         return self._settled(folder, labels.of)._train(place, folder, labels)
 
     def _train(self, place, folder, labels):
@@ -1693,6 +1693,7 @@ class LstmCtcOcr:
             with self._alone_in(folder):
                 pass  # if not, that is said now, before the images are decoded
         files = self._labelled_files(Path(self.dataset), place, labels)
+        print(labels, file=sys.stderr)
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only ever shrinks
         ocr = self._with_recipe(sum(_digest(path) >= share for path, _ in files) // self.batch_size)
         tf = _tensorflow()
@@ -1781,7 +1782,8 @@ class LstmCtcOcr:
         recipe = {"save_epoch": max(self.save_epoch, REPORT_STEPS / steps_per_epoch)}
         if self.start_from:
             steps = START_STEPS + START_STEPS_SHARE * self.batch_size * steps_per_epoch
-            recipe.update(epoch_max=steps / steps_per_epoch, lr=START_LR)
+            lr = START_LR * min(1, steps_per_epoch * self.batch_size / START_IMAGES)
+            recipe.update(epoch_max=steps / steps_per_epoch, lr=lr)
         return dataclasses.replace(self, **{name: recipe.get(name) for name in self.unset})
 
     def _prepare(self, place, folder, files, share):
@@ -1948,8 +1950,11 @@ class LstmCtcOcr:
                       [text for text, _ in self._read(infer, images)])
         truths, readings, loss, temperature = self._validate(run)
         held = score(truths, readings)
+        best = held["accuracy"] >= run.config.get("accuracy", 0)
         if run.distorts:
             better = loss < run.least or held["accuracy"] > run.config.get("accuracy", 0)
+            if len(truths) < MIN_VALIDATED:  # so few are right by chance: their loss tells more
+                best = loss < run.least
             run.idle, run.least = 0 if better else run.idle + 1, min(run.least, loss)
         wrong = [row for row, truth in enumerate(truths) if readings[row] != truth]
         figures = {"lr": self._learning_rate((run.step - 1) / run.steps_per_epoch), "images_per_second": speed,
@@ -1965,7 +1970,7 @@ class LstmCtcOcr:
         tqdm.write("\n".join(lines) + "\n", file=sys.stderr)
         self._write_summaries(run, figures, [(run.images[run.held[row]], truths[row], readings[row])
                                              for row in wrong[:8]])
-        if held["accuracy"] >= run.config.get("accuracy", 0):
+        if best:
             run.config.update(accuracy=held["accuracy"], validated_on=len(truths), best_step=run.step,
                               temperature=temperature)
         run.config["curve"] = _thinned([*run.config.get("curve", []),

@@ -20,7 +20,7 @@ from lstm_ctc_ocr import LstmCtcOcr, main  # noqa: E402
 
 # One to three letters out of two: everything that the real task has, repeats above all.
 TASK = dict(words="AX", words_max_num=3, im_width=96, im_height=64)
-NET = dict(n_hidden=48, batch_size=16, lr=1e-2, epoch_max=15, val_num=80)
+NET = dict(n_hidden=48, batch_size=16, lr=1e-2, epoch_max=15, val_num=80, save_epoch=0.1)
 IMAGES = 806  # 86 of them are held out: 45 steps of 16 an epoch
 
 
