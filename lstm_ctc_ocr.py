@@ -117,8 +117,8 @@ FONT_SUFFIXES = {".ttf", ".otf"}
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts",
                 "/System/Library/Fonts", "C:/Windows/Fonts")
 MIN_ACCURACY = 0.5  # of held-out images, from which on a model of the user's is read with rather than what ships
-NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on", "images_seen", "epoch", "cpu_minutes",
-           "held_share")  # of a config.json, where it has them
+NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on", "least_loss", "images_seen", "epoch",
+           "cpu_minutes", "held_share")  # of a config.json, where it has them
 OPENING = threading.Lock()  # held while a model is opened
 HELD_SHARE, HELD_NUM = 0.1, 2000  # images held out: a tenth of a small folder, about 2,000 of a large one
 HELD_LEAST = 20  # but of a very small one these, or half of it
@@ -303,7 +303,6 @@ class LstmCtcOcr:
         begun: float = 0.0  # CPU seconds of this process at the first step
         cpu_before: float = 0.0  # CPU minutes of earlier parts, less those of this process before its first step
         idle: int = 0  # validations since the last that was better in accuracy or loss
-        least: float = math.inf  # loss of a validation
         validation: float = 0.0  # CPU seconds of the last validation
         validating: float = 0.0  # and of all
 
@@ -1950,12 +1949,11 @@ class LstmCtcOcr:
                       [text for text, _ in self._read(infer, images)])
         truths, readings, loss, temperature = self._validate(run)
         held = score(truths, readings)
-        best = held["accuracy"] >= run.config.get("accuracy", 0)
-        if run.distorts:
-            better = loss < run.least or held["accuracy"] > run.config.get("accuracy", 0)
-            if len(truths) < MIN_VALIDATED:  # so few are right by chance: their loss tells more
-                best = loss < run.least
-            run.idle, run.least = 0 if better else run.idle + 1, min(run.least, loss)
+        most, least = run.config.get("accuracy", 0), run.config.get("least_loss", math.inf)
+        # A few are right by chance: their loss tells more.
+        best = loss < least if run.distorts and len(truths) < MIN_VALIDATED else held["accuracy"] >= most
+        run.idle = run.idle + 1 if run.distorts and loss >= least and held["accuracy"] <= most else 0
+        run.config["least_loss"] = min(least, loss)
         wrong = [row for row, truth in enumerate(truths) if readings[row] != truth]
         figures = {"lr": self._learning_rate((run.step - 1) / run.steps_per_epoch), "images_per_second": speed,
                    "train/loss": float(np.mean(run.losses[last_step - run.step:])), "train/edit_distance": train["cer"],
@@ -3649,7 +3647,7 @@ def report_page(readings, model):
 
 
 def _forget_best(config):
-    for name in ("accuracy", "validated_on", "best_step"):
+    for name in ("accuracy", "validated_on", "best_step", "least_loss"):
         config.pop(name, None)
 
 
