@@ -1307,11 +1307,15 @@ class LstmCtcOcr:
             return {}
         folder = _model_folder(self.start_from)
         config = self._load_config(folder)
-        step = config.get("best_step", config["step"])
-        reader = _tensorflow().train.load_checkpoint(str(folder / f"LstmCtcOcr-{step}"))
-        suffix = "/ExponentialMovingAverage"
-        weights = {name.removesuffix(suffix): reader.get_tensor(name)
-                   for name in reader.get_variable_to_shape_map() if name.endswith(suffix)}
+        tf, suffix = _tensorflow(), "/ExponentialMovingAverage"
+        path = folder / f"LstmCtcOcr-{config.get('best_step', config.get('step'))}"
+        try:
+            reader = tf.train.load_checkpoint(str(path))
+            weights = {name.removesuffix(suffix): reader.get_tensor(name)
+                       for name in reader.get_variable_to_shape_map() if name.endswith(suffix)}
+        except (tf.errors.OpError, ValueError, RuntimeError):
+            raise self.Error(f"the checkpoint {path} is missing or torn: restore it, or start from another "
+                             "model") from None
         kernel, bias = weights["dense/kernel"], weights["dense/bias"]
         parts, blank = range(self.label_parts), bias.size - 1
         columns = []

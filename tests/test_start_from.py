@@ -63,6 +63,15 @@ def test_what_contradicts_the_start_is_one_line(few, trained, tmp_path, capfd, s
     assert complaint in capfd.readouterr().err.splitlines()[-1] and not (tmp_path / "model" / "checkpoint").exists()
 
 
+@pytest.mark.parametrize("harm", [lambda file: file.unlink(), lambda file: file.write_bytes(b"torn")])
+def test_a_start_without_a_whole_checkpoint_is_one_line(few, trained, tmp_path, capfd, harm):
+    shutil.copytree(trained, tmp_path / "start")
+    for file in (tmp_path / "start").glob("LstmCtcOcr-*.index"):
+        harm(file)
+    assert train(few, tmp_path / "start", tmp_path / "model") == 2
+    assert "is missing or torn: restore it, or start from another" in capfd.readouterr().err.splitlines()[-1]
+
+
 def test_another_start_than_before_is_refused(few, trained, tmp_path, capfd):
     shutil.copytree(trained, tmp_path / "model")
     assert train(few, trained, tmp_path / "model") == 2
