@@ -1771,7 +1771,7 @@ class LstmCtcOcr:
         if not self.val_num:
             return 0
         share = min(HELD_SHARE, HELD_NUM / (len(files) * place.workers))
-        if place.workers == 1 and len(files) * share < HELD_LEAST:
+        if place.workers == 1:
             share = max(share, _digest(files[min(HELD_LEAST, len(files) // 2)][0]))
         return share
 
