@@ -1,9 +1,11 @@
 """Reads captchas of 1 to 10 letters with an LSTM, CTC and a beam search.
 
     python lstm_ctc_ocr.py create_dataset     renders dataset/train/<i>_<LABEL>.png
-    python lstm_ctc_ocr.py train              learns from them, saves to my-model/lstm; run again, it resumes
+    python lstm_ctc_ocr.py train              learns from them, saves to my-model/lstm; run again, it resumes; or from
+                                              a few of your own, --dataset FOLDER --start-from general
     python lstm_ctc_ocr.py test [PATH...]     reads images, dataset/test by default
-    python lstm_ctc_ocr.py start              serves GET /captchaOcr?img_path=./dataset/test/0_PIY.png, and a page
+    python lstm_ctc_ocr.py start              serves GET /captchaOcr?img_path=./dataset/test/0_PIY.png, and a page, and
+                                              with --label FOLDER one to label its images on
     python lstm_ctc_ocr.py export DIR         writes a SavedModel, or with export FILE.onnx an ONNX file
 
 The idea: the columns of an image are the time steps of an LSTM. At each of them it says which letter it has just seen,
@@ -14,7 +16,7 @@ image a letter stands.
     image (B, H, W) -> columns (T, B, H) -> LSTM (T, B, N) -> logits (T, B, C) +-> CTC loss
                                                                                '-> beam search -> sequence -> text
 
-The network cnn_lstm puts convolutions between the image and the LSTM, and reads in both directions.
+The networks cnn_lstm and wide_cnn_lstm put convolutions between the image and the LSTM, and read in both directions.
 
 Dimensions: B batch, H height, W width, T time steps (W; W / 4 behind convolutions), F features, N LSTM cells, C classes
 (the letters, the blank last).
