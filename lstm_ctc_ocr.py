@@ -24,6 +24,7 @@ Dimensions: B batch, H height, W width, T time steps (W; W / 4 behind convolutio
 
 import argparse
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -103,7 +104,8 @@ LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
 NAMED = {"LABEL": "LABEL", "LABEL_*": "LABEL(?:_.*)?", "*_LABEL": r"\d+_LABEL"}
 COPY = r"(?: \(\d+\)|\.\d+)?"  # what another file of the same name has behind it
 LONGEST = 20  # letters of what is taken for a label without being told: checksums and the like are longer
-LISTS = ("labels.txt", "labels.csv")  # in a folder: lines of an image and its label; the second counts more
+LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path.png,LABEL lines
+LISTS = ("labels.txt", LABELS)  # in a folder: lines of an image and its label; the second counts more
 MAX_GAP = 10  # between the numbers of images, on average: some may be missing
 BESIDE = ".gt.txt"  # of a text file that is named as the image whose label it holds
 LOOKS = ("plain", "varied")
@@ -124,14 +126,14 @@ NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on", "leas
 OPENING = threading.Lock()  # held while a model is opened
 HELD_SHARE, HELD_NUM = 0.1, 2000  # images held out: a tenth of a small folder, about 2,000 of a large one
 HELD_LEAST = 20  # but of a very small one these, or half of it
-FEW = 20_000  # images below which each is distorted anew whenever it is trained on
+FEW = 20_000  # images below which a training that starts from a model distorts each anew whenever it is shown
 DISTORTED = 0.9  # of the training; the rest is on the images as they are
 START_LR, START_IMAGES = 1e-3, 160  # learning rate of a training that starts from a model; of fewer images it is lower
 PATIENCE = 6  # validations in a row without any gain, after which a training on few images ends
-MIN_IMAGES = 10  # to train on
+MIN_IMAGES = 10  # to train on, started from a model
 MAX_CURVE = 200  # points of a learning curve
 SHOWN = 200  # wrong readings that a report shows
-MIN_VALIDATED = 100  # images that a temperature can be fitted on
+MIN_VALIDATED = 100  # held-out images that a temperature can be fitted on, and the best accuracy told by
 START_STEPS, START_STEPS_SHARE = 800, 0.2  # of a training that starts from a model: so many, and more for each image
 SIZED = 1000  # images of which the size is asked for
 MAX_WIDTH = 384  # that is chosen for images of others; wider ones are squeezed
@@ -158,7 +160,6 @@ CONNECTIONS = 100  # at once; waitress takes whole bodies before the token is lo
 MAX_IMAGES = 64  # in a request
 QUEUE = 64  # images that may wait for their reading; whoever comes then is told to come again, a form as an image
 SERVE_BATCH = 8  # the most images that a thread of the service reads at once; more cost hardly less an image
-LABELS = "labels.csv"  # in a folder whose images are labelled on the page: relative/path.png,LABEL lines
 ENOUGH_LABELS = 200  # to begin with, says that page
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of what is served
 
@@ -463,6 +464,11 @@ class LstmCtcOcr:
         strides = [across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ())]
         return functools.reduce(lambda width, stride: -(-width // stride), strides, self.im_width)
 
+    @property
+    def _stride(self):
+        """Columns of a prepared image for each time step."""
+        return math.prod(across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ()))
+
     # ------------------------------------------------------------------ text, sequences, sparse tensors
 
     def text_to_sequence(self, text):
@@ -658,7 +664,7 @@ class LstmCtcOcr:
         name = "the image" if isinstance(source, bytes) else source
         try:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
-            count = _pixel_count(data)
+            count = math.prod(_size_of(io.BytesIO(data)))
             decodable = 0 < count <= MAX_PIXELS or not count and data and _opencv_has_limit()
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if decodable else None
         except OSError as error:
@@ -719,8 +725,7 @@ class LstmCtcOcr:
 
     def _columns(self, begin, end, height, width):
         """Steps [begin, end) of the network -> columns [first, last) of the image of that size, at least one."""
-        stride = math.prod(across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ()))
-        first, last = (round(step * stride * width / self._fitted(height, width)) for step in (begin, end))
+        first, last = (round(step * self._stride * width / self._fitted(height, width)) for step in (begin, end))
         first = min(first, width - 1)
         return [first, min(max(last, first + 1), width)]
 
@@ -961,8 +966,7 @@ class LstmCtcOcr:
                                  f"--words {self.words}: remove the file, or give other --words")
             if len(label) > self.words_max_num:
                 raise self.Error(f"{folder / name}: a label needs 1 to {self.words_max_num} letters (--words-max-num)")
-        names = sorted(name for name in labels.of
-                       if place.workers == 1 or _number_of(name) % place.workers == place.number)
+        names = [name for name in labels.of if place.workers == 1 or _number_of(name) % place.workers == place.number]
         if not names:
             why = f" ({labels})" if str(labels) and not labels.of else ""
             raise self.Error(f"no labelled images in {folder}{why}: call them LABEL.png or the like, say with "
@@ -970,7 +974,7 @@ class LstmCtcOcr:
                              "its label; or render some with `python lstm_ctc_ocr.py create_dataset`, or name another "
                              "folder with --dataset")
         # By a digest of each name: a folder that grows keeps its order, and those held out stay the first of it.
-        names.sort(key=_digest)
+        names.sort(key=lambda name: (_digest(name), name))
         return [(os.path.join(folder, name), labels.of[name]) for name in names]
 
     # ------------------------------------------------------------------ the network
@@ -1264,12 +1268,7 @@ class LstmCtcOcr:
         images = self._build_input(self.batch_size)
         sequences = tf.sparse_placeholder(tf.int32, [self.batch_size, None], "sequences")
         step = tf.train.get_or_create_global_step()
-
-        def begin(getter, name, *args, **kwargs):
-            initializer = {"initializer": tf.constant_initializer(start[name])} if name in start else {}
-            return getter(name, *args, **{**kwargs, **initializer})
-
-        with tf.variable_scope("", custom_getter=begin):
+        with tf.variable_scope("", custom_getter=functools.partial(_begun, start)):
             logits = self.logits(images, training=True)
         loss = tf.reduce_mean(self.ctc_loss(sequences, logits))
         # Of the batch's parts, one on each core, the last one's statistics will do.
@@ -1529,7 +1528,7 @@ class LstmCtcOcr:
     def publish(self, folder):
         """Copies the model that this object reads with into `folder`, without what only training needs."""
         reader, folder = self._open_folder(self._model_to_read()), Path(folder)
-        config = dict(reader.config)
+        config = {name: value for name, value in reader.config.items() if name != "curve"}
         step = config.get("best_step", config["step"])
         share = step / config["step"] if config["step"] else 1
         config.update(step=step, images_seen=round(config["images_seen"] * share),
@@ -1654,7 +1653,7 @@ class LstmCtcOcr:
     def _strange_images(self):
         """The line that says what to do about images of which most are read with little confidence."""
         learn = "label a few hundred of them, and `train --dataset FOLDER --start-from general`"
-        if self._model_to_read().stem != "general":
+        if self._reader.folder.stem != "general":
             learn = f"try `--model general`, or {learn}"
         return f"most of these do not look like what this model has learnt (confidence below 0.5): {learn}"
 
@@ -1699,7 +1698,9 @@ class LstmCtcOcr:
         files = self._labelled_files(Path(self.dataset), place, labels)
         print(labels, file=sys.stderr)
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only ever shrinks
-        ocr = self._with_recipe(sum(_digest(path) >= share for path, _ in files) // self.batch_size)
+        held = _held(files, share)
+        files = files[:held + (self.train_max_num // place.workers or len(files))]
+        ocr = self._with_recipe((len(files) - held) // self.batch_size)
         tf = _tensorflow()
         with tf.Graph().as_default(), tf.device(place.device), contextlib.ExitStack() as alone:
             run = ocr._prepare(place, folder, files, share)
@@ -1719,7 +1720,8 @@ class LstmCtcOcr:
         if self.model:
             return Path(self.model)
         if dataset == HOME / "dataset" / "train":
-            return MODELS / (self.net or ("general" if self.start_from else "lstm"))
+            started = self.start_from and self._load_config(_model_folder(self.start_from))["net"]
+            return MODELS / (self.net or started or "lstm")
         if dataset.name == "pretrained":
             raise self.Error("my-model/pretrained is for the models that ship: name another folder with --model")
         return MODELS / dataset.name
@@ -1764,8 +1766,7 @@ class LstmCtcOcr:
         sizes = [_size_of(Path(self.dataset, name)) for name in names]
         shares = sorted(width / height for width, height in sizes if height) or [1]
         usual = min(MAX_WIDTH, shares[math.ceil(.95 * len(shares)) - 1] * self.im_height)
-        stride = math.prod(across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ()))
-        needed = stride * max(2 * longest - 1, self.label_parts * longest)
+        needed = self._stride * max(2 * longest - 1, self.label_parts * longest)
         return 16 * math.ceil(max(usual, needed) / 16)
 
     def _held_share(self, files, place):
@@ -1797,12 +1798,12 @@ class LstmCtcOcr:
         out, whatever `val_num` and the number of workers. That share only ever shrinks while the images become more,
         and for one model whatever happens: so nothing that was trained on is validated on later.
         """
-        held = sum(_digest(path) < share for path, _ in files)
-        files = files[:held + (self.train_max_num // place.workers or len(files))]
         images, files = self.load_images(files, self.dataset)
-        held = sum(_digest(path) < share for path, _ in files)  # less what is no image
+        held = _held(files, share)  # of those that are images
         count = max(0, len(images) - held)
-        if count < (MIN_IMAGES if self.start_from else self.batch_size):
+        if self.start_from and count < MIN_IMAGES:
+            raise self.Error(f"{self.dataset} leaves {count} images to train on, fewer than {MIN_IMAGES}: label more")
+        if not self.start_from and count < self.batch_size:
             raise self.Error(f"{self.dataset} leaves {count} images to train on, fewer than one batch of "
                              f"{self.batch_size}: render or label more, or lower --batch-size")
         steps_per_epoch = max(1, count // self.batch_size)
@@ -2373,7 +2374,7 @@ class LstmCtcOcr:
 
     def _answer_page(self):
         """GET /"""
-        samples = "".join(SAMPLE.format(name=html.escape(path.stem), data=base64.b64encode(path.read_bytes()).decode())
+        samples = "".join(SAMPLE.format(name=html.escape(path.stem), data=_data_url(path.read_bytes()))
                           for path in sorted((HOME / "dataset" / "test").glob("*.png"))[:3])
         return _page(PAGE, samples=samples, net=_service().model["net"])
 
@@ -3477,14 +3478,29 @@ def _advance(beam, log_p, likely, place, follows):
 
 # ---------------------------------------------------------------------- accuracy
 
-def edit_distance(a, b):
-    """Levenshtein's distance: the fewest letters to insert, delete or replace to turn a into b."""
-    row = list(range(len(b) + 1))
+def edits(a, b):
+    """Levenshtein's: the fewest letters to replace, leave out or add that turn a into b, as pairs, "" for none."""
+    table = [[i + j for j in range(len(b) + 1)] for i in range(len(a) + 1)]
     for i, letter in enumerate(a, 1):
-        corner, row[0] = row[0], i
         for j, other in enumerate(b, 1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (letter != other))
-    return row[-1]
+            table[i][j] = min(table[i - 1][j - 1] + (letter != other), table[i - 1][j] + 1, table[i][j - 1] + 1)
+    i, j, pairs = len(a), len(b), []
+    while i or j:
+        if i and j and table[i][j] == table[i - 1][j - 1] + (a[i - 1] != b[j - 1]):
+            i, j = i - 1, j - 1
+            pairs += [(a[i], b[j])] * (a[i] != b[j])
+        elif i and table[i][j] == table[i - 1][j] + 1:
+            i -= 1
+            pairs.append((a[i], ""))
+        else:
+            j -= 1
+            pairs.append(("", b[j]))
+    return pairs[::-1]
+
+
+def edit_distance(a, b):
+    """Levenshtein's distance: how many `edits` turn a into b."""
+    return len(edits(a, b)) if a != b else 0
 
 
 def score(truths, readings):
@@ -3500,10 +3516,10 @@ def score(truths, readings):
         for table in [by_length] + [by_repeat] * repeats:
             right, count = table[len(truth)]
             table[len(truth)] = right + (reading == truth), count + 1
-    edits = sum(map(edit_distance, truths, readings))
+    distance = sum(map(edit_distance, truths, readings))
     caseless = sum(truth.casefold() == reading.casefold() for truth, reading in zip(truths, readings))
     return {"accuracy": sum(right for right, _ in by_length.values()) / max(1, len(truths)), "count": len(truths),
-            "caseless": caseless / max(1, len(truths)), "cer": edits / max(1, sum(map(len, truths))),
+            "caseless": caseless / max(1, len(truths)), "cer": distance / max(1, sum(map(len, truths))),
             "by_length": dict(sorted(by_length.items())), "by_repeat": dict(sorted(by_repeat.items()))}
 
 
@@ -3584,32 +3600,13 @@ def chart(lines, most, left, right=(), below=""):
 
 
 def draw_curve(curve):
-    """The learning curve of [(step, loss in training, held-out accuracy or None)], as an SVG file's text."""
+    """The learning curve of [(step, loss in training, held-out accuracy)], as an SVG file's text."""
     steps, losses, accuracies = zip(*curve)
     most = max(*losses, 1e-3)
     lines = [("loss in training", "a", [(step, loss / most) for step, loss in zip(steps, losses)]),
              ("held-out strings right", "b", list(zip(steps, accuracies)))]
     return chart(lines, max(steps), [f"{most * quarter / 4:.2g}" for quarter in range(5)],
                  [f"{25 * quarter} %" for quarter in range(5)], "steps")
-
-
-def confusions(truth, reading):
-    """The edits that make a reading of a truth, as few as can be: pairs of letters, "" for one missing or added."""
-    table = np.add.outer(np.arange(len(truth) + 1), np.arange(len(reading) + 1))
-    for i, j in itertools.product(range(len(truth)), range(len(reading))):
-        table[i + 1, j + 1] = min(table[i, j] + (truth[i] != reading[j]), table[i, j + 1] + 1, table[i + 1, j] + 1)
-    i, j, pairs = len(truth), len(reading), []
-    while i or j:
-        if i and j and table[i, j] == table[i - 1, j - 1] + (truth[i - 1] != reading[j - 1]):
-            i, j = i - 1, j - 1
-            pairs += [(truth[i], reading[j])] * (truth[i] != reading[j])
-        elif i and table[i, j] == table[i - 1, j] + 1:
-            i -= 1
-            pairs.append((truth[i], ""))
-        else:
-            j -= 1
-            pairs.append(("", reading[j]))
-    return pairs[::-1]
 
 
 def _table(heads, rows):
@@ -3635,10 +3632,10 @@ def report_page(readings, model):
     truths, texts = [truth for _, truth, *_ in readings], [text for _, _, text, _ in readings]
     scores, count = score(truths, texts), len(readings)
     right, caseless = (round(scores[name] * count) for name in ("accuracy", "caseless"))
-    edits = collections.Counter(pair for truth, text in zip(truths, texts) for pair in confusions(truth, text))
+    confused = collections.Counter(pair for truth, text in zip(truths, texts) for pair in edits(truth, text))
     wrong = sorted((reading for reading in readings if reading[1] != reading[2]), key=lambda reading: -reading[3])
     figures = "".join(
-        f'<figure><img alt="" src="data:image;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"><figcaption>'
+        f'<figure><img alt="" src="{_data_url(Path(path).read_bytes())}"><figcaption>'
         f"<b>{html.escape(truth)}</b> read as <b>{html.escape(text)}</b>, {confidence:.3f}<br>"
         f"<small>{html.escape(Path(path).name)}</small></figcaption></figure>"
         for path, truth, text, confidence in wrong[:SHOWN])
@@ -3648,7 +3645,7 @@ def report_page(readings, model):
         lengths=_table(("letters", "right"),
                        [(length, _counted(*pair)) for length, pair in scores["by_length"].items()]),
         letters=_table(("letter", "read as", "times"), [(was or "(nothing)", read or "(nothing)", times)
-                                                        for (was, read), times in edits.most_common(20)]),
+                                                        for (was, read), times in confused.most_common(20)]),
         reliability=_reliability(readings), wrong=figures + more, count=f"{len(wrong):,}")
 
 
@@ -3663,22 +3660,15 @@ def _stopped(run):
 
 # ---------------------------------------------------------------------- images and files
 
-def _pixel_count(data):
-    """Width times height of an image file, from its header alone; 0 where Pillow makes nothing of that."""
+def _size_of(file):
+    """Width and height of an image, a path or an open file, by its header; zeros where Pillow makes nothing of that."""
     try:
-        with Image.open(io.BytesIO(data), formats=HEADERS) as image:
-            return math.prod(image.size)
+        with Image.open(file, formats=HEADERS) as image:
+            return image.size
     except Image.DecompressionBombError:
-        return math.inf
+        return math.inf, 1
     except Exception:  # a header can be wrong in many ways
-        return 0
-
-
-def _size_of(path):
-    """Width and height of an image file by its header, or zeros."""
-    with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as image:
-        return image.size
-    return 0, 0
+        return 0, 0
 
 
 @functools.cache
@@ -3803,6 +3793,11 @@ def _digest(path):
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") / 2 ** 64
 
 
+def _held(files, share):
+    """How many of (path, text) pairs, sorted by their names' digests, are below that share."""
+    return bisect.bisect_left(files, share, key=lambda file: _digest(file[0]))
+
+
 def _model_folder(model):
     """The folder of a model: of that path, or of that name if it ships."""
     shipped = MODELS / "pretrained" / model
@@ -3906,7 +3901,7 @@ def _data_url(data):
     """An image file for a page, which finds out the kind by itself; a TIFF, which browsers do not show, as PNG."""
     if data.startswith((b"II*\0", b"MM\0*")):
         data = cv2.imencode(".png", cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))[1].tobytes()
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+    return "data:image;base64," + base64.b64encode(data).decode()
 
 
 def _base64_image(body):
@@ -4013,15 +4008,17 @@ def _schema(name):
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-LABEL_PAGE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Label captchas</title>
+<title>$title</title>
 <style nonce="$nonce">
   :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
   body { max-width: 40rem; margin: 0 auto; padding: 1.5rem 1rem }
   h1 { font-size: 1.4rem }
+"""
+LABEL_PAGE = HEAD.replace("$title", "Label captchas") + """\
   img { display: block; width: 100%; height: 10rem; object-fit: contain; background: #fff; border-radius: .25rem }
   input { display: block; box-sizing: border-box; width: 100%; margin: 1rem 0; padding: .5rem; text-align: center }
   input { font: 600 1.6rem ui-monospace, monospace; letter-spacing: .1em }
@@ -4084,16 +4081,8 @@ LABEL_PAGE = """<!doctype html>
 </script>
 </html>
 """
-SAMPLE = """<button class="sample"><img alt="sample {name}" src="data:image/png;base64,{data}"></button>"""
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Captcha reader</title>
-<style nonce="$nonce">
-  :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-  body { max-width: 40rem; margin: 0 auto; padding: 1.5rem 1rem }
-  h1 { font-size: 1.4rem }
+SAMPLE = """<button class="sample"><img alt="sample {name}" src="{data}"></button>"""
+PAGE = HEAD.replace("$title", "Captcha reader") + """\
   #drop { display: block; padding: 2rem 1rem; border: 2px dashed GrayText; border-radius: .75rem }
   #drop { text-align: center; cursor: pointer }
   #drop.over, #drop:focus-within { border-color: Highlight }
@@ -4259,6 +4248,13 @@ def _has_bfloat16():
         return bool(re.search(r"\b(avx512|amx)_bf16\b", Path("/proc/cpuinfo").read_text()))
     except OSError:  # not Linux
         return False
+
+
+def _begun(start, getter, name, *args, **kwargs):
+    """Makes a variable as `getter` does, but begins it with the array of its name in `start`, if there is one."""
+    if name in start:
+        kwargs["initializer"] = _tensorflow().constant_initializer(start[name])
+    return getter(name, *args, **kwargs)
 
 
 def _is_lost_server(error):

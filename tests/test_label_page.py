@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import threading
 
 import pytest
@@ -70,56 +69,43 @@ def lines(folder):
 
 # ---------------------------------------------------------------------- in a browser
 
-def test_labelling_in_a_browser_goes_on_after_kill_9(folder, tmp_path):
+def test_labelling_in_a_browser_goes_on_after_kill_9(folder, browser):
     """One guess is taken, one corrected, one skipped and come back to; a new server shows the fourth."""
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs chromium and chromedriver (Debian: chromium chromium-driver)")
-    from selenium import webdriver
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path / 'c'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-
     def shown(*before, count):
         """The image that is shown, once it is another than `before` and so many are labelled."""
         def settled(_):
-            note = driver.find_element(By.ID, "note").text.partition(":")[0]
-            progress = driver.find_element(By.ID, "progress").text
+            note = browser.find_element(By.ID, "note").text.partition(":")[0]
+            progress = browser.find_element(By.ID, "progress").text
             return note in NAMES and note not in before and progress.startswith(f"{count} of ") and note
-        return WebDriverWait(driver, 60).until(settled)
+        return WebDriverWait(browser, 60).until(settled)
 
-    try:
-        with labelling(folder) as port:
-            driver.get(f"http://127.0.0.1:{port}/label")
-            taken = shown(count=0)
-            field = driver.find_element(By.TAG_NAME, "input")
-            assert field.get_attribute("value") == NAMES[taken]  # the model's guess
-            assert driver.execute_script("return document.querySelector('img').naturalWidth") > 0
-            field.send_keys(Keys.ENTER)
-            corrected = shown(taken, count=1)
-            field.send_keys("OTHER", Keys.ENTER)
-            skipped = shown(taken, corrected, count=2)
-            field.send_keys(Keys.ESCAPE)
-            fourth = shown(taken, corrected, skipped, count=2)
-            field.send_keys(Keys.BACKSPACE, Keys.BACKSPACE)  # empties the field, goes back
-            assert shown(fourth, count=2) == skipped
-            field.send_keys(Keys.ENTER)
-            assert shown(skipped, count=3) == fourth
-            assert not [entry for entry in driver.get_log("browser") if "favicon" not in entry["message"]]
-        assert lines(folder) == [[taken, NAMES[taken]], [corrected, "OTHER"], [skipped, NAMES[skipped]]]
-        with labelling(folder) as port:
-            driver.get(f"http://127.0.0.1:{port}/label")
-            assert shown(count=3) == fourth
-            driver.find_element(By.TAG_NAME, "input").send_keys(Keys.ENTER)
-            WebDriverWait(driver, 60).until(lambda _: "Every image" in driver.find_element(By.ID, "note").text)
-    finally:
-        driver.quit()
+    with labelling(folder) as port:
+        browser.get(f"http://127.0.0.1:{port}/label")
+        taken = shown(count=0)
+        field = browser.find_element(By.TAG_NAME, "input")
+        assert field.get_attribute("value") == NAMES[taken]  # the model's guess
+        assert browser.execute_script("return document.querySelector('img').naturalWidth") > 0
+        field.send_keys(Keys.ENTER)
+        corrected = shown(taken, count=1)
+        field.send_keys("OTHER", Keys.ENTER)
+        skipped = shown(taken, corrected, count=2)
+        field.send_keys(Keys.ESCAPE)
+        fourth = shown(taken, corrected, skipped, count=2)
+        field.send_keys(Keys.BACKSPACE, Keys.BACKSPACE)  # empties the field, goes back
+        assert shown(fourth, count=2) == skipped
+        field.send_keys(Keys.ENTER)
+        assert shown(skipped, count=3) == fourth
+        assert not [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]]
+    assert lines(folder) == [[taken, NAMES[taken]], [corrected, "OTHER"], [skipped, NAMES[skipped]]]
+    with labelling(folder) as port:
+        browser.get(f"http://127.0.0.1:{port}/label")
+        assert shown(count=3) == fourth
+        browser.find_element(By.TAG_NAME, "input").send_keys(Keys.ENTER)
+        WebDriverWait(browser, 60).until(lambda _: "Every image" in browser.find_element(By.ID, "note").text)
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png")) == sorted(
         [*NAMES, "link.png", "broken.png"])
 

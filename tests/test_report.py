@@ -70,7 +70,7 @@ def test_the_interval_is_wilsons(right, count, low, high):
     ("ABC", "ABC", []), ("ABC", "AXC", [("B", "X")]), ("AABB", "ABB", [("A", "")]), ("", "A", [("", "A")]),
     ("ABC", "BC", [("A", "")]), ("AB", "BA", 2)])
 def test_confusions_are_the_fewest_edits(truth, reading, edits):
-    found = lstm_ctc_ocr.confusions(truth, reading)
+    found = lstm_ctc_ocr.edits(truth, reading)
     assert len(found) == edits if isinstance(edits, int) else found == edits
 
 

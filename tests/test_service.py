@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -379,44 +378,32 @@ def test_the_page_shows_whatever_lies_among_the_samples(client, tmp_path, monkey
     assert response.status_code == 200 and "&lt;b&gt;&amp;" in response.text and "<b>" not in response.text
 
 
-def test_a_browser_reads_what_is_dropped_chosen_and_clicked(server, tmp_path):
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs chromium and chromedriver (Debian: chromium chromium-driver)")
-    from selenium import webdriver
+def test_a_browser_reads_what_is_dropped_chosen_and_clicked(server, browser):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        driver.get(f"http://127.0.0.1:{server}/")
+    browser.get(f"http://127.0.0.1:{server}/")
 
-        def newest(text, count):
-            WebDriverWait(driver, 30).until(lambda _: len(driver.find_elements(By.TAG_NAME, "output")) == count and (
-                driver.find_element(By.TAG_NAME, "output").text.startswith(text)))
+    def newest(text, count):
+        WebDriverWait(browser, 30).until(lambda _: len(browser.find_elements(By.TAG_NAME, "output")) == count and (
+            browser.find_element(By.TAG_NAME, "output").text.startswith(text)))
 
-        driver.find_element(By.CSS_SELECTOR, ".sample").click()
-        newest("PIY", 1)
-        driver.find_element(By.TAG_NAME, "input").send_keys(str(ROOT / "dataset" / "test" / "2_N.png"))
-        newest("N", 2)
-        driver.execute_script("""
-            const bytes = Uint8Array.from(atob(arguments[0]), letter => letter.charCodeAt()), data = new DataTransfer();
-            data.items.add(new File([bytes], "captcha.png", {type: "image/png"}));
-            document.querySelector("#drop").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
-        """, base64.b64encode(SAMPLES["BCAVDPXT"]).decode())
-        newest("BCAVDPXT", 3)
-        letters = driver.find_elements(By.CSS_SELECTOR, "output:first-of-type span.sure")  # each underlined by itself
-        assert "".join(letter.text for letter in letters[:8]) == "BCAVDPXT" and "read in columns" in (
-            letters[0].get_attribute("title"))
-        assert "confidence" in driver.find_element(By.TAG_NAME, "output").text
-        complaints = [entry for entry in driver.get_log("browser") if "favicon" not in entry["message"]]
-        assert not complaints  # such as of the content security policy
-    finally:
-        driver.quit()
+    browser.find_element(By.CSS_SELECTOR, ".sample").click()
+    newest("PIY", 1)
+    browser.find_element(By.TAG_NAME, "input").send_keys(str(ROOT / "dataset" / "test" / "2_N.png"))
+    newest("N", 2)
+    browser.execute_script("""
+        const bytes = Uint8Array.from(atob(arguments[0]), letter => letter.charCodeAt()), data = new DataTransfer();
+        data.items.add(new File([bytes], "captcha.png", {type: "image/png"}));
+        document.querySelector("#drop").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
+    """, base64.b64encode(SAMPLES["BCAVDPXT"]).decode())
+    newest("BCAVDPXT", 3)
+    letters = browser.find_elements(By.CSS_SELECTOR, "output:first-of-type span.sure")  # each underlined by itself
+    assert "".join(letter.text for letter in letters[:8]) == "BCAVDPXT" and "read in columns" in (
+        letters[0].get_attribute("title"))
+    assert "confidence" in browser.find_element(By.TAG_NAME, "output").text
+    complaints = [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]]
+    assert not complaints  # such as of the content security policy
 
 
 # ---------------------------------------------------------------------- life
