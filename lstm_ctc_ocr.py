@@ -32,6 +32,7 @@ import csv
 import ctypes
 import dataclasses
 import functools
+import gc
 import hashlib
 import hmac
 import html
@@ -4208,12 +4209,25 @@ def _package(name, purpose):
 def _tensorflow():
     """TensorFlow's graph-and-session API, imported when first needed: it takes seconds, and rendering needs none."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _quiet_stderr():  # no setting stops the lines that it prints while it is loaded
+    with _quiet_stderr(), _objects_that_stay():  # no setting stops the lines that it prints while it is loaded
         tf = _package("tensorflow.compat.v1", "train, export or read with a model folder (an ONNX file reads without)")
     tf.logging.set_verbosity(tf.logging.FATAL)
     with contextlib.suppress(RuntimeError):  # somebody has used TensorFlow before
         tf.config.threading.set_intra_op_parallelism_threads(1)  # or a tf.function gives every operation all cores
     return tf
+
+
+@contextlib.contextmanager
+def _objects_that_stay():
+    """Keeps the garbage collector from what is made meanwhile: going through a large package takes it a second."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # nor will it look at it later, or at the exit
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -105,18 +105,6 @@ def test_the_architecture_comes_from_the_model(trained, dataset, engine):
     assert (known.words, known.im_width, known.n_hidden) == ("AX", 96, 48)
 
 
-@pytest.mark.parametrize("label_parts", [1, 3])
-def test_the_exports_texts_are_those_of_the_sequences(label_parts):
-    """A batch without any letter among them, and letters of which a part is missing."""
-    ocr = LstmCtcOcr(words="ABC", words_max_num=4, label_parts=label_parts)
-    sequences = [[], [0], [0, 1, 2, 3, 4, 5], [1, 2, 0], [0, 2, 0, 1], [8, 8, 7], [0, 1, 2] * 3]
-    sequences = [[number % (3 * label_parts) for number in sequence] for sequence in sequences]
-    for batch in (sequences, sequences[:1], [[], []]):
-        with tf.Graph().as_default(), tf.Session() as session:
-            texts = session.run(ocr._texts_in_graph(tf.SparseTensor(*ocr.sequences_to_sparse(batch))))
-        assert [text.decode() for text in texts] == [ocr.sequence_to_text(sequence) for sequence in batch]
-
-
 def cut_in_half(folder):
     for data in folder.glob("*.data-*"):
         data.write_bytes(data.read_bytes()[:data.stat().st_size // 2])
