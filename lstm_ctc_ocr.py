@@ -1513,7 +1513,7 @@ class LstmCtcOcr:
 
         def logits(images, alone=False):
             ink = -1 - images[:, None].astype(np.float32)  # see `_export_onnx`
-            scores, = (session if alone else on_all_cores()).run(None, {"images": ink})
+            scores, = (session if alone or len(images) == 1 else on_all_cores()).run(None, {"images": ink})
             return np.roll(scores, -1, axis=2)
 
         return self._Reader(ocr, path, config, ocr.known(self.letters, self.length), logits)
