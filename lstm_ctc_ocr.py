@@ -342,6 +342,7 @@ class LstmCtcOcr:
         """A folder whose images are labelled on the page /label; an image's name is its path from there on."""
         folder: Path  # links resolved
         images: tuple  # names of all, in the order of the folder
+        separator: str  # in a line of its file of labels
         labels: dict  # by name, of those that have one
         guesses: dict = dataclasses.field(default_factory=dict)  # (text, confidence) by name; None if it is unreadable
         skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # how often, by name
@@ -359,7 +360,7 @@ class LstmCtcOcr:
         def write(self, name, label):
             """Adds a line to the file of labels, whole or not at all; it is on the disk when this returns."""
             path, line = self.folder / LABELS, io.StringIO()
-            csv.writer(line, lineterminator="\n").writerow([name, label])
+            csv.writer(line, delimiter=self.separator, lineterminator="\n").writerow([name, label])
             with self.lock:
                 end = path.stat().st_size if path.exists() else 0
                 try:
@@ -908,9 +909,8 @@ class LstmCtcOcr:
     def _rows(self, path):
         """The (image, label) of each line of a list, split by tabs, commas or semicolons, whichever comes first."""
         text = path.read_text("utf-8-sig", "surrogateescape")  # as Python has names that are no UTF-8
-        sign = next((sign for sign in "\t,;" if sign in text.partition("\n")[0]), ",")
         try:
-            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=sign))
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text)))
         except csv.Error as error:
             raise self.Error(f"{path}: {error}: give it a line an image: its name, a comma, its label") from None
         return [(row[0].strip(), row[1].strip() if len(row) > 1 else "") for row in rows if row]
@@ -1688,6 +1688,8 @@ class LstmCtcOcr:
             raise self.Error(f"--train-max-num {self.train_max_num} leaves some of {place.workers} workers without an "
                              "image: give at least as many")
         labels = self._labels(Path(self.dataset))
+        if labels.of:
+            print(labels, file=sys.stderr)
         return self._settled(folder, labels.of)._train(place, folder, labels)
 
     def _train(self, place, folder, labels):
@@ -1697,9 +1699,8 @@ class LstmCtcOcr:
             with self._alone_in(folder):
                 pass  # if not, that is said now, before the images are decoded
         files = self._labelled_files(Path(self.dataset), place, labels)
-        print(labels, file=sys.stderr)
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only ever shrinks
-        held = _held(files, share)
+        held = self._held(files, share)
         files = files[:held + (self.train_max_num // place.workers or len(files))]
         ocr = self._with_recipe((len(files) - held) // self.batch_size)
         tf = _tensorflow()
@@ -1776,8 +1777,15 @@ class LstmCtcOcr:
             return 0
         share = min(HELD_SHARE, HELD_NUM / (len(files) * place.workers))
         if place.workers == 1:
-            share = max(share, _digest(files[min(HELD_LEAST, len(files) // 2)][0]))
+            share = max(share, self._digest_of(files[min(HELD_LEAST, len(files) // 2)]))
         return share
+
+    def _held(self, files, share):
+        """How many of (path, text) pairs, sorted by their names' digests, are below that share."""
+        return bisect.bisect_left(files, share, key=self._digest_of)
+
+    def _digest_of(self, file):
+        return _digest(os.path.relpath(file[0], self.dataset))
 
     def _with_recipe(self, steps_per_epoch):
         """These settings with a schedule for so few or many images, where it was not given.
@@ -1800,7 +1808,7 @@ class LstmCtcOcr:
         and for one model whatever happens: so nothing that was trained on is validated on later.
         """
         images, files = self.load_images(files, self.dataset)
-        held = _held(files, share)  # of those that are images
+        held = self._held(files, share)  # of those that are images
         count = max(0, len(images) - held)
         if self.start_from and count < MIN_IMAGES:
             raise self.Error(f"{self.dataset} leaves {count} images to train on, fewer than {MIN_IMAGES}: label more")
@@ -2395,8 +2403,9 @@ class LstmCtcOcr:
         images = tuple(_images_below(folder))
         if not images:
             raise self.Error(f"no images in {self.label}: --label takes the folder of those that you want to label")
-        labels, known = dict(_read_labels(folder / LABELS)), set(images)
-        return self._Labelling(folder, images, {name: label for name, label in labels.items() if name in known})
+        separator = _separator(_whole_lines(folder / LABELS))
+        _, labels, _ = self._listed(folder, *_files_in(folder))
+        return self._Labelling(folder, images, separator, {name: labels[name] for name in images if name in labels})
 
     def _guess_all(self, service):
         """Reads the images that are to be labelled, until the service is closed."""
@@ -3771,32 +3780,31 @@ def _file_under(folder, path):
         return None
 
 
-def _read_labels(path):
-    """(name, label) of each line of a file of labels; a last line without its end is taken out of the file.
+def _separator(text):
+    """What stands between the columns of a list, by its first line."""
+    return next((sign for sign in "\t,;" if sign in text.partition("\n")[0]), ",")
+
+
+def _whole_lines(path):
+    """The text of a list that is added to, if there is one; a last line without its end is taken out of the file.
 
     Such a line was cut short by a power cut, and its label may be. Raises `Error` if the file is not text.
     """
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[:max(data.rfind(b"\n"), data.rfind(b"\r")) + 1]
     try:
-        data = path.read_bytes() if path.exists() else b""
-        whole = data[:max(data.rfind(b"\n"), data.rfind(b"\r")) + 1]
-        rows = list(csv.reader(io.StringIO(whole.decode("utf-8-sig"), newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
+        text = whole.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise LstmCtcOcr.Error(f"{path} is no CSV file in UTF-8 ({error}): mend it, or move it away") from None
     if len(whole) < len(data):
         print(f"{path}: the last line was cut short and is taken out: {data[len(whole):]!r}", file=sys.stderr)
         os.truncate(path, len(whole))
-    return [row[:2] for row in rows if len(row) > 1 and row[1]]
+    return text
 
 
-def _digest(path):
-    """A number of 0 to 1 that a file's name alone decides."""
-    name = os.fsencode(os.path.basename(path))
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") / 2 ** 64
-
-
-def _held(files, share):
-    """How many of (path, text) pairs, sorted by their names' digests, are below that share."""
-    return bisect.bisect_left(files, share, key=lambda file: _digest(file[0]))
+def _digest(name):
+    """A number of 0 to 1 that an image's name, its path in its folder, alone decides."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little") / 2 ** 64
 
 
 def _model_folder(model):

@@ -194,6 +194,18 @@ def test_a_torn_last_line_is_taken_out_and_its_image_shown_again(folder, capfd):
     assert (folder / "labels.csv").read_bytes() == b'\xef\xbb\xbf0.png,PIY\r\nno.png,X\n1.png,BCAVDPXT\n'
 
 
+def test_it_goes_on_with_the_lists_that_training_reads(folder):
+    """In the list's own signs: a comma in a file of semicolons would be no use to anybody."""
+    (folder / "labels.csv").write_text("image;text\n0.png;PIY\n")
+    (folder / "labels.txt").write_text("deep/3.png\tPIY\n")
+    client, service = client_of(folder)
+    assert service.labelling.labels == {"0.png": "PIY", "deep/3.png": "PIY"}
+    assert client.post("/label", json={"path": "1.png", "label": "BCAVDPXT"}).json["labelled"] == 3
+    service.close()
+    assert (folder / "labels.csv").read_text() == "image;text\n0.png;PIY\n1.png;BCAVDPXT\n"
+    assert LstmCtcOcr()._labels(folder).of["1.png"] == "BCAVDPXT"
+
+
 def test_a_full_disk_is_told_and_leaves_no_half_line(folder, monkeypatch):
     (folder / "labels.csv").write_text("0.png,PIY\n")
     client, service = client_of(folder)

@@ -93,6 +93,18 @@ def test_all_images_are_trained_on_once_nothing_is_held_out(few, trained, tmp_pa
     assert main(["test", "--model", str(tmp_path / "model"), str(few)]) == 0
 
 
+def test_images_of_one_name_are_held_out_by_their_folders(few, trained, tmp_path, capfd):
+    lines = []
+    for path in few.glob("*.png"):
+        number, label = path.stem.split("_")
+        (tmp_path / "own" / number).mkdir(parents=True)
+        shutil.copy(path, tmp_path / "own" / number / "captcha.png")
+        lines.append(f"{number}/captcha.png,{label}\n")
+    (tmp_path / "own" / "labels.csv").write_text("".join(lines))
+    assert train(tmp_path / "own", trained, tmp_path / "model", epoch_max=1) == 0
+    assert "40 images to train on, 20 held out" in capfd.readouterr().err
+
+
 def test_a_training_that_came_to_nothing_says_so(few, tmp_path, capfd):
     assert main(["train", *flags(dataset=few, model=tmp_path, net="lstm", n_hidden=8, epoch_max=1, lr=1e-6)]) == 0
     said = capfd.readouterr().err
