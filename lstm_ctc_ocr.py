@@ -712,11 +712,13 @@ class LstmCtcOcr:
         if self.paper == "brightest":
             paper = colours.max()
         else:  # the median along the edge
-            edge, inside = max(1, self.im_height // 16), np.zeros((self.im_height, fitted), bool)
-            inside[edge:-edge, edge:-edge] = True
-            along = colours[~inside]
+            edge = max(1, self.im_height // 16)
+            middle = colours[edge:-edge]
+            parts = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, edge:][:, -edge:]
+            along = np.concatenate([part.reshape(-1, channels) for part in parts])
             paper = np.partition(along, len(along) // 2, axis=0)[len(along) // 2]
-        ink = np.abs(colours - paper).max(axis=2)
+        # of the channels the largest difference; max(axis=2) would take eight times as long
+        ink = functools.reduce(np.maximum, np.moveaxis(np.abs(colours - paper), 2, 0))
         image = np.zeros((self.im_height, self.im_width), np.uint8)
         image[:, :fitted] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
         return image
