@@ -2618,8 +2618,6 @@ class LstmCtcOcr:
         if self.net in CONVOLUTIONS:
             x, names = self._onnx_convolutions(add, x, weights), ["forward", "backward"]
         x = add("Reshape", add("Transpose", x, perm=[3, 0, 2, 1]), np.array([0, 0, -1]))  # (T, B, F)
-        if self.net in CONVOLUTIONS:
-            x = add("Relu", add("Add", add("MatMul", x, weights["projection/kernel"]), weights["projection/bias"]))
         layers = [_onnx_lstm(weights[f"{name}/kernel"], weights[f"{name}/bias"]) for name in names]
         x = add("LSTM", x, *map(np.stack, zip(*layers)), hidden_size=layers[0][1].shape[1],
                 direction="bidirectional" if len(names) > 1 else "forward")  # (T, directions, B, N)
@@ -2629,7 +2627,10 @@ class LstmCtcOcr:
         add("LogSoftmax", add("Add", add("MatMul", x, kernel), bias), axis=2, name="scores")
 
     def _onnx_convolutions(self, add, x, weights):
-        """`convolutions` as ONNX operations, batch normalisation folded in: (B, 1, H, W) -> (B, channels, ., T)."""
+        """`convolutions`, and the projection behind them, as ONNX operations: (B, 1, H, W) -> (B, units, 1, T).
+
+        Batch normalisation is folded in.
+        """
         def convolution(x, name, strides=(1, 1)):
             kernel, scale, offset, mean, variance = (
                 weights[f"{name}/{part}"] for part in ("kernel", "scale", "offset", "mean", "variance"))
@@ -2637,13 +2638,15 @@ class LstmCtcOcr:
             return add("Conv", x, (kernel * scale).transpose(3, 2, 0, 1), offset - mean * scale, strides=strides,
                        auto_pad="SAME_UPPER")
 
-        for number, (_, _, down, across, blocks) in enumerate(CONVOLUTIONS[self.net], 1):
+        for number, (channels, _, down, across, blocks) in enumerate(CONVOLUTIONS[self.net], 1):
             name = f"convolution{number}"
             x = add("Relu", convolution(x, name, (down, across)))
             for block in range(1, blocks + 1):
                 y = add("Relu", convolution(x, f"{name}/residual{block}a"))
                 x = add("Relu", add("Add", x, convolution(y, f"{name}/residual{block}b")))
-        return x
+        # The projection of each step, as a convolution over all that is above it: less is left to be transposed.
+        kernel = weights["projection/kernel"].reshape(-1, channels, PROJECTION[self.net])
+        return add("Relu", add("Conv", x, kernel.transpose(2, 1, 0)[..., None], weights["projection/bias"]))
 
     def _onnx_ink(self, add):
         """`_ink` as ONNX operations: "images" (B, channels, H, any width) -> (B, 1, H, W) float32 of 0 to 255."""
