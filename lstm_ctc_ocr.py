@@ -737,8 +737,8 @@ class LstmCtcOcr:
     class _DecodedImages:
         """Images in a file, to be indexed as an array (n, H, W) uint8 by a row or an array of rows.
 
-        The file is mapped for each access anew (as nanoGPT maps its data): pages that were read once are the system's
-        to keep or to drop, not this process's memory.
+        Each is read when it is asked for, so that they are the system's to keep in memory or not. Mapping the file into
+        memory would be slower: of what is not there yet, it reads far more than is wanted.
         """
         file: object  # open: `DECODED_HEAD` bytes, then images (H, W) uint8
         size: tuple  # H, W
@@ -748,9 +748,13 @@ class LstmCtcOcr:
             return len(self.rows)
 
         def __getitem__(self, rows):
-            count = (os.fstat(self.file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
-            pixels = np.memmap(self.file, np.uint8, "r", DECODED_HEAD, (count, *self.size))
-            return np.array(pixels[self.rows[rows]])
+            rows = self.rows[rows]
+            images = np.empty((*rows.shape, *self.size), np.uint8)
+            for image, row in zip(images.reshape(-1, *self.size), rows.ravel().tolist()):
+                if _read_at(self.file, image, DECODED_HEAD + row * image.nbytes) < image.nbytes:
+                    raise LstmCtcOcr.Error(f"{self.file.name} has become shorter: run the same command again, and it "
+                                           "decodes what is missing")
+            return images
 
     @dataclasses.dataclass(frozen=True)
     class _DecodedFile:
@@ -3710,6 +3714,15 @@ def _stamps(paths, folder):
         return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
     return np.fromiter(map(stamp, paths), np.uint64)
+
+
+def _read_at(file, buffer, offset):
+    """Fills a buffer from that place of an open file on; returns how many bytes there were."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [buffer], offset)
+    with OPENING:  # Windows; no other thread may go elsewhere in between
+        file.seek(offset)
+        return file.readinto(buffer)
 
 
 def _image_files(path):

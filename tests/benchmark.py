@@ -239,9 +239,10 @@ SERVERS = {"": "pass", "_unbatched": "lstm_ctc_ocr.SERVE_BATCH = 1",
 def benchmark_serve(ocr, folder):
     """16 clients, each with one PNG at a time, against a server as it is, and without batches, network, TensorFlow.
 
-    Returns requests a second and, of the server's process alone, CPU milliseconds a request.
+    Returns requests a second, the latency of the slowest hundredth and, of the server's process alone, CPU milliseconds
+    a request and its memory.
     """
-    bodies, speeds, costs, latencies = posted(ocr, folder, 128), {}, {}, []
+    bodies, speeds, costs, latencies = posted(ocr, folder, 128), {}, {}, {}
     models = {"_onnx": exported(ocr, folder)}
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(serving(ocr, change, models.get(name, "")))
@@ -255,9 +256,12 @@ def benchmark_serve(ocr, folder):
                 if part:  # after the first, which only warms up
                     speeds.setdefault(name, []).append(speed)
                     costs.setdefault(name, []).append((cpu_seconds(process) - before) / len(asked) * 1e3)
-                    latencies += [] if name else taken
-    figures = {"serve_p99_ms": statistics.quantiles(latencies, n=100)[98] * 1e3}
+                    latencies.setdefault(name, []).extend(taken)
+        memory = {name: resident_mb(process) for name, (process, _) in servers.items()}
+    figures = {}
     for name in servers:
+        figures["serve_p99_ms" + name] = statistics.quantiles(latencies[name], n=100)[98] * 1e3
+        figures["serve_mb" + name] = memory[name]
         figures["serve_requests_per_second" + name] = statistics.median(speeds[name])
         figures["serve_cpu_ms" + name] = statistics.median(costs[name])
     speed = figures["serve_requests_per_second"]
@@ -271,18 +275,19 @@ def cpu_seconds(process):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def resident_mb(process):
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+
+
 def benchmark_soak(ocr, folder):
     """20,000 requests, a fifth of them bad: the memory of the server after the first 2,000 and after the last."""
     bodies = posted(ocr, folder, 128)
     bodies += [(body[:draw], None) for draw, (body, _) in enumerate(bodies[:32], 20)]
     with serving(ocr) as (process, port), ProcessPoolExecutor(1) as other:
-        def resident():
-            return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
-
         memory = []
         for requests in (2000, 18000):
             other.submit(load, port, (bodies * (requests // len(bodies) + 1))[:requests]).result()
-            memory.append(resident())
+            memory.append(resident_mb(process))
     return {"soak_mb_after_2000": memory[0], "soak_mb_after_20000": memory[1], "soak_growth": memory[1] / memory[0] - 1}
 
 
