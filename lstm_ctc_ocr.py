@@ -1694,8 +1694,6 @@ class LstmCtcOcr:
             raise self.Error(f"--train-max-num {self.train_max_num} leaves some of {place.workers} workers without an "
                              "image: give at least as many")
         labels = self._labels(Path(self.dataset))
-        if labels.of:
-            print(labels, file=sys.stderr)
         return self._settled(folder, labels.of)._train(place, folder, labels)
 
     def _train(self, place, folder, labels):
@@ -1705,6 +1703,7 @@ class LstmCtcOcr:
             with self._alone_in(folder):
                 pass  # if not, that is said now, before the images are decoded
         files = self._labelled_files(Path(self.dataset), place, labels)
+        print(labels, file=sys.stderr)
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only ever shrinks
         held = self._held(files, share)
         files = files[:held + (self.train_max_num // place.workers or len(files))]
