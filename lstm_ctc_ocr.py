@@ -4053,7 +4053,7 @@ LABEL_PAGE = HEAD.replace("$title", "Label captchas") + """\
 <h1>What does it say?</h1>
 <main>
   <img alt="the image to label" hidden>
-  <input aria-label="what the image says" autocomplete="off" autocapitalize="off" spellcheck="false" autofocus>
+  <input aria-label="what the image says" autocomplete="off" autocapitalize="off" spellcheck="false">
   <p id="note" aria-live="polite"></p>
   <p id="progress"></p>
 </main>
@@ -4085,6 +4085,7 @@ LABEL_PAGE = HEAD.replace("$title", "Label captchas") + """\
     image.hidden = !shown;
     image.src = answer.image;
     field.value = answer.label || answer.guess;
+    field.focus();
     field.select();
     const sure = `${answer.path}: read with confidence ${(100 * answer.confidence).toFixed(1)} %`;
     note.textContent = shown ? sure : "Every image has its label.";
