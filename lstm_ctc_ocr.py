@@ -1519,6 +1519,7 @@ class LstmCtcOcr:
 
         def logits(images, alone=False):
             ink = -1 - images[:, None].astype(np.float32)  # see `_export_onnx`
+            # a second thread costs more to wake than it saves a single image
             scores, = (session if alone or len(images) == 1 else on_all_cores()).run(None, {"images": ink})
             return np.roll(scores, -1, axis=2)
 

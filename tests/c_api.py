@@ -1,4 +1,4 @@
-"""Reads images with a SavedModel through TensorFlow's C API alone, as TensorFlow Serving does; no Python of TensorFlow's.
+"""Reads images with a SavedModel through TensorFlow's C API alone, without TensorFlow's Python.
 
     python c_api.py LIBRARY SAVED_MODEL IMAGES TEXT CONFIDENCE FILE...
 
