@@ -575,14 +575,14 @@ class LstmCtcOcr:
     def _render(self, i):
         """Renders image i unless it is there already. Returns what went wrong, or None."""
         random.seed(f"{self.seed}-{i}")  # for the captcha package, too, which draws from this module's generator
-        label = self._draw_label(random)
+        plain, label = self._draw_label(random)
         path = Path(self.dataset, f"{i}_{label}.png")
         if _is_whole_png(path):
             return None
         part = path.with_name(f".{i}-{secrets.token_hex(4)}.part")  # its own: another run may be at the same image
         try:
             # No fsync: an image that a power cut tears lacks its end, and is rendered again.
-            part.write_bytes(self._draw(label))
+            part.write_bytes(self._draw(plain, label))
             os.replace(part, path)  # a file has its final name only once it is whole
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -590,18 +590,24 @@ class LstmCtcOcr:
             return f"cannot write {path}: {error.strerror}; run the same command again once that is mended"
 
     def _draw_label(self, generator):
-        """A random label; generator: the module `random`, or a `random.Random`."""
-        letters, longest = self.words, self.words_max_num
+        """Whether to draw it plain, and a random label; generator: the module `random`, or a `random.Random`."""
+        letters, longest, plain = self.words, self.words_max_num, self.look == "plain"
         length = generator.randint(1, longest)
-        if self.look == "varied":  # mostly one case, and most often 4 to 6 letters, as others have them
+        if not plain:  # mostly one case, and most often 4 to 6 letters, as others have them
+            plain = generator.random() < PLAIN_SHARE
             (alphabet, _), = generator.choices(ALPHABETS, [weight for _, weight in ALPHABETS])
+            if plain and generator.random() < .5:
+                alphabet = CAPITALS
             letters = [letter for letter in letters if letter in (alphabet or letters)] or letters
-            length = length if generator.random() < .45 else generator.randint(min(4, longest), min(6, longest))
-        return "".join(generator.choice(letters) for _ in range(length))
+            if plain:  # of any length: the longest are the hardest
+                length = max(length, generator.randint(1, longest))
+            elif generator.random() < .6:
+                length = generator.randint(min(4, longest), min(6, longest))
+        return plain, "".join(generator.choice(letters) for _ in range(length))
 
-    def _draw(self, label):
+    def _draw(self, plain, label):
         """A captcha as a PNG file's bytes, drawn by the module `random`'s generator."""
-        if self.look == "plain" or random.random() < PLAIN_SHARE:
+        if plain:
             return _renderer(self.im_width, self.im_height).generate(label).getvalue()
         pixels = draw_varied(label, random.getrandbits(64), _find_fonts(self._font_folders(), self.words))
         return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
@@ -630,7 +636,7 @@ class LstmCtcOcr:
             raise self.Error(f"{folder} holds {known.get('look', 'plain')} images, or drawn with other fonts: give the "
                              "same --look and --fonts, or another --dataset")
         for path, named in files:
-            expected = self._draw_label(random.Random(f"{self.seed}-{int(named[1])}"))
+            _, expected = self._draw_label(random.Random(f"{self.seed}-{int(named[1])}"))
             if named[2] != expected:
                 raise self.Error(f"{folder} holds images of another --seed, --words or --words-max-num: {path.name} "
                                  f"would be {named[1]}_{expected}.png; give the same settings, or another --dataset")
@@ -2840,9 +2846,11 @@ def draw_varied(text, seed, fonts):
     canvas, calm = _draw_paper(look, opacity.shape), chance.random() < .4
     _clutter(look, canvas, calm, over=False)
     if chance.random() < .5:
-        letters, opacity = _warp(look, 1, letters, opacity)
+        letters, opacity = _warp(look, chance.choice((.7, 1, 1, 1.7)), letters, opacity)
     canvas = canvas * (1 - opacity[..., None]) + letters
     _clutter(look, canvas, calm, over=True)
+    if chance.random() < .05:  # ink and paper change places
+        canvas += _swapped(look, opacity.shape)[..., None] * (look.paper + look.ink - 2 * canvas)
     if chance.random() < .12:
         canvas, = _warp(look, .5, canvas)
     return _degrade(look, canvas)
@@ -2927,9 +2935,12 @@ def _draw_letters(look, text):
         colour = _contrasting(chance, look.paper, look.contrast) if several else look.ink
         for shade, shape_of_it, (dx, dy) in paint(mask, colour):
             _stamp(layer, shape_of_it, matrix, left + x + dx, y + dy, shade, crisp)
-    if chance.random() < .07 and size > 26:
+    if chance.random() < .1 and size > 22:
         holes = _pattern(look, shape)
         layer = layer[0] * holes[..., None], layer[1] * holes
+    if chance.random() < .06:  # letters that fade into another colour
+        other, share = _contrasting(chance, look.paper, look.contrast), _gradient(look, shape)[..., None]
+        layer = layer[0] * (1 - share) + layer[1][..., None] * share * other, layer[1]
     fade = np.float32(chance.choice([1] * 9 + [chance.uniform(.55, .9)]))
     return layer[0] * fade, layer[1] * fade
 
@@ -2948,6 +2959,8 @@ def _place_letters(look, text):
     turn, stretch = chance.choice((0, 0, 0, chance.uniform(-12, 12))), chance.choice((1, 1, chance.uniform(.75, 1.3)))
     spacing = chance.choice((chance.uniform(.72, .95), 1, chance.uniform(.95, 1.15), chance.uniform(1.1, 1.5),
                              chance.uniform(1.4, 2.4)))
+    if size < .55 * height and chance.random() < .5:  # small letters are often far apart
+        spacing = chance.uniform(1.4, 2.6)
     spacing = max(min(.8, spacing), min(spacing, MAX_ASPECT * height / (len(text) * .6 * size * stretch)))
     one_font, font = chance.random() < .7, _font_for(look, text)
     placed, pen = [], 0.0
@@ -2976,7 +2989,7 @@ def _font_for(look, text):
 def _draw_style(look):
     """Returns the function (glyph, colour) -> [(colour, glyph, (right, down))]: what is drawn, one over another."""
     chance, size = look.chance, look.size
-    style, = chance.choices(("filled", "bold", "hollow", "edged", "shadow"), (58, 10, 12, 10, 10))
+    style, = chance.choices(("filled", "bold", "hollow", "edged", "shadow", "tile"), (54, 9, 15, 9, 9, 4))
     other, weight = _contrasting(chance, look.ink, 40), chance.uniform(14, 26)
     away = chance.choice((-1, 1)) * max(1, size / 16), max(1, size / 16)
 
@@ -2988,7 +3001,8 @@ def _draw_style(look):
             "bold": lambda mask, colour: [(colour, grown(mask, cv2.MORPH_DILATE, 1), (0, 0))],
             "hollow": lambda mask, colour: [(colour, grown(mask, cv2.MORPH_GRADIENT, 1), (0, 0))],
             "edged": lambda mask, colour: [(other, grown(mask, cv2.MORPH_DILATE, 2), (0, 0)), (colour, mask, (0, 0))],
-            "shadow": lambda mask, colour: [(other, mask, away), (colour, mask, (0, 0))]}[style]
+            "shadow": lambda mask, colour: [(other, mask, away), (colour, mask, (0, 0))],
+            "tile": lambda mask, colour: [(other, np.full_like(mask, 255), (0, 0)), (colour, mask, (0, 0))]}[style]
 
 
 def _stamp(layer, mask, matrix, x, y, colour, crisp):
@@ -3013,10 +3027,28 @@ def _pattern(look, shape):
     return _stripes(look, shape, chance.uniform(0, math.pi), chance.uniform(3, 6), chance.uniform(.55, .8))
 
 
+def _swapped(look, shape):
+    """Where light and dark change places: in blots, in broad stripes, or on one side: (h, w) float32 of 0 or 1."""
+    chance, mask = look.chance, np.zeros(shape, np.uint8)
+    if chance.random() < .5:
+        _blots(look, mask, 1, cv2.LINE_8)
+        return np.float32(mask > 0)
+    step = chance.uniform(.4, 2) * shape[1]
+    return np.float32(_stripes(look, shape, chance.choice((0, 0, chance.uniform(0, math.pi))), step, .5))
+
+
 def _stripes(look, shape, angle, step, share):
     """Stripes in that angle, one every `step` pixels and `share` of it wide: (h, w) bool."""
     y, x = np.ogrid[:shape[0], :shape[1]]
     return (x * math.cos(angle) + y * math.sin(angle) + look.chance.uniform(0, step)) % step < step * share
+
+
+def _gradient(look, shape):
+    """Rises from one side to the other: (h, w) float32 of 0 to 1."""
+    angle, (height, width) = look.chance.uniform(0, 2 * math.pi), shape
+    y, x = np.ogrid[:height, :width]
+    rise = math.cos(angle) * (2 * x / width - 1) + math.sin(angle) * (2 * y / height - 1)
+    return np.float32(.5 + .5 * rise / 1.42)
 
 
 def _draw_paper(look, shape):
@@ -3027,8 +3059,7 @@ def _draw_paper(look, shape):
     if kind == "flat":
         share = np.zeros(shape)
     elif kind == "gradient":
-        angle = chance.uniform(0, 2 * math.pi)
-        share = .5 + .5 * (math.cos(angle) * (2 * x / width - 1) + math.sin(angle) * (2 * y / height - 1)) / 1.42
+        share = _gradient(look, shape)
     elif kind == "texture":
         grain, method = chance.choice((1, 1, 2, 4, 10)), chance.choice((cv2.INTER_CUBIC, cv2.INTER_NEAREST))
         share = cv2.resize(look.noise.random((height // grain + 2, width // grain + 2)), (width, height),
@@ -3108,7 +3139,7 @@ def _curves(look, mask, thickness, line):
 def _dots(look, mask, thickness, line):
     height, width = mask.shape
     radius = round(look.chance.choice((0, 0, .5, 1, 1.5)) * max(1, height / 45))
-    count = int(height * width * look.chance.uniform(.002, .03) / (1 + 2 * radius * radius))
+    count = int(height * width * 10 ** look.chance.uniform(-2.7, -1) / (1 + 2 * radius * radius))
     xs, ys = look.noise.integers(0, width, count), look.noise.integers(0, height, count)
     mask[ys, xs] = 255
     for x, y in zip(xs.tolist(), ys.tolist()) if radius else ():
@@ -3174,12 +3205,12 @@ FAINT = (_blots, _small_letters)
 
 
 def _warp(look, force, *layers):
-    """Bends layers (h, w, ...) alike: waves, random dents, lenses."""
+    """Bends layers (h, w, ...) alike: waves, random dents, lenses, rows out of line, frosted glass."""
     chance, (height, width) = look.chance, layers[0].shape[:2]
     y, x = np.mgrid[:height, :width].astype(np.float32)
     dx, dy = np.zeros_like(x), np.zeros_like(y)
     for _ in range(chance.choice((1, 1, 2))):
-        kind = chance.choices(("wave", "dents", "lens"), (5, 3, 2))[0]
+        kind = chance.choices(("wave", "dents", "lens", "rows", "frost"), (50, 30, 15, 5, 5))[0]
         if kind == "wave":
             high = force * chance.uniform(.02, .08) * height
             dy += high * np.sin(x * (2 * math.pi / (chance.uniform(.5, 3) * height)) + chance.uniform(0, 7))
@@ -3191,6 +3222,11 @@ def _warp(look, force, *layers):
                 coarse = look.noise.normal(0, force * chance.uniform(.02, .06) * height,
                                            (rows, 1 + max(2, rows * width // height)))
                 shift += cv2.resize(np.float32(coarse), (width, height), interpolation=cv2.INTER_CUBIC)
+        elif kind == "rows":
+            dx += np.float32(look.noise.normal(0, force * chance.uniform(.01, .04) * height, (height, 1)))
+        elif kind == "frost":
+            for shift in (dx, dy):
+                shift += np.float32(look.noise.normal(0, force * chance.uniform(.3, .025 * height), x.shape))
         else:
             cx, cy, radius = chance.uniform(.2, .8) * width, chance.uniform(.3, .7) * height, chance.uniform(.6, 1.5)
             pull = np.clip(1 - np.hypot(x - cx, y - cy) / (radius * height), 0, 1) * force * chance.uniform(-.3, .3)
@@ -3203,7 +3239,7 @@ def _warp(look, force, *layers):
 def _degrade(look, canvas):
     """What a picture suffers until it is a file: (h, w, 3) float32 -> uint8."""
     chance, noise, (height, width) = look.chance, look.noise, canvas.shape[:2]
-    if chance.random() < .2:
+    if chance.random() < .27:
         canvas = cv2.GaussianBlur(canvas, (0, 0), chance.uniform(.3, 1.1) * max(.7, height / 60))
     if chance.random() < .15 and height > 40:
         share, method = chance.uniform(.4, .8), chance.choice((cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC))
