@@ -3114,7 +3114,7 @@ def _trace(mask, points, thickness, line):
 
 
 def _lines(look, mask, thickness, line):
-    for _ in range(look.chance.randint(1, 3)):
+    for _ in range(look.chance.choice((1, 2, 3, look.chance.randint(4, 9) if thickness < 3 else 1))):
         (x0, y0), (x1, y1) = _anywhere(look, mask.shape), _anywhere(look, mask.shape)
         if look.chance.random() < .5:  # all across
             x0, x1 = look.chance.uniform(-.1, .2) * mask.shape[1], look.chance.uniform(.8, 1.1) * mask.shape[1]
@@ -3246,11 +3246,12 @@ def _degrade(look, canvas):
         small = cv2.resize(canvas, None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
         canvas = cv2.resize(small, (width, height), interpolation=method)
     if chance.random() < .22:
-        strength = chance.choice((chance.uniform(3, 12), chance.uniform(3, 12), chance.uniform(10, 30)))
+        strength = chance.choice((chance.uniform(3, 12), chance.uniform(3, 12), chance.uniform(10, 50)))
         canvas = canvas + strength * noise.standard_normal((height, width, chance.choice((1, 3))), np.float32)
     if chance.random() < .12:
-        hit = noise.random((height, width)) < chance.uniform(.01, .08)
-        canvas[hit] = noise.choice([0, 255, _brightness(look.ink)], (hit.sum(), 1))
+        hit = noise.random((height, width)) < 10 ** chance.uniform(-2, -.8)
+        canvas[hit] = noise.integers(0, 256, (hit.sum(), 3)) if chance.random() < .5 else noise.choice(
+            [0, 255, _brightness(look.ink)], (hit.sum(), 1))
     if chance.random() < .1:
         canvas = canvas * chance.uniform(.5, .95) + chance.uniform(0, 40)
     pixels = np.uint8(np.clip(canvas, 0, 255))
