@@ -2663,6 +2663,9 @@ class LstmCtcOcr:
         def axis(x, position):
             return add("Slice", add("Shape", x), np.array([position]), np.array([position + 1]))
 
+        def strongest_of_channels(x):
+            return x if self.paper == "brightest" else add("ReduceMax", x, axes=[1])  # that has one alone
+
         fitted = add("Min", axis("images", 3), np.array([self.im_width]))
         size = add("Concat", add("Slice", add("Shape", "images"), np.array([0]), np.array([3])), fitted, axis=0)
         colours = add("Resize", "images", "", "", size, mode="linear", coordinate_transformation_mode="half_pixel")
@@ -2670,10 +2673,10 @@ class LstmCtcOcr:
             paper = add("ReduceMax", colours, axes=[1, 2, 3])
         else:
             paper = self._onnx_edge(add, colours)
-        ink = add("ReduceMax", add("Abs", add("Sub", colours, paper)), axes=[1])
+        ink = strongest_of_channels(add("Abs", add("Sub", colours, paper)))
         strongest = add("Max", add("ReduceMax", ink, axes=[2, 3]), np.float32(MIN_CONTRAST))
         ink = add("Round", add("Mul", ink, add("Div", np.float32(255), strongest)))
-        given = add("ReduceMax", colours, axes=[1])
+        given = strongest_of_channels(colours)
         ink = add("Where", add("Less", given, np.float32(0)), add("Sub", np.float32(-1), given), ink)
         missing = add("Sub", np.array([self.im_width]), fitted)
         return add("Pad", ink, add("Concat", np.zeros(7, np.int64), missing, axis=0))

@@ -10,9 +10,11 @@ import argparse
 import collections
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import re
+import selectors
 import socket
 import statistics
 import subprocess
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,11 +187,17 @@ def benchmark_render(_, folder):
 
 @contextlib.contextmanager
 def serving(ocr, change="pass", model=""):
-    """A server in a process of its own, the script changed by a line; yields its process and port."""
+    """A server in a process of its own, the script changed by a line; yields its process and port.
+
+    change: or "gunicorn", for two processes of the README's.
+    """
     flags = ["start", "--port", "0", "--net", ocr.net, "--model", model]
-    code = f"import lstm_ctc_ocr\n{change}\nlstm_ctc_ocr.main({flags})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    port = int(re.search(r":(\d+)/", process.stderr.readline())[1])
+    command = ["-c", f"import lstm_ctc_ocr\n{change}\nlstm_ctc_ocr.main({flags})"]
+    if change == "gunicorn":
+        command = ["-m", "gunicorn", "--workers", "2", "--threads", "32", "--bind", "127.0.0.1:0",
+                   f"lstm_ctc_ocr:create_app(net={ocr.net!r}, model={str(model)!r})"]
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    port = int(next(filter(None, (re.search(r"127.0.0.1:(\d+)", line) for line in process.stderr)))[1])
     threading.Thread(target=lambda: collections.deque(process.stderr, 0), daemon=True).start()
     try:
         yield process, port
@@ -198,36 +206,41 @@ def serving(ocr, change="pass", model=""):
         process.wait()
 
 
-def client(port, bodies):
-    """Posts (body, expected text or None if it must be refused) one after the other; returns each one's seconds.
-
-    By hand, for `http.client` takes so much of the machine that it would measure itself. Raises AssertionError for an
-    answer that is not the expected one.
-    """
-    taken = []
-    with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rb") as answers:
-        for body, text in bodies:
-            begun = time.perf_counter()
-            connection.sendall(POST % len(body) + body)
-            status, length = int(answers.readline().split()[1]), 0
-            for line in iter(answers.readline, b"\r\n"):
-                if line.lower().startswith(b"content-length:"):
-                    length = int(line[15:])
-            answer = json.loads(answers.read(length))
-            taken.append(time.perf_counter() - begun)
-            if text is None:
-                assert 400 <= status < 500 and list(answer) == ["error"], answer
-            else:
-                assert status == 200 and answer["ocr_ret"] == text, answer
-    return taken
-
-
 def load(port, bodies, clients=16):
-    """Shares the bodies among clients that ask at the same time; returns requests a second and all latencies."""
-    begun = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        latencies = list(pool.map(client, [port] * clients, (bodies[part::clients] for part in range(clients))))
-    return len(bodies) / (time.perf_counter() - begun), [seconds for part in latencies for seconds in part]
+    """Posts (body, expected text or None if it must be refused) over so many connections, on each one at a time.
+
+    Returns requests a second and each one's seconds. One thread does it all: clients that take a third of the machine
+    would measure themselves. Raises AssertionError for an answer that is not the expected one.
+    """
+    waiting, taken, start = collections.deque(bodies), [], time.perf_counter()
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+        def post(connection):
+            body, text = waiting.popleft()
+            connection.sendall(POST % len(body) + body)
+            selector.register(connection, selectors.EVENT_READ, (bytearray(), text, time.perf_counter()))
+
+        for _ in range(min(clients, len(bodies))):
+            post(stack.enter_context(socket.create_connection(("127.0.0.1", port))))
+        while selector.get_map():
+            for key, _ in selector.select():
+                (answer, text, begun), connection = key.data, key.fileobj
+                answer += connection.recv(65536)
+                head, _, content = answer.partition(b"\r\n\r\n")
+                length = re.search(rb"(?i)content-length: *(\d+)", head)
+                if length and len(content) == int(length[1]):
+                    taken.append(time.perf_counter() - begun)
+                    selector.unregister(connection)
+                    check(int(head.split()[1]), json.loads(content), text)
+                    if waiting:
+                        post(connection)
+    return len(bodies) / (time.perf_counter() - start), taken
+
+
+def check(status, answer, text):
+    if text is None:
+        assert 400 <= status < 500 and list(answer) == ["error"], answer
+    else:
+        assert status == 200 and answer["ocr_ret"] == text, answer
 
 
 def posted(ocr, folder, count):
@@ -239,16 +252,18 @@ def posted(ocr, folder, count):
 SERVERS = {"": "pass", "_unbatched": "lstm_ctc_ocr.SERVE_BATCH = 1",
            "_http_alone": "lstm_ctc_ocr.LstmCtcOcr._read = lambda *arguments: [('', 0)] * len(arguments[2])",
            "_onnx": "assert 'tensorflow' not in lstm_ctc_ocr.sys.modules"}
+if importlib.util.find_spec("gunicorn"):
+    SERVERS |= {"_gunicorn": "gunicorn", "_gunicorn_onnx": "gunicorn"}
 
 
 def benchmark_serve(ocr, folder):
     """16 clients, each with one PNG at a time, against a server as it is, and without batches, network, TensorFlow.
 
-    Returns requests a second, the latency of the slowest hundredth and, of the server's process alone, CPU milliseconds
-    a request and its memory.
+    If gunicorn is installed, against two of its processes too, with TensorFlow and without. Returns requests a second,
+    the latency of the slowest hundredth and, of the server's processes alone, CPU milliseconds a request and memory.
     """
     bodies, speeds, costs, latencies = posted(ocr, folder, 128), {}, {}, {}
-    models = {"_onnx": exported(ocr, folder)}
+    models = dict.fromkeys(("_onnx", "_gunicorn_onnx"), exported(ocr, folder))
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(serving(ocr, change, models.get(name, "")))
                    for name, change in SERVERS.items()}
@@ -269,19 +284,26 @@ def benchmark_serve(ocr, folder):
         figures["serve_mb" + name] = memory[name]
         figures["serve_requests_per_second" + name] = statistics.median(speeds[name])
         figures["serve_cpu_ms" + name] = statistics.median(costs[name])
-    speed = figures["serve_requests_per_second"]
-    return {**figures, "serve_vs_unbatched": speed / figures["serve_requests_per_second_unbatched"],
-            "serve_onnx_vs_tensorflow": figures["serve_requests_per_second_onnx"] / speed}
+    speed = {name: figures["serve_requests_per_second" + name] for name in servers}
+    return {**figures, "serve_vs_unbatched": speed[""] / speed["_unbatched"],
+            **{"serve_onnx_vs_tensorflow" + name: speed[name + "_onnx"] / speed[name]
+               for name in ("", "_gunicorn") if name in speed}}
+
+
+def family(process):
+    """The numbers of a process and of those that it has started."""
+    return [process.pid, *Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def cpu_seconds(process):
-    """What a process has used of all cores so far."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """What a process and its children have used of all cores so far."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in family(process)]
+    return sum(int(user) + int(system) for user, system in (each[11:13] for each in fields)) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_mb(process):
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+    return sum(int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+               for pid in family(process)) / 1024
 
 
 def benchmark_soak(ocr, folder):
