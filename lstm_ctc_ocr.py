@@ -2078,6 +2078,7 @@ class LstmCtcOcr:
         for path in run.folder.glob("LstmCtcOcr-*"):
             if path.name.split(".")[0] not in kept:
                 path.unlink()
+
     @contextlib.contextmanager
     def _session_alone(self, run):
         """The session that trains in this process alone."""
