@@ -85,7 +85,7 @@ def test_two_workers_learn_what_one_process_does(cluster, trained, dataset, tmp_
 
 
 def test_whoever_is_killed_comes_back_and_nothing_that_was_saved_is_lost(cluster, tmp_path):
-    tasks = cluster(epoch_max=9, save_epoch=0.2)
+    tasks = cluster(epoch_max=12, save_epoch=0.2, val_num=16)  # few, so that every hundredth step is reported
     tasks.start(*JOBS)
     for job in JOBS:
         tasks.until("chief", "^epoch")
@@ -95,7 +95,7 @@ def test_whoever_is_killed_comes_back_and_nothing_that_was_saved_is_lost(cluster
         if job != "worker":
             assert int(tasks.until("chief", r"from step (\d+)")[1]) >= saved
     tasks.end()
-    assert step_of(tmp_path / "model") == config_of(tmp_path / "model")["step"] == 9 * 44
+    assert step_of(tmp_path / "model") == config_of(tmp_path / "model")["step"] == 12 * 44
 
 
 def test_a_chief_whose_worker_is_missing_still_hears_that_it_shall_stop(cluster, tmp_path):

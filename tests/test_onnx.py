@@ -91,7 +91,8 @@ def test_scores_and_texts_equal_those_of_tensorflow(kind, pictures, exported, tm
     foreign = [session.run(None, as_a_client(ocr, picture))[0] for picture in pictures]
     for scores in (np.roll(np.concatenate(foreign, axis=1), -1, axis=2), ours._reader.logits(images),
                    ours._reader.logits(images, alone=True)):
-        np.testing.assert_allclose(scores, expected, atol=1e-3, rtol=1e-4)  # they go down to -80
+        # They go down to -80; and lstm takes 256 steps one after the other, each of which rounds.
+        np.testing.assert_allclose(scores, expected, atol=1e-2 if kind == "lstm" else 1e-3, rtol=1e-4)
     expected, got = ([text for text, _ in each.recognise(datas)] for each in (tensorflow, ours))
     assert got == expected
 
