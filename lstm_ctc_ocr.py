@@ -723,8 +723,8 @@ class LstmCtcOcr:
             parts = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, edge:][:, -edge:]
             along = np.concatenate([part.reshape(-1, channels) for part in parts])
             paper = np.partition(along, len(along) // 2, axis=0)[len(along) // 2]
-        # of the channels the largest difference; max(axis=2) would take eight times as long
-        ink = functools.reduce(np.maximum, np.moveaxis(np.abs(colours - paper), 2, 0))
+        away = cv2.absdiff(colours, (*np.ravel(paper).tolist(), 0, 0, 0)[:4])  # of four numbers it makes a colour
+        ink = functools.reduce(cv2.max, cv2.split(away))  # of the channels the largest; NumPy takes three times as long
         image = np.zeros((self.im_height, self.im_width), np.uint8)
         image[:, :fitted] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
         return image
