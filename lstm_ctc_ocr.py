@@ -91,7 +91,7 @@ UNSAID = {"paper": "brightest", "start_from": ""}  # what a config.json of befor
 NETS = ("lstm", "cnn_lstm", "wide_cnn_lstm")
 # channels, size, strides down and across, residual blocks behind it
 CONVOLUTIONS = {"cnn_lstm": ((32, 5, 4, 2, 0), (48, 3, 2, 2, 0), (96, 3, 2, 1, 0), (128, 3, 2, 1, 0)),
-                "wide_cnn_lstm": ((32, 5, 2, 2, 0), (48, 3, 2, 2, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 1))}
+                "wide_cnn_lstm": ((32, 5, 2, 2, 0), (48, 3, 2, 2, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 2))}
 PROJECTION = {"cnn_lstm": 128, "wide_cnn_lstm": 160}  # features that each step hands to the LSTM
 PAPERS = ("border", "brightest")
 MIN_PART = 8  # images of a batch that a core works on: of fewer, batch normalisation's statistics are too rough
