@@ -1,0 +1,385 @@
+"""Trains the shipped `general` further: on a GPU, by PyTorch, while all cores render varied captchas for it.
+
+    python tests/train_general.py unpack general start.npz                          (needs TensorFlow)
+    python tests/train_general.py train start.npz end.npz --seconds 760             (needs PyTorch, and a GPU)
+    python tests/train_general.py pack end.npz my-model/general --held FOLDER       (needs TensorFlow)
+
+The second command needs of this project's packages only what renders. Its network is a twin of `wide_cnn_lstm`: cuDNN
+has no BlockLSTM. What RESULTS.md says of the last training was done by these lines; by the clock, so another machine
+takes another number of steps.
+
+Images are (64, 256) uint8 ink, as `load_image` returns them; labels (12,) int8: up to 10 classes, the blank where there
+are none left, their number, and whether the captcha is a plain one.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import mmap
+import multiprocessing
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import lstm_ctc_ocr  # noqa: E402
+from lstm_ctc_ocr import CAPITALS, CONVOLUTIONS, DIGITS, PROJECTION, LstmCtcOcr  # noqa: E402
+
+WORDS = CAPITALS + CAPITALS.lower() + DIGITS
+HEIGHT, WIDTH, LONGEST, CELLS, BLANK = 64, 256, 10, 160, len(WORDS)
+LAYERS, FEATURES = CONVOLUTIONS["wide_cnn_lstm"], PROJECTION["wide_cnn_lstm"]
+GATES = np.concatenate([np.arange(CELLS) + CELLS * gate for gate in (0, 2, 1, 3)])  # i, c, f, o <-> i, f, c, o
+BATCH, LEARNING_RATE, WARM_UP, MAX_GRADIENT_NORM = 384, 2e-3, 200, 1.0
+TURNING = 0.12  # in (1 - exp(-TURNING * loss)) / TURNING (Zhang and Sabuncu, 2018): leaves alone what is hopeless
+DISTORTED = 0.35  # of the images of a batch
+PLAIN = 0.1  # of the images that are drawn
+CAPITALISED = 0.7  # of plain captchas with other letters: they get capitals instead
+FIRST_IMAGES = 30_000  # that are there before the first step
+UNSEEN_LOSS = 4.0  # that an image is taken to have until it is drawn
+STATISTICS_BATCHES = 60  # that batch normalisation's final statistics are taken from
+
+
+# ---------------------------------------------------------------------- rendering
+
+class Renderer:
+    """A process that renders; `images` and `labels` are shared with it, of which the first `count` are there."""
+
+    def __init__(self, number, most, seed, fonts):
+        context = multiprocessing.get_context("fork")  # it shares the memory
+        self.images = np.frombuffer(mmap.mmap(-1, most * HEIGHT * WIDTH), np.uint8).reshape(-1, HEIGHT, WIDTH)
+        self.labels = np.frombuffer(mmap.mmap(-1, most * 12), np.int8).reshape(-1, 12)
+        self.done = context.Value("l", 0, lock=False)
+        self.taken = 0
+        context.Process(target=self.render, args=[number, seed, fonts], daemon=True).start()
+
+    def render(self, number, seed, fonts):
+        os.nice(5)  # the training comes first
+        lstm_ctc_ocr.cv2.setNumThreads(1)
+        ocr = LstmCtcOcr(words=WORDS, words_max_num=LONGEST, im_width=WIDTH, im_height=HEIGHT, paper="border",
+                         look="varied", fonts=fonts)
+        for row in range(len(self.images)):
+            random.seed(f"{seed}-{number}-{row}")
+            plain, text = ocr._draw_label(random)
+            if plain and not set(text) <= set(CAPITALS) and random.random() < CAPITALISED:
+                text = "".join(random.choice(CAPITALS) for _ in text)
+            self.images[row] = ocr.load_image(ocr._draw(plain, text))
+            self.labels[row] = [*map(WORDS.index, text), *[BLANK] * (LONGEST - len(text)), len(text), plain]
+            self.done.value = row + 1
+
+    def new(self):
+        """The images and labels that have come since the last call."""
+        rows = slice(self.taken, self.done.value)
+        self.taken = rows.stop
+        return self.images[rows], self.labels[rows]
+
+
+# ---------------------------------------------------------------------- the twin of the network
+
+def twin(torch):
+    """Returns the network, a module from ink (B, 1, H, W), 0 to 3, to logits (T, B, C); `load` and `arrays` use the
+    names and shapes of TensorFlow's variables."""
+    functional = torch.nn.functional
+
+    class Convolution(torch.nn.Module):
+        def __init__(self, inputs, channels, size, *strides):
+            super().__init__()
+            self.size, self.strides = size, strides
+            self.convolution = torch.nn.Conv2d(inputs, channels, size, strides, bias=False,
+                                               padding=size // 2 if strides == (1, 1) else 0)
+            self.normalisation = torch.nn.BatchNorm2d(channels, eps=1e-3, momentum=.02)
+
+        def forward(self, x):
+            if self.strides != (1, 1):
+                pads = []  # TensorFlow's SAME: where it is odd, more of it comes behind
+                for length, stride in zip(x.shape[:1:-1], self.strides[::-1]):
+                    pad = max((math.ceil(length / stride) - 1) * stride + self.size - length, 0)
+                    pads += [pad // 2, pad - pad // 2]
+                x = functional.pad(x, pads)
+            return self.normalisation(self.convolution(x))
+
+        def variables(self):
+            norm = self.normalisation
+            return {"kernel": (self.convolution.weight, (2, 3, 1, 0)), "scale": (norm.weight, None),
+                    "offset": (norm.bias, None), "mean": (norm.running_mean, None),
+                    "variance": (norm.running_var, None)}
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolutions, channels = torch.nn.ModuleDict(), 1
+            for number, (outputs, size, down, across, blocks) in enumerate(LAYERS, 1):
+                self.convolutions[f"convolution{number}"] = Convolution(channels, outputs, size, down, across)
+                for block in range(1, blocks + 1):
+                    for half in "ab":
+                        name = f"convolution{number}/residual{block}{half}"
+                        self.convolutions[name] = Convolution(outputs, outputs, 3, 1, 1)
+                channels = outputs
+            height = HEIGHT // math.prod(down for _, _, down, _, _ in LAYERS)
+            self.projection = torch.nn.Linear(height * channels, FEATURES)
+            self.lstm = torch.nn.LSTM(FEATURES, CELLS, bidirectional=True)
+            self.dense = torch.nn.Linear(2 * CELLS, BLANK + 1)
+            for name, bias in self.lstm.named_parameters():  # PyTorch adds two; of one there is no need
+                bias.requires_grad_("bias_hh" not in name)
+
+        def forward(self, x):
+            x = x.contiguous(memory_format=torch.channels_last)
+            for name, convolution in self.convolutions.items():
+                if name.endswith("a"):
+                    y = functional.relu(convolution(x))
+                else:
+                    x = functional.relu(x + convolution(y) if name.endswith("b") else convolution(x))
+            x = x.permute(3, 0, 2, 1).flatten(2)  # (T, B, H * C)
+            x, _ = self.lstm(functional.relu(self.projection(x)))
+            with torch.autocast(x.device.type, enabled=False):
+                return self.dense(x.float())
+
+        def variables(self):
+            """(tensor, axes to transpose it by) of each variable but the LSTM's."""
+            each = {f"{name}/{kind}": variable for name, convolution in self.convolutions.items()
+                    for kind, variable in convolution.variables().items()}
+            for name, layer in (("projection", self.projection), ("dense", self.dense)):
+                each |= {f"{name}/kernel": (layer.weight, (1, 0)), f"{name}/bias": (layer.bias, None)}
+            return each
+
+        def lstms(self):
+            """(name, weights of the inputs, of the recurrence, bias, the other bias) of each direction."""
+            for name, suffix in (("forward", ""), ("backward", "_reverse")):
+                yield name, *(getattr(self.lstm, f"{part}_l0{suffix}")
+                              for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+
+        @torch.no_grad()
+        def load(self, arrays):
+            """A convolution that is not among the arrays becomes the end of a residual block that changes nothing."""
+            for name, (tensor, axes) in self.variables().items():
+                if name in arrays:
+                    order = axes and np.argsort(axes)
+                    tensor.copy_(torch.from_numpy(np.ascontiguousarray(np.transpose(arrays[name], order))))
+                elif name.endswith("b/scale"):
+                    tensor.zero_()
+            for name, inputs, recurrence, bias, other in self.lstms():
+                kernel, gates = arrays[f"{name}/kernel"].T[GATES], arrays[f"{name}/bias"].copy()
+                gates[2 * CELLS:3 * CELLS] += 1  # BlockLSTM's forget_bias
+                inputs.copy_(torch.tensor(kernel[:, :FEATURES]))
+                recurrence.copy_(torch.tensor(kernel[:, FEATURES:]))
+                bias.copy_(torch.tensor(gates[GATES]))
+                other.zero_()
+
+        def arrays(self):
+            arrays = {name: (tensor.permute(axes) if axes else tensor).detach().cpu().numpy()
+                      for name, (tensor, axes) in self.variables().items()}
+            for name, *parts in self.lstms():
+                inputs, recurrence, bias, _ = (part.detach().cpu().numpy()[GATES] for part in parts)
+                bias[2 * CELLS:3 * CELLS] -= 1
+                arrays |= {f"{name}/kernel": np.concatenate([inputs.T, recurrence.T]), f"{name}/bias": bias}
+            return arrays
+
+    return Network()
+
+
+def distort(torch, x):
+    """As `lstm_ctc_ocr.distort`, and a little more, on the GPU: x (n, 1, H, W) float32 of 0 to 255."""
+    functional, n, device = torch.nn.functional, len(x), x.device
+
+    def between(low, high):
+        return torch.rand(n, 1, 1, 1, device=device) * (high - low) + low
+
+    def some(share):
+        return (torch.rand(n, 1, 1, 1, device=device) < share).float()
+
+    def grains():  # (n, 1, H, W) of 0 to 1, in squares of up to three pixels
+        coarse = torch.rand(n, 1, *random.choice(((64, 256), (32, 128), (24, 96))), device=device)
+        return functional.interpolate(coarse, (HEIGHT, WIDTH))
+
+    ink = (x.amax(dim=(1, 2)) > 40) * torch.arange(1, WIDTH + 1, device=device)
+    end = ink.amax(dim=1).float().clamp(min=1).view(n, 1, 1, 1)
+    down, right = (axis[None, None] for axis in torch.meshgrid(
+        torch.arange(float(HEIGHT), device=device), torch.arange(float(WIDTH), device=device), indexing="ij"))
+    # moved, scaled, sheared, turned, bent
+    u, v = right - end / 2 + between(-6, 6), down - HEIGHT / 2 + between(-4, 4)
+    u, v = (between(.89, 1.13) * u + between(-.15, .15) * v + end / 2,
+            between(-.04, .04) * u + between(.89, 1.13) * v + HEIGHT / 2)
+    dents = functional.interpolate(torch.randn(n, 2, 4, 9, device=device) * 1.5, (HEIGHT, WIDTH), mode="bicubic")
+    u, v = torch.split(torch.cat([u, v], dim=1) + dents * some(.5), 1, dim=1)
+    places = torch.cat([(u + .5) * (2 / WIDTH) - 1, (v + .5) * (2 / HEIGHT) - 1], dim=1).permute(0, 2, 3, 1)
+    x = functional.grid_sample(x, places, align_corners=False)
+    # blurred, coarser, fatter, thinner
+    kernel = torch.tensor([.0614, .2448, .3877, .2448, .0614], device=device)
+    blurred = functional.conv2d(functional.pad(x, [2] * 4), (kernel[:, None] * kernel)[None, None])
+    x = torch.lerp(x, blurred, some(.3) * between(.2, 1))
+    rows = random.choice((20, 24, 28, 34, 40))
+    coarse = functional.interpolate(functional.interpolate(x, (rows, 4 * rows), mode="area"), (HEIGHT, WIDTH))
+    x = torch.lerp(x, coarse, some(.15))
+    x = torch.lerp(x, functional.max_pool2d(x, 3, 1, 1), some(.08))
+    x = torch.lerp(x, -functional.max_pool2d(-x, 3, 1, 1), some(.06))
+    # pixels missing, pixels too many, noise
+    x = x * (1 - some(.1) * (grains() < between(.05, .45)))
+    x = torch.lerp(x, between(60, 255).expand_as(x), some(.1) * (grains() < between(.01, .12)))
+    x = (x + some(.3) * between(3, 20) * torch.randn_like(x)).clamp(0, 255)
+    # paler or darker, black and white
+    x = torch.where(some(.5) > 0, 255 * (x / 255) ** between(.7, 1.4), x)
+    x = torch.lerp(x, 255 * torch.sigmoid((x - between(70, 150)) / 8), some(.06))
+    for _ in range(3):  # holes
+        top, left = between(0, HEIGHT), between(0, 1) * end
+        hole = (down >= top) & (down < top + between(0, 14)) & (right >= left) & (right < left + between(0, 14))
+        x = torch.lerp(x, 128 * some(.33).expand_as(x), hole * some(.15))
+    return x
+
+
+# ---------------------------------------------------------------------- training
+
+class Pool:
+    """All images so far, on the GPU, and the loss that each had when it was last drawn."""
+
+    def __init__(self, torch, renderers, device):
+        self.torch, self.renderers, self.count = torch, renderers, 0
+        most = sum(len(each.images) for each in renderers)
+        self.images = torch.empty((most, HEIGHT, WIDTH), dtype=torch.uint8, device=device)
+        self.labels = torch.empty((most, 12), dtype=torch.int8, device=device)
+        self.losses = torch.full((most,), UNSEEN_LOSS, device=device)
+
+    def collect(self):
+        for renderer in self.renderers:
+            images, labels = renderer.new()
+            rows = slice(self.count, self.count + len(images))
+            self.images[rows], self.labels[rows] = self.torch.from_numpy(images), self.torch.from_numpy(labels)
+            self.count = rows.stop
+
+    def draw(self, batches):
+        """Rows (n,) by importance, what is neither known nor hopeless the most, and their weights, the mean 1."""
+        torch, losses = self.torch, self.losses[:self.count]
+        chances = .05 + torch.exp(-TURNING * losses) * (1 - torch.exp(-losses))
+        plain = self.labels[:self.count, -1] > 0
+        share = chances[plain].sum() / chances.sum()
+        chances = chances * torch.where(plain, PLAIN / share, (1 - PLAIN) / (1 - share))
+        count = batches * BATCH
+        rows = torch.multinomial(chances, count, replacement=self.count < 2 * count)
+        weights = (chances[rows] / chances.mean()).clamp(min=.02) ** -.5  # not -1: that is too rough
+        return rows, weights / weights.mean()
+
+
+def train(arguments):
+    import torch
+    begun, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
+    processes = arguments.processes or max(1, len(os.sched_getaffinity(0)) - 1)
+    pool = Pool(torch, [Renderer(number, arguments.images // processes, arguments.seed, tuple(arguments.fonts))
+                        for number in range(processes)], device)
+    torch.manual_seed(arguments.seed)
+    torch.backends.cudnn.benchmark = True
+    net = twin(torch)
+    net.load(np.load(arguments.start))
+    net.to(device).train()
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
+    lengths = torch.full((BATCH,), WIDTH // math.prod(across for *_, across, _ in LAYERS), device=device)
+
+    def forward(rows, distorted):
+        x = pool.images[rows].float()[:, None]
+        chosen = (torch.rand(len(x), device=device) < distorted).nonzero()[:, 0]
+        if len(chosen):
+            x[chosen] = distort(torch, x[chosen])
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return net(x * (3 / 255))
+
+    while pool.count < min(FIRST_IMAGES, arguments.images // 2):
+        time.sleep(.5)
+        pool.collect()
+    start, step, rows, losses = time.time(), 0, (), []
+    while (share := (time.time() - start) / arguments.seconds) < 1:
+        if len(rows) < BATCH:
+            pool.collect()
+            rows, weights = pool.draw(40)
+        now, rows, weight, weights = rows[:BATCH], rows[BATCH:], weights[:BATCH], weights[BATCH:]
+        labels = pool.labels[now].long()
+        loss = torch.nn.functional.ctc_loss(
+            forward(now, DISTORTED).log_softmax(2), labels[:, :LONGEST], lengths, labels[:, LONGEST], BLANK, "none")
+        pool.losses[now] = loss.detach()
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARM_UP) * (1 - share)
+        optimizer.zero_grad()
+        (weight * (1 - torch.exp(-TURNING * loss)) / TURNING).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+        optimizer.step()
+        losses.append(loss.detach().mean())
+        step += 1
+        if step % 500 == 0:
+            print(f"{time.time() - begun:.0f} s, step {step}, {pool.count} images, loss "
+                  f"{torch.stack(losses).mean():.3f}", file=sys.stderr, flush=True)
+            losses.clear()
+    pool.collect()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the plain mean of all batches
+            module.reset_running_stats()
+    with torch.no_grad():
+        for _ in range(STATISTICS_BATCHES):
+            forward(torch.randint(pool.count, (BATCH,), device=device), 0)
+    np.savez(arguments.end, **net.arrays(), steps=step, images_seen=step * BATCH, images=pool.count)
+
+
+# ---------------------------------------------------------------------- from and to a model folder
+
+def unpack(arguments):
+    """Writes the weights of a model folder as an .npz file."""
+    ocr = LstmCtcOcr(model=arguments.model)
+    session = ocr._reader.session
+    np.savez(arguments.start, **session.run({variable.op.name: variable for variable in
+                                             session.graph.get_collection("variables")}))
+
+
+def pack(arguments):
+    """Writes a model folder, the temperature fitted on held-out images; the rest of its config is `general`'s."""
+    arrays = dict(np.load(arguments.end))
+    counts = {name: int(arrays.pop(name)) for name in ("steps", "images_seen", "images")}
+    config = json.loads((lstm_ctc_ocr.MODELS / "pretrained" / "general" / "config.json").read_text())
+    ocr = dataclasses.replace(LstmCtcOcr(), **{name: config[name] for name in lstm_ctc_ocr.ARCHITECTURE})
+    images, files = ocr.load_images(ocr._labelled_files(arguments.held))
+    folder, tf = Path(arguments.model), lstm_ctc_ocr._tensorflow()
+    step = config["step"] + counts["steps"]
+    with ocr._writing(folder), tf.Session(config=lstm_ctc_ocr._session_config()) as session:
+        net, saver = ocr._build_reading(ocr._build_input()), ocr._reading_saver()
+        for variable in tf.global_variables():
+            variable.load(arrays[variable.op.name], session)
+        logits = np.concatenate([session.run(net.logits, {net.images: images[rows]}) for rows in
+                                 np.array_split(np.arange(len(files)), -(-len(files) // 64))], axis=1)
+        folder.mkdir(parents=True, exist_ok=True)
+        saver.save(session, str(folder / "LstmCtcOcr"), step, write_meta_graph=False)
+    right, confidences = lstm_ctc_ocr.greedy_confidences(logits, [ocr.text_to_sequence(text) for _, text in files])
+    config.update(step=step, best_step=step, images_seen=config["images_seen"] + counts["images_seen"],
+                  images=config["images"] + counts["images"], accuracy=round(float(right.mean()), 3),
+                  validated_on=len(files), temperature=lstm_ctc_ocr.fit_temperature(right, confidences))
+    ocr._save_config(folder, config)
+    print(f"{folder}: {config['accuracy']:.1%} of {len(files)}, temperature {config['temperature']}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("unpack")
+    command.add_argument("model")
+    command.add_argument("start", metavar="start.npz")
+    command.set_defaults(run=unpack)
+    command = commands.add_parser("train")
+    command.add_argument("start", metavar="start.npz")
+    command.add_argument("end", metavar="end.npz")
+    command.add_argument("--seconds", type=float, default=760, help="of training (760)")
+    command.add_argument("--images", type=int, default=1_650_000, help="the most to render, 16 KB each (1,650,000)")
+    command.add_argument("--processes", type=int, help="that render; if not given, one a core but one")
+    command.add_argument("--fonts", nargs="+", default=(), help="as in create_dataset")
+    command.add_argument("--seed", type=int, default=200)
+    command.set_defaults(run=train)
+    command = commands.add_parser("pack")
+    command.add_argument("end", metavar="end.npz")
+    command.add_argument("model")
+    command.add_argument("--held", required=True, help="a folder of varied captchas that were not trained on")
+    command.set_defaults(run=pack)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
