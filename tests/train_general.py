@@ -1,12 +1,12 @@
-"""Trains the shipped `general` further: on a GPU, by PyTorch, while all cores render varied captchas for it.
+"""Trains the shipped `general` further: on a GPU, by PyTorch, while all cores but one render varied captchas for it.
 
     python tests/train_general.py unpack general start.npz                          (needs TensorFlow)
     python tests/train_general.py train start.npz end.npz --seconds 760             (needs PyTorch, and a GPU)
     python tests/train_general.py pack end.npz my-model/general --held FOLDER       (needs TensorFlow)
 
 The second command needs of this project's packages only what renders. Its network is a twin of `wide_cnn_lstm`: cuDNN
-has no BlockLSTM. What RESULTS.md says of the last training was done by these lines; by the clock, so another machine
-takes another number of steps.
+has no BlockLSTM. It ends by the clock, so another machine takes another number of steps. The training in RESULTS.md was
+done by an earlier form of these lines.
 
 Images are (64, 256) uint8 ink, as `load_image` returns them; labels (12,) int8: up to 10 classes, the blank where there
 are none left, their number, and whether the captcha is a plain one.
@@ -29,13 +29,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lstm_ctc_ocr  # noqa: E402
-from lstm_ctc_ocr import CAPITALS, CONVOLUTIONS, DIGITS, PROJECTION, LstmCtcOcr  # noqa: E402
+from lstm_ctc_ocr import CAPITALS, CONVOLUTIONS, DIGITS, MAX_GRADIENT_NORM, PROJECTION, LstmCtcOcr  # noqa: E402
 
 WORDS = CAPITALS + CAPITALS.lower() + DIGITS
 HEIGHT, WIDTH, LONGEST, CELLS, BLANK = 64, 256, 10, 160, len(WORDS)
 LAYERS, FEATURES = CONVOLUTIONS["wide_cnn_lstm"], PROJECTION["wide_cnn_lstm"]
 GATES = np.concatenate([np.arange(CELLS) + CELLS * gate for gate in (0, 2, 1, 3)])  # i, c, f, o <-> i, f, c, o
-BATCH, LEARNING_RATE, WARM_UP, MAX_GRADIENT_NORM = 384, 2e-3, 200, 1.0
+BATCH, LEARNING_RATE, WARM_UP = 384, 2e-3, 200  # images; Adam's, at the start; steps
 TURNING = 0.12  # in (1 - exp(-TURNING * loss)) / TURNING (Zhang and Sabuncu, 2018): leaves alone what is hopeless
 DISTORTED = 0.35  # of the images of a batch
 PLAIN = 0.1  # of the images that are drawn
@@ -48,7 +48,7 @@ STATISTICS_BATCHES = 60  # that batch normalisation's final statistics are taken
 # ---------------------------------------------------------------------- rendering
 
 class Renderer:
-    """A process that renders; `images` and `labels` are shared with it, of which the first `count` are there."""
+    """A process that renders; `images` and `labels` are shared with it, of which the first `done` are there."""
 
     def __init__(self, number, most, seed, fonts):
         context = multiprocessing.get_context("fork")  # it shares the memory
@@ -263,41 +263,55 @@ class Pool:
         return rows, weights / weights.mean()
 
 
+def logits_of(torch, net, images, distorted):
+    """Images (B, H, W) uint8, of which that share is distorted -> logits (T, B, C) float32."""
+    x = images.float()[:, None]
+    chosen = (torch.rand(len(x), device=x.device) < distorted).nonzero()[:, 0]
+    if len(chosen):
+        x[chosen] = distort(torch, x[chosen])
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        return net(x * (3 / 255))
+
+
+def take_statistics(torch, net, pool):
+    """Takes batch normalisation's statistics anew, as plain means over batches that are not distorted."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+            module.reset_running_stats()
+    with torch.no_grad():
+        for _ in range(STATISTICS_BATCHES):
+            rows = torch.randint(pool.count, (BATCH,), device=pool.images.device)
+            logits_of(torch, net, pool.images[rows], 0)
+
+
 def train(arguments):
     import torch
-    begun, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
-    processes = arguments.processes or max(1, len(os.sched_getaffinity(0)) - 1)
-    pool = Pool(torch, [Renderer(number, arguments.images // processes, arguments.seed, tuple(arguments.fonts))
-                        for number in range(processes)], device)
     torch.manual_seed(arguments.seed)
     torch.backends.cudnn.benchmark = True
+    processes = arguments.processes or max(1, lstm_ctc_ocr._cores() - 1)
+    renderers = [Renderer(number, arguments.images // processes, arguments.seed, tuple(arguments.fonts))
+                 for number in range(processes)]  # forked before this process opens a GPU
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pool = Pool(torch, renderers, device)
     net = twin(torch)
     net.load(np.load(arguments.start))
     net.to(device).train()
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
-    lengths = torch.full((BATCH,), WIDTH // math.prod(across for *_, across, _ in LAYERS), device=device)
-
-    def forward(rows, distorted):
-        x = pool.images[rows].float()[:, None]
-        chosen = (torch.rand(len(x), device=device) < distorted).nonzero()[:, 0]
-        if len(chosen):
-            x[chosen] = distort(torch, x[chosen])
-        with torch.autocast(device, dtype=torch.bfloat16):
-            return net(x * (3 / 255))
-
+    optimizer = torch.optim.Adam(parameters)
     while pool.count < min(FIRST_IMAGES, arguments.images // 2):
         time.sleep(.5)
         pool.collect()
-    start, step, rows, losses = time.time(), 0, (), []
-    while (share := (time.time() - start) / arguments.seconds) < 1:
+    begun, step, rows, losses = time.time(), 0, (), []
+    while (share := (time.time() - begun) / arguments.seconds) < 1:
         if len(rows) < BATCH:
             pool.collect()
             rows, weights = pool.draw(40)
         now, rows, weight, weights = rows[:BATCH], rows[BATCH:], weights[:BATCH], weights[BATCH:]
-        labels = pool.labels[now].long()
-        loss = torch.nn.functional.ctc_loss(
-            forward(now, DISTORTED).log_softmax(2), labels[:, :LONGEST], lengths, labels[:, LONGEST], BLANK, "none")
+        labels, logits = pool.labels[now].long(), logits_of(torch, net, pool.images[now], DISTORTED)
+        steps = torch.full((BATCH,), len(logits), device=device)
+        loss = torch.nn.functional.ctc_loss(logits.log_softmax(2), labels[:, :LONGEST], steps, labels[:, LONGEST],
+                                            BLANK, "none")
         pool.losses[now] = loss.detach()
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARM_UP) * (1 - share)
         optimizer.zero_grad()
@@ -310,14 +324,7 @@ def train(arguments):
             print(f"{time.time() - begun:.0f} s, step {step}, {pool.count} images, loss "
                   f"{torch.stack(losses).mean():.3f}", file=sys.stderr, flush=True)
             losses.clear()
-    pool.collect()
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # the plain mean of all batches
-            module.reset_running_stats()
-    with torch.no_grad():
-        for _ in range(STATISTICS_BATCHES):
-            forward(torch.randint(pool.count, (BATCH,), device=device), 0)
+    take_statistics(torch, net, pool)
     np.savez(arguments.end, **net.arrays(), steps=step, images_seen=step * BATCH, images=pool.count)
 
 
