@@ -1511,7 +1511,7 @@ class LstmCtcOcr:
         _package("onnxruntime", "read with an ONNX file")
         try:
             data = path.read_bytes()
-            session = _onnx_session(data, 1)
+            session = _onnx_session(data, _cores())
             config = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
         except OSError as error:
             raise self.Error(f"no model in {path} ({error.strerror}): write it with `python lstm_ctc_ocr.py export "
@@ -1521,12 +1521,11 @@ class LstmCtcOcr:
             raise self.Error(f"{path} cannot be read ({fault}): export it anew, or name another with --model") from None
         ocr = self._with_architecture(self._checked(config, path), path)
 
-        on_all_cores = functools.cache(functools.partial(_onnx_session, data, _cores()))
+        in_this_thread = functools.cache(functools.partial(_onnx_session, data, 1))
 
         def logits(images, alone=False):
             ink = -1 - images[:, None].astype(np.float32)  # see `_export_onnx`
-            # a second thread costs more to wake than it saves a single image
-            scores, = (session if alone or len(images) == 1 else on_all_cores()).run(None, {"images": ink})
+            scores, = (in_this_thread() if alone else session).run(None, {"images": ink})
             return np.roll(scores, -1, axis=2)
 
         return self._Reader(ocr, path, config, ocr.known(self.letters, self.length), logits)
@@ -2802,11 +2801,10 @@ class LstmCtcOcr:
 
 
 def _onnx_session(data, threads):
-    """Opens an ONNX file's bytes for reading; each reading takes so many threads."""
+    """Opens an ONNX file's bytes for reading; each reading takes so many threads, which wait for work by spinning."""
     runtime = _package("onnxruntime", "read with an ONNX file")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take as much CPU time again
     options.log_severity_level = 4  # nothing is printed, for what is wrong is raised
     return runtime.InferenceSession(data, options, ["CPUExecutionProvider"])
 
