@@ -2840,7 +2840,7 @@ def draw_varied(text, seed, fonts):
     """
     chance = random.Random(seed)
     height = chance.randint(22, 45) if chance.random() < .45 else chance.randint(40, 90)
-    size = max(13, height * (chance.uniform(.55, 1.05) if chance.random() < .8 else chance.uniform(.35, .6)))
+    size = max(13, height * (chance.uniform(.55, 1.05) if chance.random() < .75 else chance.uniform(.3, .6)))
     paper, contrast = _draw_paper_colour(chance), chance.choice((50, 75, 100, 130))
     look = LstmCtcOcr._Look(chance, np.random.default_rng(chance.getrandbits(64)), fonts, height, size, paper,
                             _contrasting(chance, paper, contrast), contrast)
@@ -2937,9 +2937,8 @@ def _draw_letters(look, text):
         colour = _contrasting(chance, look.paper, look.contrast) if several else look.ink
         for shade, shape_of_it, (dx, dy) in paint(mask, colour):
             _stamp(layer, shape_of_it, matrix, left + x + dx, y + dy, shade, crisp)
-    if chance.random() < .1 and size > 22:
-        holes = _pattern(look, shape)
-        layer = layer[0] * holes[..., None], layer[1] * holes
+    if chance.random() < .18 and size > 26:
+        layer = chance.choice((_hatched, _sparse, _sparse, _dotted, _dotted))(look, *layer)
     if chance.random() < .06:  # letters that fade into another colour
         other, share = _contrasting(chance, look.paper, look.contrast), _gradient(look, shape)[..., None]
         layer = layer[0] * (1 - share) + layer[1][..., None] * share * other, layer[1]
@@ -2961,8 +2960,8 @@ def _place_letters(look, text):
     turn, stretch = chance.choice((0, 0, 0, chance.uniform(-12, 12))), chance.choice((1, 1, chance.uniform(.75, 1.3)))
     spacing = chance.choice((chance.uniform(.72, .95), 1, chance.uniform(.95, 1.15), chance.uniform(1.1, 1.5),
                              chance.uniform(1.4, 2.4)))
-    if size < .55 * height and chance.random() < .5:  # small letters are often far apart
-        spacing = chance.uniform(1.4, 2.6)
+    if size < .55 * height and chance.random() < .6:  # small letters are often far apart, and at any height
+        spacing, jitter = chance.uniform(1.4, 2.6), chance.choice((jitter, .5 * height / size - .4))
     spacing = max(min(.8, spacing), min(spacing, MAX_ASPECT * height / (len(text) * .6 * size * stretch)))
     one_font, font = chance.random() < .7, _font_for(look, text)
     placed, pen = [], 0.0
@@ -3021,12 +3020,29 @@ def _stamp(layer, mask, matrix, x, y, colour, crisp):
     opacity[:, left:right] += drawn * (1 - opacity[:, left:right])
 
 
-def _pattern(look, shape):
-    """What is left of letters that are hatched, or sparse pixels: (h, w) bool."""
-    chance = look.chance
-    if chance.random() < .5:
-        return look.noise.random(shape, np.float32) < chance.uniform(.45, .85)
-    return _stripes(look, shape, chance.uniform(0, math.pi), chance.uniform(3, 6), chance.uniform(.55, .8))
+def _hatched(look, colours, opacity):
+    """Letters, as `_draw_letters` has them, of stripes."""
+    stripes = _stripes(look, opacity.shape, look.chance.uniform(0, math.pi), look.chance.uniform(3, 6),
+                       look.chance.uniform(.55, .8))
+    return colours * stripes[..., None], opacity * stripes
+
+
+def _sparse(look, colours, opacity):
+    """Letters of which pixels are missing; the larger they are, the more."""
+    left = look.noise.random(opacity.shape, np.float32) < look.chance.uniform(.2 if look.size > 34 else .4, .8)
+    return colours * left[..., None], opacity * left
+
+
+def _dotted(look, colours, opacity):
+    """Letters of dots in rows and columns."""
+    chance, step = look.chance, look.chance.uniform(2, max(2.8, look.size / 12))
+    wide = np.ones([round(step)] * 2)  # so that no stroke runs between two rows of dots
+    colours, opacity = cv2.dilate(colours, wide), cv2.dilate(opacity, wide)
+    begin, radius = chance.uniform(0, step), step * chance.uniform(.1, .5)
+    down, right = ((np.arange(length) + begin) % step - step / 2 for length in opacity.shape)  # from the dot's middle
+    middles = np.ix_(*(np.int32(np.clip(np.arange(len(way)) - way, 0, len(way) - 1)) for way in (down, right)))
+    dots = np.clip(radius + .5 - np.hypot(down[:, None], right), 0, 1).astype(np.float32)
+    return colours[middles] * dots[..., None], opacity[middles] * dots
 
 
 def _swapped(look, shape):
@@ -3174,7 +3190,7 @@ def _hairs(look, mask, thickness, line):
 
 def _grid(look, mask, thickness, line):
     chance, (height, width) = look.chance, mask.shape
-    thickness, step = max(1, thickness // 2), chance.uniform(.12, .45) * height
+    thickness, step = max(1, thickness // 2), chance.uniform(.09, .45) * height
     slant = chance.choice((0, 0, chance.uniform(-.5, .5))) * height
     for x in np.arange(chance.uniform(0, step), width, step):
         _trace(mask, [(x, 0), (x + slant, height)], thickness, line)
@@ -3187,9 +3203,14 @@ def _border(look, mask, thickness, line):
 
 
 def _rings(look, mask, thickness, line):
-    centre, step = np.int32(_anywhere(look, mask.shape)).tolist(), look.chance.uniform(.1, .4) * mask.shape[0]
-    for number in range(1, 12):
-        cv2.circle(mask, centre, round(number * step), 255, max(1, thickness // 2), line)
+    """Around one another, or anywhere."""
+    chance, centre = look.chance, np.int32(_anywhere(look, mask.shape)).tolist()
+    radii = chance.uniform(.1, .4) * mask.shape[0] * np.arange(1, 12)
+    rings = [(centre, radius) for radius in radii] if chance.random() >= .6 else [
+        (np.int32(_anywhere(look, mask.shape)).tolist(), chance.choice(radii[:5]))
+        for _ in range(chance.randint(3, 18))]
+    for centre, radius in rings:
+        cv2.circle(mask, centre, round(radius), 255, max(1, thickness // 2), line)
 
 
 def _small_letters(look, mask, thickness, line):
@@ -3201,8 +3222,8 @@ def _small_letters(look, mask, thickness, line):
         np.maximum(part, glyph[:part.shape[0], :part.shape[1]], out=part)
 
 
-CLUTTER = ((_lines, 18), (_curves, 20), (_dots, 20), (_blots, 6), (_arcs, 8), (_hairs, 8), (_grid, 8), (_border, 5),
-           (_small_letters, 5), (_rings, 4))
+CLUTTER = ((_lines, 18), (_curves, 20), (_dots, 20), (_blots, 6), (_arcs, 8), (_hairs, 8), (_grid, 11), (_border, 5),
+           (_small_letters, 5), (_rings, 7))
 FAINT = (_blots, _small_letters)
 
 

@@ -35,8 +35,10 @@ WORDS = CAPITALS + CAPITALS.lower() + DIGITS
 HEIGHT, WIDTH, LONGEST, CELLS, BLANK = 64, 256, 10, 160, len(WORDS)
 LAYERS, FEATURES = CONVOLUTIONS["wide_cnn_lstm"], PROJECTION["wide_cnn_lstm"]
 GATES = np.concatenate([np.arange(CELLS) + CELLS * gate for gate in (0, 2, 1, 3)])  # i, c, f, o <-> i, f, c, o
-BATCH, LEARNING_RATE, WARM_UP = 384, 2e-3, 200  # images; Adam's, at the start; steps
-TURNING = 0.12  # in (1 - exp(-TURNING * loss)) / TURNING (Zhang and Sabuncu, 2018): leaves alone what is hopeless
+WARM_UP = 200  # steps
+# In (1 - exp(-TURNING * loss)) / TURNING (Zhang and Sabuncu, 2018): leaves alone what is hopeless; at first only a
+# quarter of it, so that a look that is new to the network is not among that.
+TURNING = 0.12
 DISTORTED = 0.35  # of the images of a batch
 PLAIN = 0.1  # of the images that are drawn
 CAPITALISED = 0.7  # of plain captchas with other letters: they get capitals instead
@@ -250,14 +252,13 @@ class Pool:
             self.images[rows], self.labels[rows] = self.torch.from_numpy(images), self.torch.from_numpy(labels)
             self.count = rows.stop
 
-    def draw(self, batches):
-        """Rows (n,) by importance, what is neither known nor hopeless the most, and their weights, the mean 1."""
+    def draw(self, count):
+        """Rows (count,) by importance, what is neither known nor hopeless the most, and their weights, the mean 1."""
         torch, losses = self.torch, self.losses[:self.count]
         chances = .05 + torch.exp(-TURNING * losses) * (1 - torch.exp(-losses))
         plain = self.labels[:self.count, -1] > 0
         share = chances[plain].sum() / chances.sum()
         chances = chances * torch.where(plain, PLAIN / share, (1 - PLAIN) / (1 - share))
-        count = batches * BATCH
         rows = torch.multinomial(chances, count, replacement=self.count < 2 * count)
         weights = (chances[rows] / chances.mean()).clamp(min=.02) ** -.5  # not -1: that is too rough
         return rows, weights / weights.mean()
@@ -273,7 +274,7 @@ def logits_of(torch, net, images, distorted):
         return net(x * (3 / 255))
 
 
-def take_statistics(torch, net, pool):
+def take_statistics(torch, net, pool, batch_size):
     """Takes batch normalisation's statistics anew, as plain means over batches that are not distorted."""
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -281,7 +282,7 @@ def take_statistics(torch, net, pool):
             module.reset_running_stats()
     with torch.no_grad():
         for _ in range(STATISTICS_BATCHES):
-            rows = torch.randint(pool.count, (BATCH,), device=pool.images.device)
+            rows = torch.randint(pool.count, (batch_size,), device=pool.images.device)
             logits_of(torch, net, pool.images[rows], 0)
 
 
@@ -297,6 +298,7 @@ def train(arguments):
     net = twin(torch)
     net.load(np.load(arguments.start))
     net.to(device).train()
+    batch = arguments.batch_size
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters)
     while pool.count < min(FIRST_IMAGES, arguments.images // 2):
@@ -304,18 +306,19 @@ def train(arguments):
         pool.collect()
     begun, step, rows, losses = time.time(), 0, (), []
     while (share := (time.time() - begun) / arguments.seconds) < 1:
-        if len(rows) < BATCH:
+        if len(rows) < batch:
             pool.collect()
-            rows, weights = pool.draw(40)
-        now, rows, weight, weights = rows[:BATCH], rows[BATCH:], weights[:BATCH], weights[BATCH:]
+            rows, weights = pool.draw(40 * batch)
+        now, rows, weight, weights = rows[:batch], rows[batch:], weights[:batch], weights[batch:]
         labels, logits = pool.labels[now].long(), logits_of(torch, net, pool.images[now], DISTORTED)
-        steps = torch.full((BATCH,), len(logits), device=device)
+        steps = torch.full((batch,), len(logits), device=device)
         loss = torch.nn.functional.ctc_loss(logits.log_softmax(2), labels[:, :LONGEST], steps, labels[:, LONGEST],
                                             BLANK, "none")
         pool.losses[now] = loss.detach()
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARM_UP) * (1 - share)
+        optimizer.param_groups[0]["lr"] = arguments.lr * min(1, (step + 1) / WARM_UP) * (1 - share)
         optimizer.zero_grad()
-        (weight * (1 - torch.exp(-TURNING * loss)) / TURNING).mean().backward()
+        turning = TURNING * max(.25, share)
+        (weight * (1 - torch.exp(-turning * loss)) / turning).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
         optimizer.step()
         losses.append(loss.detach().mean())
@@ -324,8 +327,8 @@ def train(arguments):
             print(f"{time.time() - begun:.0f} s, step {step}, {pool.count} images, loss "
                   f"{torch.stack(losses).mean():.3f}", file=sys.stderr, flush=True)
             losses.clear()
-    take_statistics(torch, net, pool)
-    np.savez(arguments.end, **net.arrays(), steps=step, images_seen=step * BATCH, images=pool.count)
+    take_statistics(torch, net, pool, batch)
+    np.savez(arguments.end, **net.arrays(), steps=step, images_seen=step * batch, images=pool.count)
 
 
 # ---------------------------------------------------------------------- from and to a model folder
@@ -375,6 +378,8 @@ def main():
     command.add_argument("end", metavar="end.npz")
     command.add_argument("--seconds", type=float, default=760, help="of training (760)")
     command.add_argument("--images", type=int, default=1_650_000, help="the most to render, 16 KB each (1,650,000)")
+    command.add_argument("--batch-size", type=int, default=384)
+    command.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate at the start (2e-3)")
     command.add_argument("--processes", type=int, help="that render; if not given, one a core but one")
     command.add_argument("--fonts", nargs="+", default=(), help="as in create_dataset")
     command.add_argument("--seed", type=int, default=200)

@@ -1,0 +1,163 @@
+"""Draws captchas of six kinds to measure `general` on, never to train: what its own renderer does not draw just so.
+
+    python tests/made_up.py OUT [--count 500] [--seed 7]        OUT/hollow/<i>_<LABEL>.png and so on; wants fonts-dejavu
+
+They stand in for generators that nobody here may look at, of which no more than a line each is known.
+"""
+
+import argparse
+import math
+import random
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
+ALL = CAPITALS + CAPITALS.lower() + DIGITS
+WHITE = (255, 255, 255)
+
+
+def colour(low, high):
+    return tuple(random.randint(low, high) for _ in range(3))
+
+
+def a_text(letters, least=4, most=6):
+    return "".join(random.choice(letters) for _ in range(random.randint(least, most)))
+
+
+def glyph(letter, font, size, ink, turn, hollow=False):
+    """A letter on transparent ground, cut to its size."""
+    face, image = ImageFont.truetype(font, size), Image.new("RGBA", (2 * size, 2 * size))
+    place = size // 2, size // 3
+    ImageDraw.Draw(image).text(place, letter, ink, face, stroke_width=int(hollow), stroke_fill=ink)
+    if hollow:
+        inside = Image.new("L", image.size)
+        ImageDraw.Draw(inside).text(place, letter, 255, face)
+        image.putalpha(Image.fromarray(np.minimum(np.array(image)[..., 3], 255 - np.array(inside))))
+    image = image.rotate(turn, Image.Resampling.BICUBIC)
+    return image.crop(image.getbbox())
+
+
+def write(image, text, font, sizes, inks, turn, gaps, jitter=0, hollow=False):
+    """Writes a text from the left on; inks is called for each letter's colour."""
+    x = 9
+    for letter in text:
+        drawn = glyph(letter, font, random.randint(*sizes), inks(), random.uniform(-turn, turn), hollow)
+        y = (image.height - drawn.height) // 2 + random.randint(-jitter, jitter)
+        image.paste(drawn, (x, max(0, y)), drawn)
+        x += drawn.width + random.randint(*gaps)
+
+
+def waved(image, paper, across, up):
+    """Bent by two sines, (pixels, wave length) each."""
+    pixels = np.array(image)
+    y, x = np.mgrid[:image.height, :image.width].astype(np.float32)
+    moved = [here + np.float32(high * np.sin(2 * math.pi * other / length + random.uniform(0, 7)))
+             for here, other, (high, length) in ((x, y, across), (y, x, up))]
+    return Image.fromarray(cv2.remap(pixels, *moved, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT,
+                                     borderValue=paper))
+
+
+def hollow(fonts):
+    """Outlines of letters in many colours, lines of one pixel."""
+    text, image = a_text(ALL, 4, 4), Image.new("RGB", (150, 50), colour(220, 255))
+    write(image, text, random.choice(fonts), (30, 38), lambda: colour(0, 180), 18, (1, 6), 4, hollow=True)
+    for _ in range(2):
+        ImageDraw.Draw(image).line([(x, random.randint(0, 50)) for x in (0, 75, 150)], colour(0, 180))
+    return text, image
+
+
+def distorted(fonts):
+    """Bent letters, dark on light or light on dark, circles in their colour."""
+    dark, text = random.random() < .5, a_text(ALL)
+    paper, ink = (colour(0, 60), colour(170, 255)) if dark else (colour(200, 255), colour(0, 110))
+    image = Image.new("RGB", (160, 60), paper)
+    write(image, text, random.choice(fonts), (26, 34), lambda: ink, 15, (-2, 2), 5)
+    image = waved(image, paper, (random.uniform(1, 3), random.uniform(25, 50)),
+                  (random.uniform(2, 4), random.uniform(50, 100)))
+    for _ in range(random.randint(1, 3)):
+        left, top = random.randint(-60, 159), random.randint(-40, 59)
+        right, bottom = 160 + random.randint(0, 60), 60 + random.randint(0, 40)
+        ImageDraw.Draw(image).ellipse([left, top, right, bottom], outline=ink)
+    return text, image
+
+
+def of_pixels(fonts, keeps):
+    """Bent letters in one font, of which keeps(random numbers (60, 180)) says the pixels that are drawn."""
+    text, image = a_text(CAPITALS + DIGITS), Image.new("RGB", (180, 60), WHITE)
+    write(image, text, fonts[0], (28, 34), lambda: (0, 0, 0), 12, (0, 2))
+    ink = np.array(waved(image, WHITE, (2, 40), (3, 90)))[..., 0] < 128
+    chance = np.random.default_rng(random.getrandbits(32)).random(ink.shape)
+    pixels = np.full((*ink.shape, 3), 255, np.uint8)
+    pixels[ink & keeps(chance)] = colour(0, 120)
+    return text, pixels, chance
+
+
+def sparse(fonts):
+    """Letters of which a fifth to nearly a half of the pixels are there, specks."""
+    share = random.uniform(.2, .45)
+    text, pixels, chance = of_pixels(fonts, lambda chance: chance < share)
+    pixels[chance > .985] = colour(0, 120)
+    return text, Image.fromarray(pixels)
+
+
+def dotted(fonts):
+    """Letters of single pixels, two or three apart."""
+    step, lattice = random.choice((2, 3)), np.zeros((60, 180), bool)
+    lattice[::step, ::step] = True
+    text, pixels, _ = of_pixels(fonts, lambda _: lattice)
+    return text, Image.fromarray(pixels)
+
+
+def noisy(fonts):
+    """35 pixels high, one font, noise all over."""
+    text, image = a_text(CAPITALS + DIGITS, 5, 5), Image.new("RGB", (120, 35), WHITE)
+    write(image, text, fonts[1], (21, 23), lambda: colour(0, 110), 10, (0, 3), 2)
+    noise = np.random.default_rng(random.getrandbits(32))
+    pixels = np.array(image) + noise.normal(0, random.uniform(15, 45), (35, 120, 3))
+    hit = noise.random((35, 120)) < .08
+    pixels[hit] = noise.integers(0, 256, (hit.sum(), 3))
+    return text, Image.fromarray(np.uint8(np.clip(pixels, 0, 255)))
+
+
+def scattered(fonts):
+    """Small letters far apart and at any height, on a grid or on circles."""
+    text, image, font = a_text(CAPITALS + DIGITS), Image.new("RGB", (200, 70), colour(200, 255)), random.choice(fonts)
+    draw, lines = ImageDraw.Draw(image), colour(0, 150)
+    if random.random() < .5:
+        step = random.randint(8, 14)
+        for start in range(random.randint(0, step), 200, step):
+            draw.line([(start, 0), (start, 70)], lines)
+            draw.line([(0, start), (200, start)], lines)
+    else:
+        for _ in range(random.randint(8, 16)):
+            draw.circle((random.randint(0, 200), random.randint(0, 70)), random.randint(8, 30), outline=lines)
+    room = 180 // len(text)
+    for place, letter in enumerate(text):
+        drawn = glyph(letter, font, random.randint(18, 24), colour(0, 130), random.uniform(-25, 25))
+        image.paste(drawn, (10 + place * room + random.randint(0, max(1, room - drawn.width)),
+                            random.randint(4, max(5, 66 - drawn.height))), drawn)
+    return text, image
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--fonts", type=Path, default="/usr/share/fonts/truetype/dejavu")
+    arguments = parser.parse_args()
+    fonts = [str(path) for path in sorted(arguments.fonts.glob("*.ttf")) if "Math" not in path.name]
+    for draw in (hollow, distorted, sparse, dotted, noisy, scattered):
+        random.seed(f"{arguments.seed} {draw.__name__}")
+        folder = arguments.out / draw.__name__
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(arguments.count):
+            text, image = draw(fonts)
+            image.save(folder / f"{number}_{text}.png")
+
+
+if __name__ == "__main__":
+    main()
