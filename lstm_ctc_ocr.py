@@ -3029,8 +3029,8 @@ def _hatched(look, colours, opacity):
 
 def _sparse(look, colours, opacity):
     """Letters of which pixels are missing; the larger they are, the more."""
-    left = look.noise.random(opacity.shape, np.float32) < look.chance.uniform(.2 if look.size > 34 else .4, .8)
-    return colours * left[..., None], opacity * left
+    kept = look.noise.random(opacity.shape, np.float32) < look.chance.uniform(.2 if look.size > 34 else .4, .8)
+    return colours * kept[..., None], opacity * kept
 
 
 def _dotted(look, colours, opacity):
