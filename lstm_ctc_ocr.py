@@ -442,11 +442,9 @@ class LstmCtcOcr:
             raise self.Error(f"--words needs at least one letter and each of them once, not {self.words!r}")
         if unfit := set(self.words) & set("/\\\0\n"):
             raise self.Error(f"--words cannot hold {sorted(unfit)}: labels are part of file names")
-        # equal neighbours need a blank step between them, unless a letter begins and ends with classes of its own
-        needed = self.label_parts * self.words_max_num if self.label_parts > 1 else 2 * self.words_max_num - 1
-        if needed > self.steps:
-            raise self.Error(f"CTC cannot align {self.words_max_num} letters, {needed} steps, in {self.steps}: lower "
-                             "--words-max-num, or widen --im-width")
+        if self._least_steps > self.steps:
+            raise self.Error(f"CTC cannot align {self.words_max_num} letters, {self._least_steps} steps, in "
+                             f"{self.steps}: lower --words-max-num, or widen --im-width")
         if not 1 <= self.beam_width <= 100:
             raise self.Error(f"--beam-width must be 1 to 100, not {self.beam_width}")
         shard = SHARD.fullmatch(self.shard)
@@ -465,6 +463,13 @@ class LstmCtcOcr:
         """Time steps T that the network makes of an image: its width, over the strides of the convolutions."""
         strides = [across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ())]
         return functools.reduce(lambda width, stride: -(-width // stride), strides, self.im_width)
+
+    @property
+    def _least_steps(self):
+        """Time steps that the longest text may take."""
+        if self.label_parts > 1:
+            return self.label_parts * self.words_max_num
+        return 2 * self.words_max_num - 1  # equal neighbours need a blank between them
 
     @property
     def _stride(self):
@@ -732,6 +737,11 @@ class LstmCtcOcr:
     def _fitted(self, height, width):
         """The width that an image of that size is brought to; what is left of W is paper."""
         return min(self.im_width, max(1, round(width * self.im_height / height)))
+
+    def _read_width(self, height, width):
+        """How much of W the network is given of an image of that size: squares that hold it, and the longest text."""
+        squares = -(-max(self._fitted(height, width), self._least_steps * self._stride) // self.im_height)
+        return min(self.im_width, squares * self.im_height)
 
     def _columns(self, begin, end, height, width):
         """Steps [begin, end) of the network -> columns [first, last) of the image of that size, at least one."""
@@ -1034,8 +1044,8 @@ class LstmCtcOcr:
                     y = tf.nn.relu(self.convolution(x, channels, 3, 1, 1, training))
                 with tf.variable_scope(f"convolution{number}/residual{block}b"):
                     x = tf.nn.relu(x + self.convolution(y, channels, 3, 1, 1, training))
-        _, height, steps, channels = x.shape
-        return tf.reshape(tf.transpose(x, [2, 0, 1, 3]), [steps, -1, height * channels])
+        x = tf.transpose(x, [2, 0, 1, 3])  # (T, B, H, channels)
+        return tf.reshape(x, tf.concat([tf.shape(x)[:2], [x.shape[2] * x.shape[3]]], axis=0))
 
     def convolution(self, x, channels, size, down, across, training):
         """Convolves x (B, H, W, I) and normalises it: (B, H over `down`, W over `across`, channels)."""
@@ -1254,10 +1264,12 @@ class LstmCtcOcr:
         return np.where(ends[:, None] & begins | ~ends[:, None] & (classes == classes[:, None] + 1), 0, -np.inf)
 
     def _build_input(self, batch_size=None):
-        """The images that a network in the default graph is given, (B, H, W) uint8."""
+        """The images that a network in the default graph is given, (B, H, W) uint8; to read, in batches of any size,
+        they may all be narrower.
+        """
         tf = _tensorflow()
         tf.set_random_seed(self.seed)
-        return tf.placeholder(tf.uint8, [batch_size, self.im_height, self.im_width], "images")
+        return tf.placeholder(tf.uint8, [batch_size, self.im_height, self.im_width if batch_size else None], "images")
 
     def _build_reading(self, images, temperature=1):
         """Builds all that leads from images (B, H, W) to texts.
@@ -1554,16 +1566,15 @@ class LstmCtcOcr:
             self._save_config(folder, config)
 
     def _read(self, infer, images, known=()):
-        """images (n, H, W) uint8, and what is `Known` of each, or of none -> what `texts` says of each.
+        """n images (H, w) uint8, and what is `Known` of each, or of none -> what `texts` says of each.
 
-        infer: function from the images to logits (T, n, C).
+        infer: function from images (B, H, w) to logits (T, B, C); those of one width are read together.
         """
-        logits = infer(images)
-        known = known or [self.Known()] * len(images)
-        readings = {}
-        for each in set(known):
-            rows = [row for row, of_row in enumerate(known) if of_row == each]
-            readings.update(zip(rows, self.texts(logits[:, rows], each)))
+        alike, readings = collections.defaultdict(list), {}
+        for row, (image, each) in enumerate(zip(images, known or itertools.repeat(self.Known()))):
+            alike[image.shape[1], each].append(row)
+        for (_, each), rows in alike.items():
+            readings.update(zip(rows, self.texts(infer(np.stack([images[row] for row in rows])), each)))
         return [readings[row] for row in range(len(images))]
 
     def _read_each(self, sources, known=(), alone=False):
@@ -1576,7 +1587,7 @@ class LstmCtcOcr:
         for row, source in enumerate(sources):
             try:
                 image, size = reader.ocr._load_sized(source)
-                images.append(image)
+                images.append(image[:, :reader.ocr._read_width(*size)])
                 sizes.append(size)
                 rows.append(row)
                 results.append(None)
@@ -1585,7 +1596,7 @@ class LstmCtcOcr:
         if images:
             known = known or [reader.known] * len(sources)
             infer = functools.partial(reader.logits, alone=alone)
-            readings = reader.ocr._read(infer, np.stack(images), [known[row] for row in rows])
+            readings = reader.ocr._read(infer, images, [known[row] for row in rows])
             for row, (height, width), (text, confidence, *aligned) in zip(rows, sizes, readings):
                 results[row] = (text, confidence, *(
                     [(letter, sure, reader.ocr._columns(begin, end, height, width))
@@ -2555,7 +2566,8 @@ class LstmCtcOcr:
         ocr = self._with_architecture(config, folder)
         with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, self._writing(directory):
             encoded = tf.placeholder(tf.string, [None], "images")
-            net = ocr._build_reading(tf.map_fn(ocr._load_in_graph, encoded, tf.uint8), config.get("temperature", 1))
+            images, widths = tf.map_fn(ocr._load_in_graph, encoded, (tf.uint8, tf.int32))
+            net = ocr._build_reading(images[..., :tf.reduce_max(widths)], config.get("temperature", 1))
             self._restore(session, self._reading_saver(), folder, config.get("best_step", config.get("step")))
             tf.saved_model.simple_save(session, str(directory), {"images": encoded},
                                        {"text": ocr._texts_in_graph(net.sparse), "confidence": net.confidence})
@@ -2587,9 +2599,9 @@ class LstmCtcOcr:
         """Writes an ONNX file of standard operators, and beside it the .json with which ddddocr uses it.
 
         images (B, channels, H, any width) float32, 0 to 1, scaled to the height H -> scores (T, B, C) float32, the
-        logarithms of probabilities, blank first. Paper "brightest" takes one channel, grey; "border" one or three.
+        logarithms of probabilities, blank first; T as many as `_read_width` asks for. Paper "brightest" takes one channel, grey; "border" one or three.
         Images wider than W are squeezed, as `load_image` does; only, it scales those of another height but once.
-        Instead it takes the ink that `load_image` gives, (B, 1, H, W): 1 added, and negative.
+        Instead it takes the ink that `load_image` gives, (B, 1, H, that width): 1 added, and negative.
         """
         onnx, reader = _package("onnx", "write ONNX files"), self._open_folder(self._model_to_read())
         ocr, graph = reader.ocr, self._OnnxGraph(onnx)
@@ -2601,7 +2613,7 @@ class LstmCtcOcr:
         model = onnx.helper.make_model(
             onnx.helper.make_graph(graph.nodes, "lstm_ctc_ocr",
                                    [values("images", real, ["batch", channels, ocr.im_height, "width"])],
-                                   [values("scores", real, [ocr.steps, "batch", len(ocr.words) * ocr.label_parts + 1])],
+                                   [values("scores", real, ["steps", "batch", len(ocr.words) * ocr.label_parts + 1])],
                                    graph.constants),
             opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8, producer_name="lstm_ctc_ocr",
             producer_version=VERSION)
@@ -2659,7 +2671,10 @@ class LstmCtcOcr:
         return add("Relu", add("Conv", x, kernel.transpose(2, 1, 0)[..., None], weights["projection/bias"]))
 
     def _onnx_ink(self, add):
-        """`_ink` as ONNX operations: "images" (B, channels, H, any width) -> (B, 1, H, W) float32 of 0 to 255."""
+        """`_ink` as ONNX operations: "images" (B, channels, H, any width) -> (B, 1, H, w) float32 of 0 to 255.
+
+        w is the `_read_width` of that width.
+        """
         def axis(x, position):
             return add("Slice", add("Shape", x), np.array([position]), np.array([position + 1]))
 
@@ -2678,7 +2693,10 @@ class LstmCtcOcr:
         ink = add("Round", add("Mul", ink, add("Div", np.float32(255), strongest)))
         given = strongest_of_channels(colours)
         ink = add("Where", add("Less", given, np.float32(0)), add("Sub", np.float32(-1), given), ink)
-        missing = add("Sub", np.array([self.im_width]), fitted)
+        wanted = add("Max", fitted, np.array([self._least_steps * self._stride]))
+        squares = add("Div", add("Add", wanted, np.array([self.im_height - 1])), np.array([self.im_height]))
+        width = add("Min", add("Mul", squares, np.array([self.im_height])), np.array([self.im_width]))
+        missing = add("Sub", width, fitted)
         return add("Pad", ink, add("Concat", np.zeros(7, np.int64), missing, axis=0))
 
     def _onnx_edge(self, add, colours):
@@ -2703,7 +2721,7 @@ class LstmCtcOcr:
         return add("Unsqueeze", add("Gather", least, np.array([-1]), axis=2), np.array([3]))
 
     def _load_in_graph(self, encoded):
-        """`load_image` as TensorFlow operations: the bytes of a file () string -> (H, W) uint8."""
+        """`load_image` as TensorFlow operations: the bytes of a file () string -> (H, W) uint8, its `_read_width`."""
         tf = _tensorflow()
         pixels = self._decode_in_graph(encoded)  # (h, w, channels)
         channels = tf.shape(pixels)[2]
@@ -2729,7 +2747,9 @@ class LstmCtcOcr:
         ink = tf.reduce_max(tf.abs(colours - paper), axis=2)
         image = tf.round(ink * (255 / tf.maximum(tf.reduce_max(ink), MIN_CONTRAST)))
         image = tf.pad(image, [[0, 0], [0, self.im_width - fitted]])
-        return tf.ensure_shape(tf.cast(image, tf.uint8), [self.im_height, self.im_width])
+        squares = (tf.maximum(fitted, self._least_steps * self._stride) + self.im_height - 1) // self.im_height
+        return (tf.ensure_shape(tf.cast(image, tf.uint8), [self.im_height, self.im_width]),
+                tf.minimum(self.im_width, squares * self.im_height))
 
     @staticmethod
     def _decode_in_graph(encoded):

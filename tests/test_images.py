@@ -271,16 +271,16 @@ def load_in_graph():
     import tensorflow.compat.v1 as tf
     with tf.Graph().as_default(), tf.Session() as session:
         encoded = tf.placeholder(tf.string, [])
-        image = LstmCtcOcr()._load_in_graph(encoded)
-        yield lambda data: session.run(image, {encoded: data})
+        loaded = LstmCtcOcr()._load_in_graph(encoded)
+        yield lambda data: session.run(loaded, {encoded: data})
 
 
-@pytest.mark.parametrize("size", [(64, 256), (40, 120), (100, 300)], ids=str)
+@pytest.mark.parametrize("size, width", [((64, 256), 256), ((40, 120), 192), ((100, 300), 192)], ids=str)
 @pytest.mark.parametrize("kind", sorted(exported_kinds(np.zeros((64, 256, 3), np.uint8)).keys() - REFUSED.keys()))
-def test_the_export_loads_as_load_image_does(colour, kind, size, load_in_graph):
+def test_the_export_loads_as_load_image_does(colour, kind, size, width, load_in_graph):
     data = exported_kinds(cv2.resize(colour, size[::-1]))[kind]
-    here, there = LstmCtcOcr().load_image(data).astype(int), load_in_graph(data)
-    assert here.max() == 255
+    here, (there, read) = LstmCtcOcr().load_image(data).astype(int), load_in_graph(data)
+    assert here.max() == 255 and read == width
     assert np.abs(here - there).max() <= (3 if kind == "CMYK JPEG" else 1)  # converted by other formulas
 
 

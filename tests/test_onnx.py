@@ -85,14 +85,14 @@ def test_scores_and_texts_equal_those_of_tensorflow(kind, pictures, exported, tm
     tensorflow, ours = (LstmCtcOcr(model=str(each)) for each in (model, path))
     datas = [cv2.imencode(".png", picture)[1].tobytes() for picture in pictures]
     ocr = tensorflow._reader.ocr
-    images = np.stack([ocr.load_image(data) for data in datas])
-    logits = tensorflow._reader.logits(images).astype(np.float64)
-    expected = logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
-    foreign = [session.run(None, as_a_client(ocr, picture))[0] for picture in pictures]
-    for scores in (np.roll(np.concatenate(foreign, axis=1), -1, axis=2), ours._reader.logits(images),
-                   ours._reader.logits(images, alone=True)):
-        # They go down to -80; and lstm takes 256 steps one after the other, each of which rounds.
-        np.testing.assert_allclose(scores, expected, atol=1e-2 if kind == "lstm" else 1e-3, rtol=1e-4)
+    for picture, data in zip(pictures, datas):
+        image = ocr.load_image(data)[None, :, :ocr._read_width(*picture.shape[:2])]
+        logits = tensorflow._reader.logits(image).astype(np.float64)
+        expected = logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
+        foreign, = session.run(None, as_a_client(ocr, picture))
+        for scores in np.roll(foreign, -1, axis=2), ours._reader.logits(image), ours._reader.logits(image, alone=True):
+            # They go down to -80; and lstm takes 256 steps one after the other, each of which rounds.
+            np.testing.assert_allclose(scores, expected, atol=1e-2 if kind == "lstm" else 1e-3, rtol=1e-4)
     expected, got = ([text for text, _ in each.recognise(datas)] for each in (tensorflow, ours))
     assert got == expected
 

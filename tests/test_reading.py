@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow.compat.v1 as tf
+from captcha.image import ImageCaptcha
 from conftest import IMAGES, PRETRAINED, ROOT, SHIPPED, flags
 
 import lstm_ctc_ocr
@@ -74,6 +76,29 @@ def test_lines_figures_and_order(trained, dataset, engine, capfd):
     right = sum(row[-1] == "right" for row in rows)
     assert f"accuracy {right / IMAGES:.2%} ({right} of {IMAGES})" in lines[IMAGES + 1]
     assert lines[IMAGES + 2].startswith("by length") and lines[IMAGES + 3].startswith("with a letter repeated")
+
+
+@pytest.mark.parametrize("net, width", [("lstm", 64), ("cnn_lstm", 128)])  # 19 steps take 19 and 76 columns
+def test_the_network_is_given_no_more_paper_than_fills_a_square(net, width):
+    ocr = LstmCtcOcr(net=net)
+    sizes = {(64, 10): width, (64, 128): 128, (64, 129): 192, (60, 160): 192, (90, 180): 128, (64, 256): 256,
+             (40, 400): 256}
+    assert {size: ocr._read_width(*size) for size in sizes} == sizes
+    assert LstmCtcOcr(net=net, im_width=100)._read_width(64, 90) == 100
+
+
+def test_images_of_many_widths_are_read_as_each_alone(engine):
+    """Their order is kept, although those of one width are read together."""
+    ocr = LstmCtcOcr(model=str(engine(PRETRAINED / "general")))
+    random.seed(0)  # captcha draws from there
+    images = [ImageCaptcha(width, 64).generate(text).read() for text in ("PIY", "X7", "ABCD") for width in
+              (256, 120, 190)]
+    known = [ocr._reader.ocr.known(length="3")] * 3 + [ocr._reader.known] * 6
+    together = ocr._read_each(images, known)
+    for image, each, (text, confidence) in zip(images, known, together):
+        (expected, sure), = ocr._read_each([image], [each])
+        assert text == expected and confidence == pytest.approx(sure, abs=.02)
+    assert {text.upper() for text, _ in together} >= {"PIY", "ABCD"}
 
 
 def test_an_unreadable_file_does_not_stop_the_others(trained, dataset, engine, tmp_path, capfd):
