@@ -95,6 +95,7 @@ CONVOLUTIONS = {"cnn_lstm": ((32, 5, 4, 2, 0), (48, 3, 2, 2, 0), (96, 3, 2, 1, 0
 PROJECTION = {"cnn_lstm": 128, "wide_cnn_lstm": 160}  # features that each step hands to the LSTM
 PAPERS = ("border", "brightest")
 MIN_PART = 8  # images of a batch that a core works on: of fewer, batch normalisation's statistics are too rough
+AVERAGE = "/ExponentialMovingAverage"  # TensorFlow's ending of the name of a weight's moving average
 STATISTICS = "statistics"  # the graph's collection of batch normalisation's (variable, value of it in a batch)
 PLAN = "plan"  # the collection of a variable by which the chief tells the workers how it trains; never saved
 CTCS = ("tensorflow", "warp")
@@ -147,6 +148,7 @@ DECODE_BATCH = 512  # images after which what is decoded is safe on the disk
 SHARD = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)  # I/N
 STALE = 600  # seconds after which nobody is writing a .part file any more: it takes milliseconds
 
+NORM_EPSILON = 1e-3  # added to the variance in batch normalisation
 MAX_GRADIENT_NORM = 1.0  # what gradients are clipped to, together, so that one hard image cannot throw the weights off
 AVERAGE_DECAY = 0.998  # of the weights' moving averages, a step: they look back over about 500 steps
 MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than stretched until its noise looks like ink
@@ -318,8 +320,7 @@ class LstmCtcOcr:
         config: dict  # as it was when the weights were loaded
         known: object  # `Known` of texts, by the settings
         logits: object  # function (images (B, H, W) uint8, alone=False) -> (T, B, C) float32, blank last, see `_opened`
-        session: object = None  # TensorFlow's, of a model folder
-        saver: object = None  # of what reading needs
+        weights: object = None  # {name: array}, of a model folder
 
     @dataclasses.dataclass(frozen=True)
     class _Labels:
@@ -1048,27 +1049,25 @@ class LstmCtcOcr:
         return tf.reshape(x, tf.concat([tf.shape(x)[:2], [x.shape[2] * x.shape[3]]], axis=0))
 
     def convolution(self, x, channels, size, down, across, training):
-        """Convolves x (B, H, W, I) and normalises it: (B, H over `down`, W over `across`, channels)."""
-        tf = _tensorflow()
-        kernel = tf.get_variable("kernel", [size, size, x.shape[3], channels])
-        return self.batch_norm(tf.nn.conv2d(x, kernel, [1, down, across, 1], "SAME"), training)
+        """Convolves x (B, H, W, I) and normalises it: (B, H over `down`, W over `across`, channels).
 
-    @staticmethod
-    def batch_norm(x, training):
-        """Batch normalisation (Ioffe and Szegedy, 2015) of x (B, H, W, C), each channel alike.
-
-        Training takes mean and variance from its batch. They are kept in variables too, so that reading takes them from
-        moving averages of those, as it takes the weights.
+        Batch normalisation (Ioffe and Szegedy, 2015) scales each channel alike. Training takes mean and variance from
+        its batch. They are kept in variables too, so that reading takes them from moving averages of those, as it takes
+        the weights; there they are as good as part of the kernel, and of a bias.
         """
-        tf = _tensorflow()
-        scale = tf.get_variable("scale", x.shape[3], initializer=tf.ones_initializer())
-        offset = tf.get_variable("offset", x.shape[3], initializer=tf.zeros_initializer())
-        known = [tf.get_variable(name, x.shape[3], initializer=initializer(), trainable=False)
-                 for name, initializer in (("mean", tf.zeros_initializer), ("variance", tf.ones_initializer))]
+        tf, strides = _tensorflow(), [1, down, across, 1]
+        kernel = tf.get_variable("kernel", [size, size, x.shape[3], channels])
+        scale, offset, mean, variance = (
+            tf.get_variable(name, channels, initializer=initializer(), trainable=trainable)
+            for name, initializer, trainable in (
+                ("scale", tf.ones_initializer, True), ("offset", tf.zeros_initializer, True),
+                ("mean", tf.zeros_initializer, False), ("variance", tf.ones_initializer, False)))
         if not training:
-            return tf.nn.fused_batch_norm(x, scale, offset, *known, epsilon=1e-3, is_training=False)[0]
-        x, *batch = tf.nn.fused_batch_norm(x, scale, offset, epsilon=1e-3)
-        tf.get_collection_ref(STATISTICS).extend(zip(known, batch))
+            scale = scale * tf.math.rsqrt(variance + NORM_EPSILON)
+            return tf.nn.bias_add(tf.nn.conv2d(x, kernel * scale, strides, "SAME"), offset - mean * scale)
+        x, *batch = tf.nn.fused_batch_norm(tf.nn.conv2d(x, kernel, strides, "SAME"), scale, offset,
+                                           epsilon=NORM_EPSILON)
+        tf.get_collection_ref(STATISTICS).extend(zip((mean, variance), batch))
         return x
 
     def dense(self, x, units, name="dense"):
@@ -1332,15 +1331,7 @@ class LstmCtcOcr:
         """
         folder = _model_folder(self.start_from)
         config = self._load_config(folder)
-        tf, suffix = _tensorflow(), "/ExponentialMovingAverage"
-        path = folder / f"LstmCtcOcr-{config.get('best_step', config.get('step'))}"
-        try:
-            reader = tf.train.load_checkpoint(str(path))
-            weights = {name.removesuffix(suffix): reader.get_tensor(name)
-                       for name in reader.get_variable_to_shape_map() if name.endswith(suffix)}
-        except (tf.errors.OpError, ValueError, RuntimeError):
-            raise self.Error(f"the checkpoint {path} is missing or torn: restore it, or start from another "
-                             "model") from None
+        weights = self._load_weights(folder, config)
         kernel, bias = weights["dense/kernel"], weights["dense/bias"]
         parts, blank = range(self.label_parts), bias.size - 1
         columns = []
@@ -1361,14 +1352,6 @@ class LstmCtcOcr:
                 "plan": tf.get_variable("plan", initializer=plan, trainable=False, collections=[PLAN]),
                 "finished": tuple(self._finished_queue(server, place.workers).enqueue(True)
                                   for server in range(place.servers))}
-
-    @staticmethod
-    def _reading_saver():
-        """Saves and restores what reading needs, the averaged weights, into the variables of the default graph."""
-        tf = _tensorflow()
-        averages = tf.train.ExponentialMovingAverage(AVERAGE_DECAY)
-        return tf.train.Saver({averages.average_name(variable): variable for variable in tf.global_variables()},
-                              save_relative_paths=True)
 
     def _learning_rate(self, epoch):
         """The article's decay, at every step rather than once an epoch."""
@@ -1443,10 +1426,32 @@ class LstmCtcOcr:
             os.replace(part, folder / "config.json")
             _to_disk(folder)
 
-    def _restore(self, session, saver, folder, step=None):
+    def _load_weights(self, folder, config):
+        """What reading needs of a model, {name: array}: the moving averages of its weights at its best step."""
+        weights = {}
+
+        def load(path):
+            reader = _tensorflow().train.load_checkpoint(path)
+            weights.update({name.removesuffix(AVERAGE): reader.get_tensor(name)
+                            for name in reader.get_variable_to_shape_map() if name.endswith(AVERAGE)})
+
+        self._restore(load, folder, config.get("best_step", config.get("step")))
+        return weights
+
+    @staticmethod
+    def _save_weights(weights, folder, step):
+        """Writes such weights as the checkpoint of a step; returns its path."""
+        tf = _tensorflow()
+        with tf.Graph().as_default(), tf.Session() as session:
+            saver = tf.train.Saver({name + AVERAGE: tf.Variable(value) for name, value in weights.items()},
+                                   save_relative_paths=True)
+            session.run(tf.global_variables_initializer())
+            return saver.save(session, str(folder / "LstmCtcOcr"), step, write_meta_graph=False)
+
+    def _restore(self, load, folder, step=None):
         """Loads the checkpoint of `step`, or the newest; where that is torn the newest whole one, and says so.
 
-        Returns the step that it has loaded. Raises `Error` if there is none.
+        load: function of a checkpoint's path. Returns the step that it has loaded. Raises `Error` if there is none.
         """
         tf = _tensorflow()
         steps = sorted((int(path.stem.split("-")[1]) for path in folder.glob("LstmCtcOcr-*.index")), reverse=True)
@@ -1455,8 +1460,8 @@ class LstmCtcOcr:
             raise self.Error(f"no checkpoint in {folder}: train it further, or name another folder with --model")
         for number in dict.fromkeys([wanted, *steps]):
             try:
-                saver.restore(session, str(folder / f"LstmCtcOcr-{number}"))  # compares checksums
-            except (tf.errors.OpError, ValueError) as error:
+                load(str(folder / f"LstmCtcOcr-{number}"))  # compares checksums
+            except (tf.errors.OpError, ValueError, RuntimeError, LookupError) as error:
                 if _is_lost_server(error):
                     raise
                 continue
@@ -1465,7 +1470,7 @@ class LstmCtcOcr:
                       f"step {number}", file=sys.stderr)
             return number
         raise self.Error(f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing, torn or of another network, "
-                         "and there is no other: restore it, or name another folder with --model")
+                         "and there is no other: restore it, or name another model")
 
     @contextlib.contextmanager
     def _alone_in(self, folder):
@@ -1506,18 +1511,17 @@ class LstmCtcOcr:
     def _open_folder(self, folder):
         config = self._load_config(folder)  # before the weights, once: a training beside it may write a newer one
         tf, ocr = _tensorflow(), self._with_architecture(config, folder)
-        with tf.Graph().as_default() as graph:
+        weights = self._load_weights(folder, config)
+        with tf.Graph().as_default() as graph, _constants(weights, folder):
             net = ocr._build_reading(ocr._build_input(), config.get("temperature", 1))
-            saver = self._reading_saver()
             session = tf.Session(config=_session_config())
-            self._restore(session, saver, folder, config.get("best_step", config.get("step")))
             graph.finalize()  # nothing may be added to it per request
         in_this_thread = tf.RunOptions(inter_op_thread_pool=-1)
 
         def logits(images, alone=False):
             return session.run(net.logits, {net.images: images}, in_this_thread if alone else None)
 
-        return self._Reader(ocr, folder, config, ocr.known(self.letters, self.length), logits, session, saver)
+        return self._Reader(ocr, folder, config, ocr.known(self.letters, self.length), logits, weights)
 
     def _open_onnx(self, path):
         _package("onnxruntime", "read with an ONNX file")
@@ -1558,8 +1562,8 @@ class LstmCtcOcr:
         share = step / config["step"] if config["step"] else 1
         config.update(step=step, images_seen=round(config["images_seen"] * share),
                       epoch=round(config["epoch"] * share, 3))
-        with self._alone_in(folder), self._writing(folder), reader.session.graph.as_default():
-            prefix = reader.saver.save(reader.session, str(folder / "LstmCtcOcr"), step, write_meta_graph=False)
+        with self._alone_in(folder), self._writing(folder):
+            prefix = self._save_weights(reader.weights, folder, step)
             for path in folder.glob("LstmCtcOcr-*"):
                 if path.stem != Path(prefix).name:
                     path.unlink()
@@ -2103,7 +2107,7 @@ class LstmCtcOcr:
     def _resume(self, run, session):
         """Loads the newest checkpoint if there is one; forgets what was best if that was torn and came later."""
         if any(run.folder.glob("LstmCtcOcr-*.index")) and \
-                self._restore(session, run.saver, run.folder) < run.config.get("best_step", 0):
+                self._restore(functools.partial(run.saver.restore, session), run.folder) < run.config.get("best_step", 0):
             _forget_best(run.config)
 
     # ------------------------------------------------------------------ training on several machines
@@ -2563,12 +2567,12 @@ class LstmCtcOcr:
             return self._export_onnx(Path(directory))
         tf, folder = _tensorflow(), self._model_to_read()
         config = self._load_config(folder)
-        ocr = self._with_architecture(config, folder)
-        with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, self._writing(directory):
+        ocr, weights = self._with_architecture(config, folder), self._load_weights(folder, config)
+        with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, self._writing(directory), \
+                _constants(weights, folder):
             encoded = tf.placeholder(tf.string, [None], "images")
             images, widths = tf.map_fn(ocr._load_in_graph, encoded, (tf.uint8, tf.int32))
             net = ocr._build_reading(images[..., :tf.reduce_max(widths)], config.get("temperature", 1))
-            self._restore(session, self._reading_saver(), folder, config.get("best_step", config.get("step")))
             tf.saved_model.simple_save(session, str(directory), {"images": encoded},
                                        {"text": ocr._texts_in_graph(net.sparse), "confidence": net.confidence})
         print(f"{directory} takes {{'images': [encoded, ...]}} and gives text and confidence", file=sys.stderr)
@@ -2605,9 +2609,7 @@ class LstmCtcOcr:
         """
         onnx, reader = _package("onnx", "write ONNX files"), self._open_folder(self._model_to_read())
         ocr, graph = reader.ocr, self._OnnxGraph(onnx)
-        variables = reader.session.graph.get_collection("variables")
-        weights = reader.session.run({variable.op.name: variable for variable in variables})
-        ocr._onnx_network(graph, weights, reader.config.get("temperature", 1))
+        ocr._onnx_network(graph, reader.weights, reader.config.get("temperature", 1))
         values, real = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
         channels = 1 if ocr.paper == "brightest" else "channels"
         model = onnx.helper.make_model(
@@ -2656,7 +2658,7 @@ class LstmCtcOcr:
         def convolution(x, name, strides=(1, 1)):
             kernel, scale, offset, mean, variance = (
                 weights[f"{name}/{part}"] for part in ("kernel", "scale", "offset", "mean", "variance"))
-            scale = scale / np.sqrt(variance + np.float32(1e-3))
+            scale = scale / np.sqrt(variance + np.float32(NORM_EPSILON))
             return add("Conv", x, (kernel * scale).transpose(3, 2, 0, 1), offset - mean * scale, strides=strides,
                        auto_pad="SAME_UPPER")
 
@@ -4359,6 +4361,8 @@ def _session_config(place=LstmCtcOcr._Place()):
     config = _tensorflow().ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=_cores(),
                                        device_filters=place.sees)
     config.graph_options.rewrite_options.auto_mixed_precision_onednn_bfloat16 = int(_has_bfloat16())  # 1: ON
+    if place.servers:  # in a cluster there is no bfloat16 operation for a convolution, its bias and its ReLU in one
+        config.graph_options.rewrite_options.remapping = 2  # OFF
     return config
 
 
@@ -4376,6 +4380,23 @@ def _begun(start, getter, name, *args, **kwargs):
     if name in start:
         kwargs["initializer"] = _tensorflow().constant_initializer(start[name])
     return getter(name, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _constants(weights, folder):
+    """Makes constants of {name: array}, of that model folder, rather than variables, so that what can be computed of
+    them alone is computed once, and not in each reading.
+    """
+    tf = _tensorflow()
+
+    def constant(getter, name, shape, **_):
+        if name not in weights or tf.TensorShape(shape) != weights[name].shape:
+            raise LstmCtcOcr.Error(f"the weights in {folder} are not those of the network that its config.json tells "
+                                   "of: restore it, or name another model")
+        return tf.constant(weights[name])
+
+    with tf.variable_scope("", custom_getter=constant):
+        yield
 
 
 def _is_lost_server(error):

@@ -106,11 +106,11 @@ def test_a_batch_gives_what_its_images_give_alone(net, steps, monkeypatch):
 @pytest.mark.parametrize("batch, cores, images", [
     (32, 1, 32), (32, 2, 16), (32, 4, 8), (32, 16, 8), (32, 3, 16), (16, 16, 8), (8, 4, 8), (4, 2, 4), (36, 16, 9)])
 def test_normalisation_never_takes_its_statistics_from_a_few_images(batch, cores, images, monkeypatch):
-    """However many cores there are: what batch_norm is given of a batch, each time that it is called in training."""
+    """However many cores there are: what is normalised of a batch, each time that it is in training."""
     monkeypatch.setattr(lstm_ctc_ocr, "_cores", lambda: cores)
-    seen, batch_norm = set(), LstmCtcOcr.batch_norm
-    monkeypatch.setattr(LstmCtcOcr, "batch_norm", staticmethod(
-        lambda x, training: seen.add(int(x.shape[0])) or batch_norm(x, training)))
+    seen, batch_norm = set(), tf.nn.fused_batch_norm
+    monkeypatch.setattr(tf.nn, "fused_batch_norm", lambda x, *args, **settings: seen.add(
+        int(x.shape[0])) or batch_norm(x, *args, **settings))
     ocr = LstmCtcOcr(words="ABC", words_max_num=2, im_width=16, im_height=8, n_hidden=6, net="cnn_lstm")
     with tf.Graph().as_default():
         ocr.logits(tf.placeholder(tf.uint8, [batch, 8, 16]), training=True)

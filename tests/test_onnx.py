@@ -30,16 +30,14 @@ def float32():
 
 def untrained(folder, **settings):
     """A model folder of first weights, but with statistics and biases that are not the neutral ones."""
-    tf, ocr = lstm_ctc_ocr._tensorflow(), LstmCtcOcr(**settings)
+    tf, ocr, generator = lstm_ctc_ocr._tensorflow(), LstmCtcOcr(**settings), np.random.default_rng(0)
     with tf.Graph().as_default(), tf.Session() as session:
         ocr._build_reading(ocr._build_input())
         session.run(tf.global_variables_initializer())
-        generator = np.random.default_rng(0)
-        for variable in tf.global_variables():
-            if len(variable.shape) == 1:
-                variable.load(generator.uniform(0.5, 1.5, variable.shape), session)
-        folder.mkdir()
-        ocr._reading_saver().save(session, str(folder / "LstmCtcOcr"), 1)
+        weights = {variable.op.name: variable.eval() for variable in tf.global_variables()}
+    folder.mkdir()
+    ocr._save_weights({name: generator.uniform(0.5, 1.5, value.shape).astype(np.float32) if value.ndim == 1 else value
+                       for name, value in weights.items()}, folder, 1)
     config = {name: getattr(ocr, name) for name in lstm_ctc_ocr.ARCHITECTURE}
     (folder / "config.json").write_text(json.dumps({"format": 1, **config, "best_step": 1}))
     return folder

@@ -335,10 +335,7 @@ def train(arguments):
 
 def unpack(arguments):
     """Writes the weights of a model folder as an .npz file."""
-    ocr = LstmCtcOcr(model=arguments.model)
-    session = ocr._reader.session
-    np.savez(arguments.start, **session.run({variable.op.name: variable for variable in
-                                             session.graph.get_collection("variables")}))
+    np.savez(arguments.start, **LstmCtcOcr(model=arguments.model)._reader.weights)
 
 
 def pack(arguments):
@@ -350,14 +347,12 @@ def pack(arguments):
     images, files = ocr.load_images(ocr._labelled_files(arguments.held))
     folder, tf = Path(arguments.model), lstm_ctc_ocr._tensorflow()
     step = config["step"] + counts["steps"]
-    with ocr._writing(folder), tf.Session(config=lstm_ctc_ocr._session_config()) as session:
-        net, saver = ocr._build_reading(ocr._build_input()), ocr._reading_saver()
-        for variable in tf.global_variables():
-            variable.load(arrays[variable.op.name], session)
+    with lstm_ctc_ocr._constants(arrays, folder), tf.Session(config=lstm_ctc_ocr._session_config()) as session:
+        net = ocr._build_reading(ocr._build_input())
         logits = np.concatenate([session.run(net.logits, {net.images: images[rows]}) for rows in
                                  np.array_split(np.arange(len(files)), -(-len(files) // 64))], axis=1)
-        folder.mkdir(parents=True, exist_ok=True)
-        saver.save(session, str(folder / "LstmCtcOcr"), step, write_meta_graph=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    ocr._save_weights(arrays, folder, step)
     right, confidences = lstm_ctc_ocr.greedy_confidences(logits, [ocr.text_to_sequence(text) for _, text in files])
     config.update(step=step, best_step=step, images_seen=config["images_seen"] + counts["images_seen"],
                   images=config["images"] + counts["images"], accuracy=round(float(right.mean()), 3),
