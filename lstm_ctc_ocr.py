@@ -2685,7 +2685,8 @@ class LstmCtcOcr:
 
         fitted = add("Min", axis("images", 3), np.array([self.im_width]))
         size = add("Concat", add("Slice", add("Shape", "images"), np.array([0]), np.array([3])), fitted, axis=0)
-        colours = add("Resize", "images", "", "", size, mode="linear", coordinate_transformation_mode="half_pixel")
+        given = add("Resize", "images", "", "", size, mode="linear", coordinate_transformation_mode="half_pixel")
+        colours = add("Relu", given)  # of ink that is given nothing is left
         if self.paper == "brightest":
             paper = add("ReduceMax", colours, axes=[1, 2, 3])
         else:
@@ -2693,8 +2694,7 @@ class LstmCtcOcr:
         ink = strongest_of_channels(add("Abs", add("Sub", colours, paper)))
         strongest = add("Max", add("ReduceMax", ink, axes=[2, 3]), np.float32(MIN_CONTRAST))
         ink = add("Round", add("Mul", ink, add("Div", np.float32(255), strongest)))
-        given = strongest_of_channels(colours)
-        ink = add("Where", add("Less", given, np.float32(0)), add("Sub", np.float32(-1), given), ink)
+        ink = add("Add", ink, strongest_of_channels(add("Relu", add("Sub", np.float32(-1), given))))
         wanted = add("Max", fitted, np.array([self._least_steps * self._stride]))
         squares = add("Div", add("Add", wanted, np.array([self.im_height - 1])), np.array([self.im_height]))
         width = add("Min", add("Mul", squares, np.array([self.im_height])), np.array([self.im_width]))
