@@ -320,7 +320,6 @@ class LstmCtcOcr:
         config: dict  # as it was when the weights were loaded
         known: object  # `Known` of texts, by the settings
         logits: object  # function (images (B, H, W) uint8, alone=False) -> (T, B, C) float32, blank last, see `_opened`
-        weights: object = None  # {name: array}, of a model folder
 
     @dataclasses.dataclass(frozen=True)
     class _Labels:
@@ -461,7 +460,7 @@ class LstmCtcOcr:
 
     @property
     def steps(self):
-        """Time steps T that the network makes of an image: its width, over the strides of the convolutions."""
+        """Time steps T that the network makes of a whole W: it, over the strides of the convolutions."""
         strides = [across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ())]
         return functools.reduce(lambda width, stride: -(-width // stride), strides, self.im_width)
 
@@ -1263,9 +1262,7 @@ class LstmCtcOcr:
         return np.where(ends[:, None] & begins | ~ends[:, None] & (classes == classes[:, None] + 1), 0, -np.inf)
 
     def _build_input(self, batch_size=None):
-        """The images that a network in the default graph is given, (B, H, W) uint8; to read, in batches of any size,
-        they may all be narrower.
-        """
+        """The images that a network in the default graph is given, (B, H, W) uint8; of any width where B is not set."""
         tf = _tensorflow()
         tf.set_random_seed(self.seed)
         return tf.placeholder(tf.uint8, [batch_size, self.im_height, self.im_width if batch_size else None], "images")
@@ -1329,9 +1326,7 @@ class LstmCtcOcr:
         A letter that only this model has gets the classes of its other case, where the other model knows that, or else
         small random weights.
         """
-        folder = _model_folder(self.start_from)
-        config = self._load_config(folder)
-        weights = self._load_weights(folder, config)
+        _, config, weights = self._load_model(_model_folder(self.start_from))
         kernel, bias = weights["dense/kernel"], weights["dense/bias"]
         parts, blank = range(self.label_parts), bias.size - 1
         columns = []
@@ -1426,9 +1421,13 @@ class LstmCtcOcr:
             os.replace(part, folder / "config.json")
             _to_disk(folder)
 
-    def _load_weights(self, folder, config):
-        """What reading needs of a model, {name: array}: the moving averages of its weights at its best step."""
-        weights = {}
+    def _load_model(self, folder):
+        """Returns these settings with the architecture of a model, its config.json, and what reading needs of it.
+
+        That is {name: array}, the moving averages of its weights at its best step.
+        """
+        config = self._load_config(folder)  # before the weights, once: a training beside it may write a newer one
+        ocr, weights = self._with_architecture(config, folder), {}
 
         def load(path):
             reader = _tensorflow().train.load_checkpoint(path)
@@ -1436,7 +1435,7 @@ class LstmCtcOcr:
                             for name in reader.get_variable_to_shape_map() if name.endswith(AVERAGE)})
 
         self._restore(load, folder, config.get("best_step", config.get("step")))
-        return weights
+        return ocr, config, weights
 
     @staticmethod
     def _save_weights(weights, folder, step):
@@ -1509,9 +1508,7 @@ class LstmCtcOcr:
         return self._open_onnx(model) if model.suffix == ".onnx" else self._open_folder(model)
 
     def _open_folder(self, folder):
-        config = self._load_config(folder)  # before the weights, once: a training beside it may write a newer one
-        tf, ocr = _tensorflow(), self._with_architecture(config, folder)
-        weights = self._load_weights(folder, config)
+        tf, (ocr, config, weights) = _tensorflow(), self._load_model(folder)
         with tf.Graph().as_default() as graph, _constants(weights, folder):
             net = ocr._build_reading(ocr._build_input(), config.get("temperature", 1))
             session = tf.Session(config=_session_config())
@@ -1521,7 +1518,7 @@ class LstmCtcOcr:
         def logits(images, alone=False):
             return session.run(net.logits, {net.images: images}, in_this_thread if alone else None)
 
-        return self._Reader(ocr, folder, config, ocr.known(self.letters, self.length), logits, weights)
+        return self._Reader(ocr, folder, config, ocr.known(self.letters, self.length), logits)
 
     def _open_onnx(self, path):
         _package("onnxruntime", "read with an ONNX file")
@@ -1556,14 +1553,14 @@ class LstmCtcOcr:
 
     def publish(self, folder):
         """Copies the model that this object reads with into `folder`, without what only training needs."""
-        reader, folder = self._open_folder(self._model_to_read()), Path(folder)
-        config = {name: value for name, value in reader.config.items() if name != "curve"}
+        (_, config, weights), folder = self._load_model(self._model_to_read()), Path(folder)
+        config.pop("curve", None)
         step = config.get("best_step", config["step"])
         share = step / config["step"] if config["step"] else 1
         config.update(step=step, images_seen=round(config["images_seen"] * share),
                       epoch=round(config["epoch"] * share, 3))
         with self._alone_in(folder), self._writing(folder):
-            prefix = self._save_weights(reader.weights, folder, step)
+            prefix = self._save_weights(weights, folder, step)
             for path in folder.glob("LstmCtcOcr-*"):
                 if path.stem != Path(prefix).name:
                     path.unlink()
@@ -2106,9 +2103,10 @@ class LstmCtcOcr:
 
     def _resume(self, run, session):
         """Loads the newest checkpoint if there is one; forgets what was best if that was torn and came later."""
-        if any(run.folder.glob("LstmCtcOcr-*.index")) and \
-                self._restore(functools.partial(run.saver.restore, session), run.folder) < run.config.get("best_step", 0):
-            _forget_best(run.config)
+        if any(run.folder.glob("LstmCtcOcr-*.index")):
+            step = self._restore(functools.partial(run.saver.restore, session), run.folder)
+            if step < run.config.get("best_step", 0):
+                _forget_best(run.config)
 
     # ------------------------------------------------------------------ training on several machines
 
@@ -2566,8 +2564,7 @@ class LstmCtcOcr:
         if str(directory).endswith(".onnx"):
             return self._export_onnx(Path(directory))
         tf, folder = _tensorflow(), self._model_to_read()
-        config = self._load_config(folder)
-        ocr, weights = self._with_architecture(config, folder), self._load_weights(folder, config)
+        ocr, config, weights = self._load_model(folder)
         with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, self._writing(directory), \
                 _constants(weights, folder):
             encoded = tf.placeholder(tf.string, [None], "images")
@@ -2603,13 +2600,14 @@ class LstmCtcOcr:
         """Writes an ONNX file of standard operators, and beside it the .json with which ddddocr uses it.
 
         images (B, channels, H, any width) float32, 0 to 1, scaled to the height H -> scores (T, B, C) float32, the
-        logarithms of probabilities, blank first; T as many as `_read_width` asks for. Paper "brightest" takes one channel, grey; "border" one or three.
-        Images wider than W are squeezed, as `load_image` does; only, it scales those of another height but once.
-        Instead it takes the ink that `load_image` gives, (B, 1, H, that width): 1 added, and negative.
+        logarithms of probabilities, blank first; the steps T are those of the `_read_width`. Paper "brightest" takes
+        one channel, grey; "border" one or three. Images wider than W are squeezed, as `load_image` does; only, it
+        scales those of another height but once. Instead it takes the ink that `load_image` gives, (B, 1, H, that
+        width): 1 added, and negative.
         """
-        onnx, reader = _package("onnx", "write ONNX files"), self._open_folder(self._model_to_read())
-        ocr, graph = reader.ocr, self._OnnxGraph(onnx)
-        ocr._onnx_network(graph, reader.weights, reader.config.get("temperature", 1))
+        onnx, (ocr, config, weights) = _package("onnx", "write ONNX files"), self._load_model(self._model_to_read())
+        graph = self._OnnxGraph(onnx)
+        ocr._onnx_network(graph, weights, config.get("temperature", 1))
         values, real = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
         channels = 1 if ocr.paper == "brightest" else "channels"
         model = onnx.helper.make_model(
@@ -2619,7 +2617,7 @@ class LstmCtcOcr:
                                    graph.constants),
             opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8, producer_name="lstm_ctc_ocr",
             producer_version=VERSION)
-        known = {name: reader.config[name] for name in ("format", *ARCHITECTURE, *NUMBERS) if name in reader.config}
+        known = {name: config[name] for name in ("format", *ARCHITECTURE, *NUMBERS) if name in config}
         onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in known.items()})
         onnx.checker.check_model(model)
         with self._writing(path.parent):

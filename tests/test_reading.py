@@ -135,7 +135,19 @@ def cut_in_half(folder):
         data.write_bytes(data.read_bytes()[:data.stat().st_size // 2])
 
 
+def changed(**settings):
+    """Gives a model folder other settings than its weights were trained with."""
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+    return change
+
+
 @pytest.mark.parametrize("harm, complaint", [
+    (changed(n_hidden=32), "not those of the network that its config.json"),
+    (changed(words="AXY"), "not those of the network that its config.json"),
+    (changed(net="cnn_lstm"), "not those of the network that its config.json"),
     (lambda folder: shutil.rmtree(folder), "no model in"),
     (lambda folder: (folder / "config.json").write_text('{"format": 1,'), "config.json cannot be read"),
     (lambda folder: (folder / "config.json").write_text('{"format": 99}'), "not of format 1"),

@@ -70,7 +70,8 @@ def test_a_start_without_a_whole_checkpoint_is_one_line(few, trained, tmp_path, 
     for file in (tmp_path / "start").glob("LstmCtcOcr-*.index"):
         harm(file)
     assert train(few, tmp_path / "start", tmp_path / "model") == 2
-    assert "is missing, torn or of another network, and there is no other: restore it" in capfd.readouterr().err.splitlines()[-1]
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert "is missing, torn or of another network, and there is no other: restore it" in message
 
 
 def test_another_start_than_before_is_refused(few, trained, tmp_path, capfd):

@@ -335,7 +335,8 @@ def train(arguments):
 
 def unpack(arguments):
     """Writes the weights of a model folder as an .npz file."""
-    np.savez(arguments.start, **LstmCtcOcr(model=arguments.model)._reader.weights)
+    _, _, weights = LstmCtcOcr()._load_model(lstm_ctc_ocr._model_folder(arguments.model))
+    np.savez(arguments.start, **weights)
 
 
 def pack(arguments):
