@@ -3398,6 +3398,7 @@ def _warp_ctc(logits, labels, lengths):
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)  # by which logits may be divided
 TINY = 1e-300  # what a probability counts at least in the search, so that every text has one to compare
+SURE = 0.999  # a probability from which on a step says so for sure: see `_without_sure_repeats`
 ODD = np.uint64(0x9E3779B97F4A7C15)  # hashes a prefix: that of a longer one is the shorter one's times this, + class
 
 
@@ -3413,7 +3414,8 @@ def most_probable(p, beam_width, longest, fits=None, follows=None):
     Returns B pairs (sequence, probability); the probability is exact: exp(-CTC loss), so it means the same however the
     sequence was found. First the best class of each step is tried. If the sequence that they spell has more than one
     half, it is the most probable, for those of all sequences add up to at most 1. Only else a beam search looks further
-    (`_beam_search`), among sequences of up to `longest` classes, and what it leaves is compared by exact probabilities.
+    (`_beam_search`), at the steps that are in doubt, among sequences of up to `longest` classes, and what it leaves is
+    compared by exact probabilities.
     fits(sequence) says which sequences may be answered; None: all. follows: as `_beam_search` has it; given, it is
     asked besides, for sequences that fit by all means.
     """
@@ -3421,14 +3423,15 @@ def most_probable(p, beam_width, longest, fits=None, follows=None):
     results = list(zip(sequences, sequence_probabilities(sequences, p).tolist()))
     hard = [b for b, (sequence, probability) in enumerate(results)
             if probability <= 0.5 or fits and not fits(sequence)]
-    if not hard:
-        return results
     rules = [None] if follows is None else [None, follows]
-    searches = [_beam_search(p[:, hard], beam_width, longest, fits, rule) for rule in rules]
-    for b, *found in zip(hard, *searches):
-        candidates = sum(found, [sequences[b]] * (not fits or fits(sequences[b])))
-        exact = sequence_probabilities(candidates, p[:, [b] * len(candidates)])
-        results[b] = candidates[exact.argmax()], float(exact.max())
+    for shorten in (_without_sure_repeats, np.asarray):
+        searches = [_beam_search(shorten(p[:, hard]), beam_width, longest, fits, rule) for rule in rules if hard]
+        for b, *found in zip(hard, *searches):
+            candidates = sum(found, [sequences[b]] * (not fits or fits(sequences[b])))
+            exact = sequence_probabilities(candidates, p[:, [b] * len(candidates)]) if candidates else np.zeros(1)
+            results[b] = (candidates or [[]])[exact.argmax()], float(exact.max())
+        # All that the steps left out could spell besides is no likelier than this; so what fits may have to be there.
+        hard = [b for b in hard if fits and results[b][1] <= len(p) * (1 - SURE)]
     return results
 
 
@@ -3512,6 +3515,23 @@ def viterbi(sequence, p):
         path.append(path[-1] - back[step, path[-1]])
     return [tuple(np.searchsorted(path[::-1], state, side).tolist() for side in ("left", "right"))
             for state in range(1, len(states), 2)]
+
+
+def _without_sure_repeats(p):
+    """p (T, B, C) without the steps that say for sure what the step before did for sure, mostly a blank.
+
+    They change next to nothing, and are most of all. What some of the B then have too few is filled up with blanks.
+    """
+    best = np.where(p.max(axis=2) > SURE, p.argmax(axis=2), -1)
+    kept = best < 0
+    kept[0] = True
+    kept[1:] |= best[1:] != best[:-1]
+    steps, rows = np.nonzero(kept)
+    places = np.cumsum(kept, axis=0) - 1
+    shorter = np.zeros((places[-1].max() + 1, *p.shape[1:]))
+    shorter[..., -1] = 1
+    shorter[places[steps, rows], rows] = p[steps, rows]
+    return shorter
 
 
 def _beam_search(p, beam_width, longest, fits=None, follows=None):

@@ -85,6 +85,24 @@ def test_of_label_parts_the_best_sequence_of_parts_is_read(seed, scale, length):
     assert confidence == pytest.approx(every[best], rel=1e-5) and text == ocr.sequence_to_text(best)
 
 
+@settings(max_examples=20, deadline=None)
+@given(seeds)
+def test_steps_that_say_the_same_for_sure_are_searched_but_once(seed):
+    """And what is left of one image may be shorter than that of another."""
+    logits = random_logits(seed, 8, 2, 3, 1)
+    logits[[0, 1, 6, 7], 0], logits[[3, 4], 0] = [0, 0, 20], [20, 0, 0]
+    ocr = LstmCtcOcr(words="AB", words_max_num=5, im_width=9)
+    for image, (text, confidence) in enumerate(ocr.texts(logits)):
+        every = enumerate_sequences(logits[:, image])
+        best = max(every, key=every.get)
+        assert text == "".join(map(ocr.words.__getitem__, best)) and confidence == pytest.approx(every[best], rel=1e-5)
+    p = lstm_ctc_ocr.softmax(logits)
+    np.testing.assert_array_equal(lstm_ctc_ocr._without_sure_repeats(p[:, :1]), p[[0, 2, 3, 5, 6], :1])
+    both = lstm_ctc_ocr._without_sure_repeats(p)
+    np.testing.assert_array_equal(both[:, 1], p[:, 1])
+    np.testing.assert_array_equal(both[5:, 0], [[0, 0, 1]] * 3)
+
+
 @pytest.mark.parametrize("label_parts, length", [(1, 4), (3, 2)])
 @pytest.mark.parametrize("words", ["A", "AB"])
 @pytest.mark.parametrize("beam_width", [1, 4])
