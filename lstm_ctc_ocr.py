@@ -151,6 +151,7 @@ STALE = 600  # seconds after which nobody is writing a .part file any more: it t
 NORM_EPSILON = 1e-3  # added to the variance in batch normalisation
 MAX_GRADIENT_NORM = 1.0  # what gradients are clipped to, together, so that one hard image cannot throw the weights off
 AVERAGE_DECAY = 0.998  # of the weights' moving averages, a step: they look back over about 500 steps
+DOUBT = 0.7  # a confidence up to which an image is looked at again, narrower and wider
 MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than stretched until its noise looks like ink
 READ_BATCH = 64  # images a step in reading files
 REPORT_STEPS = 100  # between reports, as in the article
@@ -1205,23 +1206,31 @@ class LstmCtcOcr:
         """The model's letters that are read as `letter` where only `letters` can be: it, and its other case."""
         return [word for word in self.words if word == letter or word.swapcase() == letter and word not in letters]
 
-    def texts(self, logits, known=Known()):
+    def texts(self, logits, known=Known(), look_again=lambda rows: ()):
         """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs; asked to align, `_align` is the third.
 
         The confidence is the probability that the network gives to the text (with --label-parts, to the sequence of
         parts), exp(-CTC loss). What is `known` does not raise it: it is low where the image holds something else. Where
         only one case of a letter is allowed, the other one is read as it.
+        look_again: gives for images of these rows logits (T', rows, C) of further looks at them. It is asked about
+        those whose text is in `DOUBT`; they get the text that all looks give the most probability on average.
         """
         words, parts = known.letters or self.words, self.label_parts
-        p = softmax(logits)
-        if known.letters:
-            p = p @ self._folds(words)
+        folds = self._folds(words) if known.letters else None
+        probabilities = lambda logits: softmax(logits) if folds is None else softmax(logits) @ folds  # noqa: E731
         low, high = self._bounds(known.length) if known.length else (0, self.words_max_num)
         longest, fits, follows = high if parts == 1 else self.words_max_num * parts, None, None
         if known.length:
             fits = lambda sequence: low <= len(self.sequence_to_text(sequence, words)) <= high  # noqa: E731
             follows = self._whole_letters(len(words)) if parts > 1 else None
-        found = most_probable(p, self.beam_width, longest, fits, follows)
+        search = functools.partial(most_probable, beam_width=self.beam_width, longest=longest, fits=fits,
+                                   follows=follows)
+        found = search(p := probabilities(logits))
+        if doubtful := [b for b, (_, probability) in enumerate(found) if probability <= DOUBT]:
+            looks = [p[:, doubtful], *map(probabilities, look_again(doubtful))]
+            searched = [[found[b] for b in doubtful], *map(search, looks[1:])]
+            for b, agreed in zip(doubtful, most_agreed(searched, looks)):
+                found[b] = agreed
         readings = [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
         if known.align:
             return [(*reading, self._align(reading[0], words, p[:, b])) for b, reading in enumerate(readings)]
@@ -1575,8 +1584,20 @@ class LstmCtcOcr:
         for row, (image, each) in enumerate(zip(images, known or itertools.repeat(self.Known()))):
             alike[image.shape[1], each].append(row)
         for (_, each), rows in alike.items():
-            readings.update(zip(rows, self.texts(infer(np.stack([images[row] for row in rows])), each)))
+            batch = np.stack([images[row] for row in rows])
+            readings.update(zip(rows, self.texts(infer(batch), each, lambda doubtful: map(
+                infer, self._in_other_widths(batch[doubtful])))))
         return [readings[row] for row in range(len(images))]
+
+    def _in_other_widths(self, images):
+        """Yields images (B, H, w) uint8 a little narrower, and wider where W leaves room for it, in whole squares."""
+        width = images.shape[2]
+        for other in sorted({round(.87 * width), min(self.im_width, round(1.2 * width))} - {width}):
+            method = cv2.INTER_AREA if other < width else cv2.INTER_LINEAR
+            filled = np.zeros((*images.shape[:2], self._read_width(self.im_height, other)), np.uint8)
+            for image, into in zip(images, filled):
+                into[:, :other] = cv2.resize(image, (other, self.im_height), interpolation=method)
+            yield filled
 
     def _read_each(self, sources, known=(), alone=False):
         """As `recognise`, but an image that cannot be read has its `Error` in its place.
@@ -1981,11 +2002,8 @@ class LstmCtcOcr:
         speed = (run.step - last_step) * self.batch_size / (now - last_time)
         images, sequences = feeds.values()
 
-        def infer(images):
-            return run.session.run(run.net.logits, {run.net.images: images})
-
         train = score([self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sequences)],
-                      [text for text, _ in self._read(infer, images)])
+                      [text for text, _ in self.texts(run.session.run(run.net.logits, {run.net.images: images}))])
         truths, readings, loss, temperature = self._validate(run)
         held = score(truths, readings)
         most, least = run.config.get("accuracy", 0), run.config.get("least_loss", math.inf)
@@ -3433,6 +3451,20 @@ def most_probable(p, beam_width, longest, fits=None, follows=None):
         # All that the steps left out could spell besides is no likelier than this; so what fits may have to be there.
         hard = [b for b in hard if fits and results[b][1] <= len(p) * (1 - SURE)]
     return results
+
+
+def most_agreed(searched, looks):
+    """Of the sequences that several looks at B images have found, those that all give the most probability on average.
+
+    searched: for each look what `most_probable` says; looks: for each p (T, B, C). Returns B pairs as that does.
+    """
+    agreed = []
+    for b, found in enumerate(zip(*searched)):
+        candidates = [sequence for number, (sequence, _) in enumerate(found) if sequence not in [
+            other for other, _ in found[:number]]]
+        means = np.mean([sequence_probabilities(candidates, p[:, [b] * len(candidates)]) for p in looks], axis=0)
+        agreed.append((candidates[means.argmax()], float(means.max())))
+    return agreed
 
 
 def greedy_confidences(logits, sequences):

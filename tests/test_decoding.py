@@ -103,6 +103,23 @@ def test_steps_that_say_the_same_for_sure_are_searched_but_once(seed):
     np.testing.assert_array_equal(both[5:, 0], [[0, 0, 1]] * 3)
 
 
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.sampled_from([1, 4]))
+def test_looks_at_a_doubtful_image_agree_on_what_is_likeliest_on_average(seed, scale):
+    first, second = random_logits(seed, 5, 3, 3, scale), random_logits(seed + 1, 4, 3, 3, scale)
+    ocr, asked = LstmCtcOcr(words="AB", words_max_num=5, im_width=9, beam_width=100), []
+    readings = ocr.texts(first, look_again=lambda rows: asked.extend(rows) or [second[:, rows]])
+    for image, (text, confidence) in enumerate(readings):
+        looks = [enumerate_sequences(logits[:, image]) for logits in (first, second)]
+        best = [max(look, key=look.get) for look in looks]
+        assert (image in asked) == (looks[0][best[0]] <= lstm_ctc_ocr.DOUBT)
+        means = {sequence: sum(look.get(sequence, 0) for look in looks) / 2 for sequence in best}
+        expected = max(means.values()) if image in asked else looks[0][best[0]]
+        assert confidence == pytest.approx(expected, rel=1e-5)
+        every = means if image in asked else looks[0]
+        assert every[tuple(map(ocr.words.index, text))] == pytest.approx(confidence, rel=1e-5)
+
+
 @pytest.mark.parametrize("label_parts, length", [(1, 4), (3, 2)])
 @pytest.mark.parametrize("words", ["A", "AB"])
 @pytest.mark.parametrize("beam_width", [1, 4])

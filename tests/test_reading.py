@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 from captcha.image import ImageCaptcha
@@ -85,6 +86,15 @@ def test_the_network_is_given_no_more_paper_than_fills_a_square(net, width):
              (40, 400): 256}
     assert {size: ocr._read_width(*size) for size in sizes} == sizes
     assert LstmCtcOcr(net=net, im_width=100)._read_width(64, 90) == 100
+
+
+@pytest.mark.parametrize("width, others", [(128, [(111, 128), (154, 192)]), (192, [(167, 192), (230, 256)]),
+                                           (256, [(223, 256)])])
+def test_a_doubtful_image_is_looked_at_narrower_and_where_there_is_room_wider(width, others):
+    image = np.full((1, 64, width), 200, np.uint8)
+    looks = list(LstmCtcOcr(net="cnn_lstm")._in_other_widths(image))
+    assert [look.shape for look in looks] == [(1, 64, whole) for _, whole in others]
+    assert [(look > 0).any(axis=(0, 1)).sum() for look in looks] == [filled for filled, _ in others]
 
 
 def test_images_of_many_widths_are_read_as_each_alone(engine):
