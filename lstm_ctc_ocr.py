@@ -1213,7 +1213,7 @@ class LstmCtcOcr:
         parts), exp(-CTC loss). What is `known` does not raise it: it is low where the image holds something else. Where
         only one case of a letter is allowed, the other one is read as it.
         look_again: gives for images of these rows logits (T', rows, C) of further looks at them. It is asked about
-        those whose text is in `DOUBT`; they get the text that all looks give the most probability on average.
+        those whose text has at most `DOUBT`; they get the text that all looks give the most probability on average.
         """
         words, parts = known.letters or self.words, self.label_parts
         folds = self._folds(words) if known.letters else None
@@ -1575,13 +1575,13 @@ class LstmCtcOcr:
                     path.unlink()
             self._save_config(folder, config)
 
-    def _read(self, infer, images, known=()):
-        """n images (H, w) uint8, and what is `Known` of each, or of none -> what `texts` says of each.
+    def _read(self, infer, images, known):
+        """n images (H, w) uint8, and what is `Known` of each -> what `texts` says of each; looks again where in doubt.
 
         infer: function from images (B, H, w) to logits (T, B, C); those of one width are read together.
         """
         alike, readings = collections.defaultdict(list), {}
-        for row, (image, each) in enumerate(zip(images, known or itertools.repeat(self.Known()))):
+        for row, (image, each) in enumerate(zip(images, known)):
             alike[image.shape[1], each].append(row)
         for (_, each), rows in alike.items():
             batch = np.stack([images[row] for row in rows])
