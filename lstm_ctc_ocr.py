@@ -320,7 +320,7 @@ class LstmCtcOcr:
         folder: Path  # or ONNX file
         config: dict  # as it was when the weights were loaded
         known: object  # `Known` of texts, by the settings
-        logits: object  # function (images (B, H, W) uint8, alone=False) -> (T, B, C) float32, blank last, see `_opened`
+        logits: object  # function (images (B, H, w) uint8, alone=False) -> (T, B, C) float32, blank last, see `_opened`
 
     @dataclasses.dataclass(frozen=True)
     class _Labels:
@@ -1206,13 +1206,13 @@ class LstmCtcOcr:
         """The model's letters that are read as `letter` where only `letters` can be: it, and its other case."""
         return [word for word in self.words if word == letter or word.swapcase() == letter and word not in letters]
 
-    def texts(self, logits, known=Known(), look_again=lambda rows: ()):
+    def texts(self, logits, known=Known(), look_again=None):
         """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs; asked to align, `_align` is the third.
 
         The confidence is the probability that the network gives to the text (with --label-parts, to the sequence of
         parts), exp(-CTC loss). What is `known` does not raise it: it is low where the image holds something else. Where
         only one case of a letter is allowed, the other one is read as it.
-        look_again: gives for images of these rows logits (T', rows, C) of further looks at them. It is asked about
+        look_again: if given, a function of rows to logits (T', rows, C) of further looks at these. It is asked about
         those whose text has at most `DOUBT`; they get the text that all looks give the most probability on average.
         """
         words, parts = known.letters or self.words, self.label_parts
@@ -1226,7 +1226,8 @@ class LstmCtcOcr:
         search = functools.partial(most_probable, beam_width=self.beam_width, longest=longest, fits=fits,
                                    follows=follows)
         found = search(p := probabilities(logits))
-        if doubtful := [b for b, (_, probability) in enumerate(found) if probability <= DOUBT]:
+        doubtful = [b for b, (_, probability) in enumerate(found) if probability <= DOUBT]
+        if look_again and doubtful:
             looks = [p[:, doubtful], *map(probabilities, look_again(doubtful))]
             searched = [[found[b] for b in doubtful], *map(search, looks[1:])]
             for b, agreed in zip(doubtful, most_agreed(searched, looks)):
@@ -3460,8 +3461,7 @@ def most_agreed(searched, looks):
     """
     agreed = []
     for b, found in enumerate(zip(*searched)):
-        candidates = [sequence for number, (sequence, _) in enumerate(found) if sequence not in [
-            other for other, _ in found[:number]]]
+        candidates = [*dict.fromkeys(tuple(sequence) for sequence, _ in found)]
         means = np.mean([sequence_probabilities(candidates, p[:, [b] * len(candidates)]) for p in looks], axis=0)
         agreed.append((candidates[means.argmax()], float(means.max())))
     return agreed
