@@ -151,7 +151,7 @@ STALE = 600  # seconds after which nobody is writing a .part file any more: it t
 NORM_EPSILON = 1e-3  # added to the variance in batch normalisation
 MAX_GRADIENT_NORM = 1.0  # what gradients are clipped to, together, so that one hard image cannot throw the weights off
 AVERAGE_DECAY = 0.998  # of the weights' moving averages, a step: they look back over about 500 steps
-DOUBT = 0.7  # a confidence up to which an image is looked at again, narrower and wider
+DOUBT = 0.7  # a confidence up to which an image is looked at again, from afar and from near
 MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than stretched until its noise looks like ink
 READ_BATCH = 64  # images a step in reading files
 REPORT_STEPS = 100  # between reports, as in the article
@@ -1587,17 +1587,31 @@ class LstmCtcOcr:
         for (_, each), rows in alike.items():
             batch = np.stack([images[row] for row in rows])
             readings.update(zip(rows, self.texts(infer(batch), each, lambda doubtful: map(
-                infer, self._in_other_widths(batch[doubtful])))))
+                infer, self._look_again(batch[doubtful])))))
         return [readings[row] for row in range(len(images))]
 
-    def _in_other_widths(self, images):
-        """Yields images (B, H, w) uint8 a little narrower, and wider where W leaves room for it, in whole squares."""
-        width = images.shape[2]
-        for other in sorted({round(.87 * width), min(self.im_width, round(1.2 * width))} - {width}):
-            method = cv2.INTER_AREA if other < width else cv2.INTER_LINEAR
-            filled = np.zeros((*images.shape[:2], self._read_width(self.im_height, other)), np.uint8)
-            for image, into in zip(images, filled):
-                into[:, :other] = cv2.resize(image, (other, self.im_height), interpolation=method)
+    def _look_again(self, images):
+        """Yields images (B, H, w) uint8 as seen from afar, then as from near, each (B, H, w'), in whole squares.
+
+        From afar, narrower and blurred, dots run together into strokes. From near, a third larger as far as W leaves
+        room for it, and thinner, small letters grow and those that touch part.
+        """
+        height, width = images.shape[1:]
+
+        def from_afar(image):
+            narrow = cv2.resize(image, (round(.87 * width), height), interpolation=cv2.INTER_AREA)
+            return cv2.GaussianBlur(narrow, (0, 0), 2)
+
+        def from_near(image):
+            right = min(self.im_width, round(1.3 * width))
+            end = 1 + image.any(axis=0).nonzero()[0].max(initial=0)  # of the ink; behind it is paper alone
+            larger = np.array([[min(1.3, right / end), 0, 0], [0, 1.3, -.15 * height]])
+            return cv2.erode(cv2.warpAffine(image, larger, (right, height)), np.ones((2, 2), np.uint8))
+
+        for look in (from_afar, from_near):
+            seen = np.stack([cv2.normalize(look(image), None, 255, 0, cv2.NORM_INF) for image in images])
+            filled = np.zeros((*seen.shape[:2], self._read_width(*seen.shape[1:])), np.uint8)
+            filled[:, :, :seen.shape[2]] = seen
             yield filled
 
     def _read_each(self, sources, known=(), alone=False):

@@ -88,13 +88,34 @@ def test_the_network_is_given_no_more_paper_than_fills_a_square(net, width):
     assert LstmCtcOcr(net=net, im_width=100)._read_width(64, 90) == 100
 
 
-@pytest.mark.parametrize("width, others", [(128, [(111, 128), (154, 192)]), (192, [(167, 192), (230, 256)]),
-                                           (256, [(223, 256)])])
-def test_a_doubtful_image_is_looked_at_narrower_and_where_there_is_room_wider(width, others):
-    image = np.full((1, 64, width), 200, np.uint8)
-    looks = list(LstmCtcOcr(net="cnn_lstm")._in_other_widths(image))
-    assert [look.shape for look in looks] == [(1, 64, whole) for _, whole in others]
-    assert [(look > 0).any(axis=(0, 1)).sum() for look in looks] == [filled for filled, _ in others]
+@pytest.mark.parametrize("width, afar, near", [(128, 111, 166), (192, 167, 250), (256, 223, 256)])
+def test_a_doubtful_image_is_looked_at_from_afar_and_from_near(width, afar, near):
+    """Narrower, and as much larger as there is room for, in the squares that hold it; its strokes at full strength."""
+    image = np.zeros((1, 64, width), np.uint8)
+    image[0, 24:40, 8:width] = 200
+    looks = list(LstmCtcOcr(net="cnn_lstm")._look_again(image))
+    assert [look.shape for look in looks] == [(1, 64, -(-seen // 64) * 64) for seen in (afar, near)]
+    for look, seen, high in zip(looks, (afar, near), (16, 16 * 1.3)):
+        assert look.max() == 255
+        down, right = np.nonzero(look[0] > 127)
+        assert abs(right.max() + 1 - seen) <= 2 and abs(down.max() + 1 - down.min() - high) <= 2
+        assert abs((down.min() + down.max() + 1) / 2 - 32) <= 1
+
+
+def test_dots_run_together_from_afar_and_strokes_that_touch_part_from_near():
+    dots, strokes = np.zeros((2, 1, 64, 128), np.uint8)
+    dots[0, 8:56:3, 20:100:3] = 255
+    strokes[0, 8:56, 20:60] = strokes[0, 8:56, 61:100] = 255
+    strokes[0, 30, 60] = 255  # they touch by a hair
+    ocr = LstmCtcOcr(net="cnn_lstm")
+    afar, _ = ocr._look_again(dots)
+    assert afar[0, 16:48, 26:80].min() > 150
+    _, near = ocr._look_again(strokes)
+    assert near[0, :, 60:100].max(axis=0).min() < 150
+
+
+def test_blank_paper_stays_blank_however_it_is_looked_at():
+    assert not any(look.any() for look in LstmCtcOcr(net="cnn_lstm")._look_again(np.zeros((2, 64, 128), np.uint8)))
 
 
 def test_images_of_many_widths_are_read_as_each_alone(engine):
