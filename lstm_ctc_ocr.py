@@ -152,6 +152,7 @@ NORM_EPSILON = 1e-3  # added to the variance in batch normalisation
 MAX_GRADIENT_NORM = 1.0  # what gradients are clipped to, together, so that one hard image cannot throw the weights off
 AVERAGE_DECAY = 0.998  # of the weights' moving averages, a step: they look back over about 500 steps
 DOUBT = 0.7  # a confidence up to which an image is looked at again, from afar and from near
+LOOKING_AGAIN = ("wide_cnn_lstm",)  # the nets that do: lstm's raw columns are too unlike those that it has learnt
 MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than stretched until its noise looks like ink
 READ_BATCH = 64  # images a step in reading files
 REPORT_STEPS = 100  # between reports, as in the article
@@ -1577,7 +1578,7 @@ class LstmCtcOcr:
             self._save_config(folder, config)
 
     def _read(self, infer, images, known):
-        """n images (H, w) uint8, and what is `Known` of each -> what `texts` says of each; looks again where in doubt.
+        """n images (H, w) uint8, and what is `Known` of each -> what `texts` says of each.
 
         infer: function from images (B, H, w) to logits (T, B, C); those of one width are read together.
         """
@@ -1586,8 +1587,8 @@ class LstmCtcOcr:
             alike[image.shape[1], each].append(row)
         for (_, each), rows in alike.items():
             batch = np.stack([images[row] for row in rows])
-            readings.update(zip(rows, self.texts(infer(batch), each, lambda doubtful: map(
-                infer, self._look_again(batch[doubtful])))))
+            again = lambda doubtful: map(infer, self._look_again(batch[doubtful]))  # noqa: E731
+            readings.update(zip(rows, self.texts(infer(batch), each, again if self.net in LOOKING_AGAIN else None)))
         return [readings[row] for row in range(len(images))]
 
     def _look_again(self, images):

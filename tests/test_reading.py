@@ -114,6 +114,18 @@ def test_dots_run_together_from_afar_and_strokes_that_touch_part_from_near():
     assert near[0, :, 60:100].max(axis=0).min() < 150
 
 
+@pytest.mark.parametrize("net, looks", [("lstm", 1), ("cnn_lstm", 1), ("wide_cnn_lstm", 3)])
+def test_only_the_net_that_knows_many_looks_looks_again(net, looks):
+    ocr, seen = LstmCtcOcr(net=net), []
+
+    def infer(images):
+        seen.append(images)
+        return np.zeros((12, len(images), len(ocr.words) + 1))  # every class as likely as any other
+
+    ocr._read(infer, [np.zeros((64, 256), np.uint8)], [ocr.known()])
+    assert len(seen) == looks
+
+
 def test_blank_paper_stays_blank_however_it_is_looked_at():
     assert not any(look.any() for look in LstmCtcOcr(net="cnn_lstm")._look_again(np.zeros((2, 64, 128), np.uint8)))
 
@@ -294,9 +306,8 @@ def test_images_unlike_what_was_learnt_are_named_as_such(tmp_path, capfd):
         assert "accuracy 0.00% (0 of 3)" in lines[4]
 
 
-def test_a_temperature_in_the_model_makes_it_less_sure(tmp_path, engine, capfd, monkeypatch):
+def test_a_temperature_in_the_model_makes_it_less_sure(tmp_path, engine, capfd):
     """And its export as much."""
-    monkeypatch.setattr(lstm_ctc_ocr, "DOUBT", 0)  # an export looks once
     shutil.copytree(SHIPPED, tmp_path / "model")
     config = json.loads((SHIPPED / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "temperature": 3.0}))
