@@ -1214,7 +1214,9 @@ class LstmCtcOcr:
         parts), exp(-CTC loss). What is `known` does not raise it: it is low where the image holds something else. Where
         only one case of a letter is allowed, the other one is read as it.
         look_again: if given, a function of rows to logits (T', rows, C) of further looks at these. It is asked about
-        those whose text has at most `DOUBT`; they get the text that all looks give the most probability on average.
+        those whose text has at most `DOUBT`. Of that text and those that the best classes of the further looks spell
+        (or if a length is known, their searches find), they get the one to which all looks give the most probability
+        on average.
         """
         words, parts = known.letters or self.words, self.label_parts
         folds = self._folds(words) if known.letters else None
@@ -1230,8 +1232,9 @@ class LstmCtcOcr:
         doubtful = [b for b, (_, probability) in enumerate(found) if probability <= DOUBT]
         if look_again and doubtful:
             looks = [p[:, doubtful], *map(probabilities, look_again(doubtful))]
-            searched = [[found[b] for b in doubtful], *map(search, looks[1:])]
-            for b, agreed in zip(doubtful, most_agreed(searched, looks)):
+            spell = greedy if fits is None else lambda p: [sequence for sequence, _ in search(p)]
+            candidates = zip([found[b][0] for b in doubtful], *map(spell, looks[1:]))
+            for b, agreed in zip(doubtful, likeliest([*map(list, candidates)], looks)):
                 found[b] = agreed
         readings = [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
         if known.align:
@@ -1250,7 +1253,7 @@ class LstmCtcOcr:
         spans = viterbi(sequence, p)
         for place, letter in zip(range(0, len(sequence), parts), text):
             others = [sequence[:place] + other + sequence[place + parts:] for other in [*letters, []]]
-            found = sequence_probabilities(others, np.broadcast_to(p[:, None], (len(p), len(others), p.shape[1])))
+            found = sequence_probabilities(others, p[:, None], np.zeros(len(others), int))
             confidence = found[words.index(letter)] / max(found.sum(), TINY)
             aligned.append((letter, float(confidence), spans[place][0], spans[place + parts - 1][1]))
         return aligned
@@ -3453,33 +3456,30 @@ def most_probable(p, beam_width, longest, fits=None, follows=None):
     fits(sequence) says which sequences may be answered; None: all. follows: as `_beam_search` has it; given, it is
     asked besides, for sequences that fit by all means.
     """
-    sequences = _greedy(p)
+    sequences = greedy(p)
     results = list(zip(sequences, sequence_probabilities(sequences, p).tolist()))
     hard = [b for b, (sequence, probability) in enumerate(results)
             if probability <= 0.5 or fits and not fits(sequence)]
     rules = [None] if follows is None else [None, follows]
     for shorten in (_without_sure_repeats, np.asarray):
         searches = [_beam_search(shorten(p[:, hard]), beam_width, longest, fits, rule) for rule in rules if hard]
-        for b, *found in zip(hard, *searches):
-            candidates = sum(found, [sequences[b]] * (not fits or fits(sequences[b])))
-            exact = sequence_probabilities(candidates, p[:, [b] * len(candidates)]) if candidates else np.zeros(1)
-            results[b] = (candidates or [[]])[exact.argmax()], float(exact.max())
+        candidates = [sum(found, [sequences[b]] * (not fits or fits(sequences[b])))
+                      for b, *found in zip(hard, *searches)]
+        for b, best in zip(hard, likeliest(candidates, [p[:, hard]])):
+            results[b] = best
         # All that the steps left out could spell besides is no likelier than this; so what fits may have to be there.
         hard = [b for b in hard if fits and results[b][1] <= len(p) * (1 - SURE)]
     return results
 
 
-def most_agreed(searched, looks):
-    """Of the sequences that several looks at B images have found, those that all give the most probability on average.
+def likeliest(candidates, looks):
+    """Of each of B images' candidates, sequences, the one to which looks at it give the most probability on average.
 
-    searched: for each look what `most_probable` says; looks: for each p (T, B, C). Returns B pairs as that does.
+    looks: p (T, B, C) of each. Returns B pairs (sequence, that average), ([], 0) where there are no candidates.
     """
-    agreed = []
-    for b, found in enumerate(zip(*searched)):
-        candidates = [*dict.fromkeys(tuple(sequence) for sequence, _ in found)]
-        means = np.mean([sequence_probabilities(candidates, p[:, [b] * len(candidates)]) for p in looks], axis=0)
-        agreed.append((candidates[means.argmax()], float(means.max())))
-    return agreed
+    sequences, rows = sum(candidates, []), np.repeat(np.arange(len(candidates)), list(map(len, candidates)))
+    means = iter(np.mean([sequence_probabilities(sequences, p, rows) for p in looks], axis=0) if sequences else ())
+    return [max(zip(each, map(float, means)), key=lambda pair: pair[1], default=([], 0)) for each in candidates]
 
 
 def greedy_confidences(logits, sequences):
@@ -3487,7 +3487,7 @@ def greedy_confidences(logits, sequences):
 
     A row for each of `TEMPERATURES`: which text it is does not depend on the temperature, but its probability does.
     """
-    found = _greedy(logits)
+    found = greedy(logits)
     return (np.array([one == other for one, other in zip(found, sequences)]),
             np.array([sequence_probabilities(found, softmax(logits / temperature)) for temperature in TEMPERATURES]))
 
@@ -3502,7 +3502,7 @@ def fit_temperature(right, confidences):
     return TEMPERATURES[int(np.where(right, np.log(p), np.log(1 - p)).sum(axis=1).argmax())]
 
 
-def _greedy(p):
+def greedy(p):
     """The best class of each step, repeats merged and blanks dropped: p (T, B, C) -> B sequences."""
     best = p.argmax(axis=2)  # (T, B)
     begins = best < p.shape[2] - 1
@@ -3510,16 +3510,17 @@ def _greedy(p):
     return [column[kept].tolist() for column, kept in zip(best.T, begins.T)]
 
 
-def sequence_probabilities(sequences, p):
-    """The probability of each of B sequences, all its alignments added up: p (T, B, C), blank last -> (B,) float64.
+def sequence_probabilities(sequences, p, rows=None):
+    """The probability of each of n sequences, all its alignments added up: p (T, B, C), blank last -> (n,) float64.
 
+    rows: of which of the B images each is; by default one is of each.
     The forward recursion of Graves et al. (2006), section 4.1. It needs no logarithms: float64 loses only what is below
     1e-300 in the end.
     """
     lengths, (states, skips) = np.array([len(sequence) for sequence in sequences]), _states(sequences, p.shape[2] - 1)
-    rows = np.arange(len(sequences))
-    emitted = p[:, rows[:, None], states]  # (T, B, S)
-    paths = np.zeros((len(sequences), states.shape[1] + 2))  # (B, S + 2): what ends in each state, two zeros before
+    each = np.arange(len(sequences))
+    emitted = p[:, (each if rows is None else rows)[:, None], states]  # (T, n, S)
+    paths = np.zeros((len(sequences), states.shape[1] + 2))  # (n, S + 2): what ends in each state, two zeros before
     before_last, last, own = paths[:, :-2], paths[:, 1:-1], paths[:, 2:]
     own[:, :2] = emitted[0, :, :2]
     for step in emitted[1:]:
@@ -3527,7 +3528,7 @@ def sequence_probabilities(sequences, p):
         now += last
         now += own
         np.multiply(now, step, out=own)
-    return np.minimum(1, paths[rows, 2 * lengths + 2] + paths[rows, 2 * lengths + 1])
+    return np.minimum(1, paths[each, 2 * lengths + 2] + paths[each, 2 * lengths + 1])
 
 
 def _states(sequences, blank):
