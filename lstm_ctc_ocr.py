@@ -151,7 +151,7 @@ STALE = 600  # seconds after which nobody is writing a .part file any more: it t
 NORM_EPSILON = 1e-3  # added to the variance in batch normalisation
 MAX_GRADIENT_NORM = 1.0  # what gradients are clipped to, together, so that one hard image cannot throw the weights off
 AVERAGE_DECAY = 0.998  # of the weights' moving averages, a step: they look back over about 500 steps
-DOUBT = 0.7  # a confidence up to which an image is looked at again, from afar and from near
+DOUBTS = (0.7, 0.5)  # confidences up to which an image is looked at again: from afar, and then from near
 LOOKING_AGAIN = ("wide_cnn_lstm",)  # the nets that do: lstm's raw columns are too unlike those that it has learnt
 MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than stretched until its noise looks like ink
 READ_BATCH = 64  # images a step in reading files
@@ -1207,16 +1207,16 @@ class LstmCtcOcr:
         """The model's letters that are read as `letter` where only `letters` can be: it, and its other case."""
         return [word for word in self.words if word == letter or word.swapcase() == letter and word not in letters]
 
-    def texts(self, logits, known=Known(), look_again=None):
+    def texts(self, logits, known=Known(), looks=()):
         """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs; asked to align, `_align` is the third.
 
         The confidence is the probability that the network gives to the text (with --label-parts, to the sequence of
         parts), exp(-CTC loss). What is `known` does not raise it: it is low where the image holds something else. Where
         only one case of a letter is allowed, the other one is read as it.
-        look_again: if given, a function of rows to logits (T', rows, C) of further looks at these. It is asked about
-        those whose text has at most `DOUBT`. Of that text and those that the best classes of the further looks spell
-        (or if a length is known, their searches find), they get the one to which all looks give the most probability
-        on average.
+        looks: functions of rows to logits (T', rows, C) of a further look at these, of which each is asked about those
+        whose confidence so far is at most its one of `DOUBTS`. Of their text and that which the best classes of the
+        look spell (or if a length is known, its search finds), they get the one to which all looks so far give the most
+        probability on average; that is its confidence.
         """
         words, parts = known.letters or self.words, self.label_parts
         folds = self._folds(words) if known.letters else None
@@ -1229,12 +1229,16 @@ class LstmCtcOcr:
         search = functools.partial(most_probable, beam_width=self.beam_width, longest=longest, fits=fits,
                                    follows=follows)
         found = search(p := probabilities(logits))
-        doubtful = [b for b, (_, probability) in enumerate(found) if probability <= DOUBT]
-        if look_again and doubtful:
-            looks = [p[:, doubtful], *map(probabilities, look_again(doubtful))]
-            spell = greedy if fits is None else lambda p: [sequence for sequence, _ in search(p)]
-            candidates = zip([found[b][0] for b in doubtful], *map(spell, looks[1:]))
-            for b, agreed in zip(doubtful, likeliest([*map(list, candidates)], looks)):
+        spell = greedy if fits is None else lambda p: [sequence for sequence, _ in search(p)]
+        rows, seen, spelled = range(len(found)), [p], [[sequence] for sequence, _ in found]
+        for doubt, look in zip(DOUBTS, looks):
+            doubtful = [place for place, b in enumerate(rows) if found[b][1] <= doubt]
+            if not doubtful:
+                break
+            rows = [rows[place] for place in doubtful]
+            seen = [q[:, doubtful] for q in seen] + [probabilities(look(rows))]
+            spelled = [spelled[place] + [sequence] for place, sequence in zip(doubtful, spell(seen[-1]))]
+            for b, agreed in zip(rows, likeliest(spelled, seen)):
                 found[b] = agreed
         readings = [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
         if known.align:
@@ -1590,33 +1594,34 @@ class LstmCtcOcr:
             alike[image.shape[1], each].append(row)
         for (_, each), rows in alike.items():
             batch = np.stack([images[row] for row in rows])
-            again = lambda doubtful: map(infer, self._look_again(batch[doubtful]))  # noqa: E731
-            readings.update(zip(rows, self.texts(infer(batch), each, again if self.net in LOOKING_AGAIN else None)))
+            looks = [lambda rows, look=look: infer(self._look_again(batch[rows], look))
+                     for look in (self._from_afar, self._from_near) if self.net in LOOKING_AGAIN]
+            readings.update(zip(rows, self.texts(infer(batch), each, looks)))
         return [readings[row] for row in range(len(images))]
 
-    def _look_again(self, images):
-        """Yields images (B, H, w) uint8 as seen from afar, then as from near, each (B, H, w'), in whole squares.
+    def _look_again(self, images, look):
+        """Images (B, H, w) uint8 as a look shows each, their ink at full strength: (B, H, w'), in whole squares."""
+        seen = np.stack([cv2.normalize(look(image), None, 255, 0, cv2.NORM_INF) for image in images])
+        filled = np.zeros((*seen.shape[:2], self._read_width(*seen.shape[1:])), np.uint8)
+        filled[:, :, :seen.shape[2]] = seen
+        return filled
 
-        From afar, narrower and blurred, dots run together into strokes. From near, a third larger as far as W leaves
-        room for it, and thinner, small letters grow and those that touch part.
+    def _from_afar(self, image):
+        """Narrower and blurred, so that dots run together into strokes: (H, w) uint8 -> (H, 0.87 w)."""
+        height, width = image.shape
+        narrow = cv2.resize(image, (round(.87 * width), height), interpolation=cv2.INTER_AREA)
+        return cv2.GaussianBlur(narrow, (0, 0), 2)
+
+    def _from_near(self, image):
+        """Larger and thinner, so that small letters grow and those that touch part: (H, w) uint8 -> (H, 1.3 w).
+
+        To W at most; if the ink reaches further, it grows less in width.
         """
-        height, width = images.shape[1:]
-
-        def from_afar(image):
-            narrow = cv2.resize(image, (round(.87 * width), height), interpolation=cv2.INTER_AREA)
-            return cv2.GaussianBlur(narrow, (0, 0), 2)
-
-        def from_near(image):
-            right = min(self.im_width, round(1.3 * width))
-            end = 1 + image.any(axis=0).nonzero()[0].max(initial=0)  # of the ink; behind it is paper alone
-            larger = np.array([[min(1.3, right / end), 0, 0], [0, 1.3, -.15 * height]])
-            return cv2.erode(cv2.warpAffine(image, larger, (right, height)), np.ones((2, 2), np.uint8))
-
-        for look in (from_afar, from_near):
-            seen = np.stack([cv2.normalize(look(image), None, 255, 0, cv2.NORM_INF) for image in images])
-            filled = np.zeros((*seen.shape[:2], self._read_width(*seen.shape[1:])), np.uint8)
-            filled[:, :, :seen.shape[2]] = seen
-            yield filled
+        height, width = image.shape
+        right = min(self.im_width, round(1.3 * width))
+        end = 1 + image.any(axis=0).nonzero()[0].max(initial=0)  # of the ink; behind it is paper alone
+        larger = np.array([[min(1.3, right / end), 0, 0], [0, 1.3, -.15 * height]])
+        return cv2.erode(cv2.warpAffine(image, larger, (right, height)), np.ones((2, 2), np.uint8))
 
     def _read_each(self, sources, known=(), alone=False):
         """As `recognise`, but an image that cannot be read has its `Error` in its place.

@@ -106,22 +106,28 @@ def test_steps_that_say_the_same_for_sure_are_searched_but_once(seed):
 @settings(max_examples=40, deadline=None)
 @given(seeds, st.sampled_from([1, 4]), st.sampled_from(["", "2"]))
 def test_looks_at_a_doubtful_image_agree_on_what_is_likeliest_on_average(seed, scale, length):
-    """The further look proposes what its best classes spell, or, of texts of a known length, its most probable."""
-    first, second = random_logits(seed, 5, 3, 3, scale), random_logits(seed + 1, 4, 3, 3, scale)
-    ocr, asked = LstmCtcOcr(words="AB", words_max_num=5, im_width=9, beam_width=100), []
-    readings = ocr.texts(first, ocr.known(length=length), lambda rows: asked.extend(rows) or [second[:, rows]])
+    """A further look proposes what its best classes spell, or, of texts of a known length, its most probable."""
+    first, *further = (random_logits(seed + look, steps, 3, 3, scale) for look, steps in enumerate((5, 4, 6)))
+    ocr, asked = LstmCtcOcr(words="AB", words_max_num=5, im_width=11, beam_width=100), [set(), set()]
+    readings = ocr.texts(first, ocr.known(length=length), [
+        lambda rows, look=look: asked[look].update(rows) or further[look][:, rows] for look in (0, 1)])
+
+    def fitting(logits):
+        return {sequence: p for sequence, p in enumerate_sequences(logits).items() if not length or len(sequence) == 2}
+
     for image, (text, confidence) in enumerate(readings):
-        looks = [{sequence: p for sequence, p in enumerate_sequences(logits[:, image]).items()
-                  if not length or len(sequence) == 2} for logits in (first, second)]
-        best = [max(look, key=look.get) for look in looks]
-        if not length:
-            best[1] = tuple(letter for letter, _ in itertools.groupby(second[:, image].argmax(axis=1)) if letter < 2)
-        assert (image in asked) == (looks[0][best[0]] <= lstm_ctc_ocr.DOUBT)
-        means = {sequence: sum(look.get(sequence, 0) for look in looks) / 2 for sequence in best}
-        expected = max(means.values()) if image in asked else looks[0][best[0]]
-        assert confidence == pytest.approx(expected, rel=1e-5)
-        every = means if image in asked else looks[0]
-        assert every[tuple(map(ocr.words.index, text))] == pytest.approx(confidence, rel=1e-5)
+        looks = [fitting(first[:, image])]
+        means = {max(looks[0], key=looks[0].get): max(looks[0].values())}
+        for doubt, rows, logits in zip(lstm_ctc_ocr.DOUBTS, asked, further):
+            assert (image in rows) == (max(means.values()) <= doubt)
+            if image in rows:
+                looks.append(fitting(logits[:, image]))
+                best = itertools.groupby(logits[:, image].argmax(axis=1))
+                proposed = max(looks[-1], key=looks[-1].get) if length else tuple(c for c, _ in best if c < 2)
+                means = {sequence: sum(look.get(sequence, 0) for look in looks) / len(looks)
+                         for sequence in [*means, proposed]}
+        assert confidence == pytest.approx(max(means.values()), rel=1e-5)
+        assert means[tuple(map(ocr.words.index, text))] == pytest.approx(confidence, rel=1e-5)
 
 
 @pytest.mark.parametrize("label_parts, length", [(1, 4), (3, 2)])

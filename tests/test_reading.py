@@ -93,7 +93,8 @@ def test_a_doubtful_image_is_looked_at_from_afar_and_from_near(width, afar, near
     """Narrower, and as much larger as there is room for, in the squares that hold it; its strokes at full strength."""
     image = np.zeros((1, 64, width), np.uint8)
     image[0, 24:40, 8:width] = 200
-    looks = list(LstmCtcOcr(net="cnn_lstm")._look_again(image))
+    ocr = LstmCtcOcr(net="wide_cnn_lstm")
+    looks = [ocr._look_again(image, look) for look in (ocr._from_afar, ocr._from_near)]
     assert [look.shape for look in looks] == [(1, 64, -(-seen // 64) * 64) for seen in (afar, near)]
     for look, seen, high in zip(looks, (afar, near), (16, 16 * 1.3)):
         assert look.max() == 255
@@ -107,10 +108,10 @@ def test_dots_run_together_from_afar_and_strokes_that_touch_part_from_near():
     dots[0, 8:56:3, 20:100:3] = 255
     strokes[0, 8:56, 20:60] = strokes[0, 8:56, 61:100] = 255
     strokes[0, 30, 60] = 255  # they touch by a hair
-    ocr = LstmCtcOcr(net="cnn_lstm")
-    afar, _ = ocr._look_again(dots)
+    ocr = LstmCtcOcr(net="wide_cnn_lstm")
+    afar = ocr._look_again(dots, ocr._from_afar)
     assert afar[0, 16:48, 26:80].min() > 150
-    _, near = ocr._look_again(strokes)
+    near = ocr._look_again(strokes, ocr._from_near)
     assert near[0, :, 60:100].max(axis=0).min() < 150
 
 
@@ -127,7 +128,9 @@ def test_only_the_net_that_knows_many_looks_looks_again(net, looks):
 
 
 def test_blank_paper_stays_blank_however_it_is_looked_at():
-    assert not any(look.any() for look in LstmCtcOcr(net="cnn_lstm")._look_again(np.zeros((2, 64, 128), np.uint8)))
+    ocr = LstmCtcOcr(net="wide_cnn_lstm")
+    for look in (ocr._from_afar, ocr._from_near):
+        assert not ocr._look_again(np.zeros((2, 64, 128), np.uint8), look).any()
 
 
 def test_images_of_many_widths_are_read_as_each_alone(engine):
