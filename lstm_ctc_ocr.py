@@ -3518,9 +3518,9 @@ def greedy(p):
 def sequence_probabilities(sequences, p, rows=None):
     """The probability of each of n sequences, all its alignments added up: p (T, B, C), blank last -> (n,) float64.
 
-    rows: of which of the B images each is; by default one is of each.
     The forward recursion of Graves et al. (2006), section 4.1. It needs no logarithms: float64 loses only what is below
     1e-300 in the end.
+    rows: (n,) int, of which of the B images each sequence is; by default one is of each.
     """
     lengths, (states, skips) = np.array([len(sequence) for sequence in sequences]), _states(sequences, p.shape[2] - 1)
     each = np.arange(len(sequences))
