@@ -120,6 +120,7 @@ PLAIN_SHARE = 0.1  # of varied captchas: those that the captcha package draws
 GLYPH_SIZES = (20, 34, 58)  # pixels an em; a letter is drawn once at each, and scaled down from the next larger one
 MAX_ASPECT = 4.3  # width over height, about: letters far apart move closer together rather than exceed it
 FONT_SUFFIXES = {".ttf", ".otf"}
+SYMBOL_FONT = re.compile("symbol|dingbat|wingd|webdings|ornament|D050000L", re.I)  # draws something else for a letter
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts",
                 "/System/Library/Fonts", "C:/Windows/Fonts")
 MIN_ACCURACY = 0.5  # of held-out images, from which on a model of the user's is read with rather than what ships
@@ -2949,7 +2950,8 @@ def _contrasting(chance, other, least):
 @functools.cache
 def _find_fonts(folders, words):
     """Returns (path, those of the letters `words` that it has) of every font under folders, in the order of names."""
-    paths = {path for folder in folders for path in Path(folder).rglob("*") if path.suffix.lower() in FONT_SUFFIXES}
+    paths = {path for folder in folders for path in Path(folder).rglob("*")
+             if path.suffix.lower() in FONT_SUFFIXES and not SYMBOL_FONT.search(path.name)}
     fonts = [(str(path), _letters_of(str(path), words)) for path in sorted(paths, key=lambda path: (path.name, path))]
     return tuple((path, letters) for path, letters in fonts if len(letters) > len(words) / 2)
 

@@ -34,6 +34,7 @@ from lstm_ctc_ocr import CAPITALS, CONVOLUTIONS, DIGITS, MAX_GRADIENT_NORM, PROJ
 WORDS = CAPITALS + CAPITALS.lower() + DIGITS
 HEIGHT, WIDTH, LONGEST, CELLS, BLANK = 64, 256, 10, 160, len(WORDS)
 LAYERS, FEATURES = CONVOLUTIONS["wide_cnn_lstm"], PROJECTION["wide_cnn_lstm"]
+BLOCKS = "".join(str(blocks) for *_, blocks in LAYERS)
 GATES = np.concatenate([np.arange(CELLS) + CELLS * gate for gate in (0, 2, 1, 3)])  # i, c, f, o <-> i, f, c, o
 WARM_UP = 200  # steps
 # In (1 - exp(-TURNING * loss)) / TURNING (Zhang and Sabuncu, 2018): leaves alone what is hopeless; at first only a
@@ -44,6 +45,7 @@ PLAIN = 0.1  # of the images that are drawn
 CAPITALISED = 0.7  # of plain captchas with other letters: they get capitals instead
 FIRST_IMAGES = 30_000  # that are there before the first step
 UNSEEN_LOSS = 4.0  # that an image is taken to have until it is drawn
+SAVE_EVERY = 5000  # steps
 STATISTICS_BATCHES = 60  # that batch normalisation's final statistics are taken from
 
 
@@ -83,9 +85,9 @@ class Renderer:
 
 # ---------------------------------------------------------------------- the twin of the network
 
-def twin(torch):
-    """Returns the network, a module from ink (B, 1, H, W), 0 to 3, to logits (T, B, C); `load` and `arrays` use the
-    names and shapes of TensorFlow's variables."""
+def twin(torch, blocks=BLOCKS):
+    """Returns the network, a module from pixels (B, 1, H, W), 0 to 255, to logits (T, B, C); `load` and `arrays` use
+    the names and shapes of TensorFlow's variables. blocks: a digit for each convolution, its residual blocks."""
     functional = torch.nn.functional
 
     class Convolution(torch.nn.Module):
@@ -115,9 +117,9 @@ def twin(torch):
         def __init__(self):
             super().__init__()
             self.convolutions, channels = torch.nn.ModuleDict(), 1
-            for number, (outputs, size, down, across, blocks) in enumerate(LAYERS, 1):
+            for number, (outputs, size, down, across, _) in enumerate(LAYERS, 1):
                 self.convolutions[f"convolution{number}"] = Convolution(channels, outputs, size, down, across)
-                for block in range(1, blocks + 1):
+                for block in range(1, int(blocks[number - 1]) + 1):
                     for half in "ab":
                         name = f"convolution{number}/residual{block}{half}"
                         self.convolutions[name] = Convolution(outputs, outputs, 3, 1, 1)
@@ -130,16 +132,16 @@ def twin(torch):
                 bias.requires_grad_("bias_hh" not in name)
 
         def forward(self, x):
-            x = x.contiguous(memory_format=torch.channels_last)
-            for name, convolution in self.convolutions.items():
-                if name.endswith("a"):
-                    y = functional.relu(convolution(x))
-                else:
-                    x = functional.relu(x + convolution(y) if name.endswith("b") else convolution(x))
-            x = x.permute(3, 0, 2, 1).flatten(2)  # (T, B, H * C)
-            x, _ = self.lstm(functional.relu(self.projection(x)))
-            with torch.autocast(x.device.type, enabled=False):
-                return self.dense(x.float())
+            x = (x * (3 / 255)).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(x.device.type, dtype=torch.bfloat16, cache_enabled=False):
+                for name, convolution in self.convolutions.items():
+                    if name.endswith("a"):
+                        y = functional.relu(convolution(x))
+                    else:
+                        x = functional.relu(x + convolution(y) if name.endswith("b") else convolution(x))
+                x = x.permute(3, 0, 2, 1).flatten(2)  # (T, B, H * C)
+                x, _ = self.lstm(functional.relu(self.projection(x)))
+            return self.dense(x.float())
 
         def variables(self):
             """(tensor, axes to transpose it by) of each variable but the LSTM's."""
@@ -253,25 +255,17 @@ class Pool:
             self.count = rows.stop
 
     def draw(self, count):
-        """Rows (count,) by importance, what is neither known nor hopeless the most, and their weights, the mean 1."""
+        """Rows (count,) by importance, what is neither known nor hopeless the most, their weights, the mean 1, and the
+        lengths of their labels."""
         torch, losses = self.torch, self.losses[:self.count]
         chances = .05 + torch.exp(-TURNING * losses) * (1 - torch.exp(-losses))
         plain = self.labels[:self.count, -1] > 0
         share = chances[plain].sum() / chances.sum()
         chances = chances * torch.where(plain, PLAIN / share, (1 - PLAIN) / (1 - share))
         rows = torch.multinomial(chances, count, replacement=self.count < 2 * count)
+        rows = rows[torch.randperm(count, device=rows.device)]  # they come sorted, more or less
         weights = (chances[rows] / chances.mean()).clamp(min=.02) ** -.5  # not -1: that is too rough
-        return rows, weights / weights.mean()
-
-
-def logits_of(torch, net, images, distorted):
-    """Images (B, H, W) uint8, of which that share is distorted -> logits (T, B, C) float32."""
-    x = images.float()[:, None]
-    chosen = (torch.rand(len(x), device=x.device) < distorted).nonzero()[:, 0]
-    if len(chosen):
-        x[chosen] = distort(torch, x[chosen])
-    with torch.autocast(x.device.type, dtype=torch.bfloat16):
-        return net(x * (3 / 255))
+        return rows, weights / weights.mean(), self.labels[rows, LONGEST].tolist()
 
 
 def take_statistics(torch, net, pool, batch_size):
@@ -283,7 +277,28 @@ def take_statistics(torch, net, pool, batch_size):
     with torch.no_grad():
         for _ in range(STATISTICS_BATCHES):
             rows = torch.randint(pool.count, (batch_size,), device=pool.images.device)
-            logits_of(torch, net, pool.images[rows], 0)
+            type(net).forward(net, pool.images[rows].float()[:, None])  # not the graph: momentum is a constant there
+
+
+class Learner:
+    """A network in training, on a GPU as a graph of kernels: to launch each by itself takes longer than they do."""
+
+    def __init__(self, torch, arguments, blocks, device):
+        self.torch, self.net, self.blocks, self.losses = torch, twin(torch, blocks), blocks, []
+        self.net.load(np.load(arguments.start))
+        self.net.to(device).train()
+        self.parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, fused=device == "cuda")
+        if device == "cuda":
+            like = torch.zeros(arguments.batch_size, 1, HEIGHT, WIDTH, device=device)
+            torch.cuda.make_graphed_callables(self.net, (like,))
+
+    def step(self, loss, rate):
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
+        self.optimizer.step()
 
 
 def train(arguments):
@@ -294,41 +309,51 @@ def train(arguments):
     renderers = [Renderer(number, arguments.images // processes, arguments.seed, tuple(arguments.fonts))
                  for number in range(processes)]  # forked before this process opens a GPU
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pool = Pool(torch, renderers, device)
-    net = twin(torch)
-    net.load(np.load(arguments.start))
-    net.to(device).train()
-    batch = arguments.batch_size
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters)
+    pool, batch = Pool(torch, renderers, device), arguments.batch_size
+    learners = [Learner(torch, arguments, blocks, device) for blocks in (BLOCKS, *arguments.students)]
+
+    def save():
+        for learner in learners:
+            end = arguments.end if learner is learners[0] else f"{arguments.end.removesuffix('.npz')}-{learner.blocks}"
+            np.savez(end, **learner.net.arrays(), steps=step, images_seen=step * batch, images=pool.count)
+
     while pool.count < min(FIRST_IMAGES, arguments.images // 2):
         time.sleep(.5)
         pool.collect()
-    begun, step, rows, losses = time.time(), 0, (), []
+    begun, step, rows = time.time(), 0, ()
     while (share := (time.time() - begun) / arguments.seconds) < 1:
         if len(rows) < batch:
             pool.collect()
-            rows, weights = pool.draw(40 * batch)
+            rows, weights, lengths = pool.draw(40 * batch)
         now, rows, weight, weights = rows[:batch], rows[batch:], weights[:batch], weights[batch:]
-        labels, logits = pool.labels[now].long(), logits_of(torch, net, pool.images[now], DISTORTED)
-        steps = torch.full((batch,), len(logits), device=device)
-        loss = torch.nn.functional.ctc_loss(logits.log_softmax(2), labels[:, :LONGEST], steps, labels[:, LONGEST],
-                                            BLANK, "none")
-        pool.losses[now] = loss.detach()
-        optimizer.param_groups[0]["lr"] = arguments.lr * min(1, (step + 1) / WARM_UP) * (1 - share)
-        optimizer.zero_grad()
-        turning = TURNING * max(.25, share)
-        (weight * (1 - torch.exp(-turning * loss)) / turning).mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-        optimizer.step()
-        losses.append(loss.detach().mean())
+        length, lengths = lengths[:batch], lengths[batch:]
+        x, labels, distorted = pool.images[now].float()[:, None], pool.labels[now].long(), int(DISTORTED * batch)
+        x[:distorted] = distort(torch, x[:distorted])
+        turning, rate = TURNING * max(.25, share), arguments.lr * min(1, (step + 1) / WARM_UP) * (1 - share)
+        teacher = None
+        for learner in learners:
+            scores = learner.net(x).log_softmax(2)
+            loss = torch.nn.functional.ctc_loss(scores, labels[:, :LONGEST], [len(scores)] * batch, length, BLANK, "none")
+            learner.losses.append(loss.detach().mean())
+            turned = (1 - torch.exp(-turning * loss)) / turning
+            if teacher is None:
+                teacher = scores.detach()
+                pool.losses[now] = loss.detach()
+            else:  # to say in each step what the teacher says of it (Hinton et al., 2015, arXiv:1503.02531)
+                turned = turned / 2 + (teacher.exp() * (teacher - scores)).sum(dim=(0, 2))
+            learner.step((weight * turned).mean(), rate)
         step += 1
         if step % 500 == 0:
-            print(f"{time.time() - begun:.0f} s, step {step}, {pool.count} images, loss "
-                  f"{torch.stack(losses).mean():.3f}", file=sys.stderr, flush=True)
-            losses.clear()
-    take_statistics(torch, net, pool, batch)
-    np.savez(arguments.end, **net.arrays(), steps=step, images_seen=step * batch, images=pool.count)
+            means = [f"{torch.stack(learner.losses).mean():.3f}" for learner in learners]
+            print(f"{time.time() - begun:.0f} s, step {step}, {pool.count} images, loss {', '.join(means)}",
+                  file=sys.stderr, flush=True)
+            for learner in learners:
+                learner.losses.clear()
+        if step % SAVE_EVERY == 0:
+            save()
+    for learner in learners:
+        take_statistics(torch, learner.net, pool, batch)
+    save()
 
 
 # ---------------------------------------------------------------------- from and to a model folder
@@ -372,6 +397,8 @@ def main():
     command = commands.add_parser("train")
     command.add_argument("start", metavar="start.npz")
     command.add_argument("end", metavar="end.npz")
+    command.add_argument("--students", nargs="*", default=(), metavar="BLOCKS",
+                         help=f"networks to train beside it, on what it says too: residual blocks ({BLOCKS})")
     command.add_argument("--seconds", type=float, default=760, help="of training (760)")
     command.add_argument("--images", type=int, default=1_650_000, help="the most to render, 16 KB each (1,650,000)")
     command.add_argument("--batch-size", type=int, default=384)
