@@ -1,8 +1,10 @@
 """Rendering, and the one way in which images are loaded."""
 
 import io
+import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -106,6 +108,16 @@ def test_varied_captchas_vary(tmp_path):
     papers = [np.median(image[:3]) for image in images]
     assert min(papers) < 60 and max(papers) > 240
     assert all(image.std() > 2 for image in images)  # there is something to see on each
+
+
+def test_a_font_of_symbols_draws_no_letters(tmp_path):
+    """It would teach that a star is an A. Its name is all there is to tell it by."""
+    (tmp_path / "fonts").mkdir()
+    for name in "Letters.ttf", "D050000L.otf", "StandardSymbolsPS.otf", "Wingding.ttf":
+        shutil.copy(os.path.join(FONTS, "DroidSansMono.ttf"), tmp_path / "fonts" / name)
+    assert main(["create_dataset", *flags(look="varied", fonts=tmp_path / "fonts", dataset=tmp_path / "images",
+                                          im_total_num=1)]) == 0
+    assert json.loads((tmp_path / "images" / ".look.json").read_text())["fonts"] == ["Letters.ttf"]
 
 
 @pytest.mark.parametrize("other", [dict(look="plain"), dict(look="varied", words="ÄÖ"),

@@ -5,8 +5,8 @@
     python tests/train_general.py pack end.npz my-model/general --held FOLDER       (needs TensorFlow)
 
 The second command needs of this project's packages only what renders. Its network is a twin of `wide_cnn_lstm`: cuDNN
-has no BlockLSTM. It ends by the clock, so another machine takes another number of steps. The training in RESULTS.md was
-done by an earlier form of these lines.
+has no BlockLSTM. It ends by the clock, so another machine takes another number of steps. `--students 0111` trains beside
+it a network with a residual block less, on what it says.
 
 Images are (64, 256) uint8 ink, as `load_image` returns them; labels (12,) int8: up to 10 classes, the blank where there
 are none left, their number, and whether the captcha is a plain one.
@@ -333,7 +333,8 @@ def train(arguments):
         teacher = None
         for learner in learners:
             scores = learner.net(x).log_softmax(2)
-            loss = torch.nn.functional.ctc_loss(scores, labels[:, :LONGEST], [len(scores)] * batch, length, BLANK, "none")
+            loss = torch.nn.functional.ctc_loss(scores, labels[:, :LONGEST], [len(scores)] * batch, length, BLANK,
+                                                "none")
             learner.losses.append(loss.detach().mean())
             turned = (1 - torch.exp(-turning * loss)) / turning
             if teacher is None:
@@ -398,7 +399,8 @@ def main():
     command.add_argument("start", metavar="start.npz")
     command.add_argument("end", metavar="end.npz")
     command.add_argument("--students", nargs="*", default=(), metavar="BLOCKS",
-                         help=f"networks to train beside it, on what it says too: residual blocks ({BLOCKS})")
+                         help="networks to train beside it, by the residual blocks behind each of their convolutions "
+                              f"(its own are {BLOCKS}); they are written as end-BLOCKS.npz")
     command.add_argument("--seconds", type=float, default=760, help="of training (760)")
     command.add_argument("--images", type=int, default=1_650_000, help="the most to render, 16 KB each (1,650,000)")
     command.add_argument("--batch-size", type=int, default=384)
