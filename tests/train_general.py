@@ -5,8 +5,8 @@
     python tests/train_general.py pack end.npz my-model/general --held FOLDER       (needs TensorFlow)
 
 The second command needs of this project's packages only what renders. Its network is a twin of `wide_cnn_lstm`: cuDNN
-has no BlockLSTM. It ends by the clock, so another machine takes another number of steps. `--students 0111` trains beside
-it a network with a residual block less, on what it says.
+has no BlockLSTM. It ends by the clock, so another machine takes another number of steps. `--students 0111` trains a
+network with a residual block less beside it, on what it says.
 
 Images are (64, 256) uint8 ink, as `load_image` returns them; labels (12,) int8: up to 10 classes, the blank where there
 are none left, their number, and whether the captcha is a plain one.
@@ -284,7 +284,8 @@ class Learner:
     """A network in training, on a GPU as a graph of kernels: to launch each by itself takes longer than they do."""
 
     def __init__(self, torch, arguments, blocks, device):
-        self.torch, self.net, self.blocks, self.losses = torch, twin(torch, blocks), blocks, []
+        self.torch, self.net, self.losses = torch, twin(torch, blocks), []
+        self.end = arguments.end if blocks == BLOCKS else f"{arguments.end.removesuffix('.npz')}-{blocks}"
         self.net.load(np.load(arguments.start))
         self.net.to(device).train()
         self.parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
@@ -314,8 +315,7 @@ def train(arguments):
 
     def save():
         for learner in learners:
-            end = arguments.end if learner is learners[0] else f"{arguments.end.removesuffix('.npz')}-{learner.blocks}"
-            np.savez(end, **learner.net.arrays(), steps=step, images_seen=step * batch, images=pool.count)
+            np.savez(learner.end, **learner.net.arrays(), steps=step, images_seen=step * batch, images=pool.count)
 
     while pool.count < min(FIRST_IMAGES, arguments.images // 2):
         time.sleep(.5)
