@@ -51,13 +51,18 @@ import re
 import secrets
 import signal
 import socket
+import string
 import sys
+import tempfile
 import threading
 import time
 import types
 import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported ends it without a traceback
 
 MAX_PIXELS = 4_000_000  # of an image file; OpenCV takes this from the environment when it is first imported
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
@@ -93,12 +98,10 @@ NETS = ("lstm", "cnn_lstm", "wide_cnn_lstm")
 CONVOLUTIONS = {"cnn_lstm": ((32, 5, 4, 2, 0), (48, 3, 2, 2, 0), (96, 3, 2, 1, 0), (128, 3, 2, 1, 0)),
                 "wide_cnn_lstm": ((32, 5, 2, 2, 0), (48, 3, 2, 2, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 2))}
 PROJECTION = {"cnn_lstm": 128, "wide_cnn_lstm": 160}  # features that each step hands to the LSTM
-PAPERS = ("border", "brightest")
 MIN_PART = 8  # images of a batch that a core works on: of fewer, batch normalisation's statistics are too rough
 AVERAGE = "/ExponentialMovingAverage"  # TensorFlow's ending of the name of a weight's moving average
 STATISTICS = "statistics"  # the graph's collection of batch normalisation's (variable, value of it in a batch)
 PLAN = "plan"  # the collection of a variable by which the chief tells the workers how it trains; never saved
-CTCS = ("tensorflow", "warp")
 HEADERS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # kinds of which Pillow is asked for the size
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
@@ -110,7 +113,6 @@ LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path
 LISTS = ("labels.txt", LABELS)  # in a folder: lines of an image and its label; the second counts more
 MAX_GAP = 10  # between the numbers of images, on average: some may be missing
 BESIDE = ".gt.txt"  # of a text file that is named as the image whose label it holds
-LOOKS = ("plain", "varied")
 LOOK = ".look.json"  # in a folder of rendered captchas: how they were drawn
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
 # What varied captchas are made of, with weights; all of --words together has the last one.
@@ -126,7 +128,7 @@ FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fo
 MIN_ACCURACY = 0.5  # of held-out images, from which on a model of the user's is read with rather than what ships
 NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on", "least_loss", "images_seen", "epoch",
            "cpu_minutes", "held_share")  # of a config.json, where it has them
-OPENING = threading.Lock()  # held while a model is opened
+OPENING = threading.RLock()  # held while a model is opened, or TensorFlow is imported
 HELD_SHARE, HELD_NUM = 0.1, 2000  # images held out: a tenth of a small folder, about 2,000 of a large one
 HELD_LEAST = 20  # but of a very small one these, or half of it
 FEW = 20_000  # images below which a training that starts from a model distorts each anew whenever it is shown
@@ -152,8 +154,9 @@ STALE = 600  # seconds after which nobody is writing a .part file any more: it t
 NORM_EPSILON = 1e-3  # added to the variance in batch normalisation
 MAX_GRADIENT_NORM = 1.0  # what gradients are clipped to, together, so that one hard image cannot throw the weights off
 AVERAGE_DECAY = 0.998  # of the weights' moving averages, a step: they look back over about 500 steps
-DOUBTS = (0.6, 0.4)  # confidences up to which an image is looked at again: from afar, and then from near
-LOOKING_AGAIN = ("wide_cnn_lstm",)  # the nets that do: lstm's raw columns are too unlike those that it has learnt
+DOUBTS = (0.6, 0.4, 0.3)  # confidences up to which an image is looked at again: from afar, near, without clutter
+COLOURS, ALIKE, LEAST_LEFT = 6, 0.06, 0.08  # by which clutter is told from letters, see `_without_clutter`
+LOOKING_AGAIN = ("wide_cnn_lstm",)  # the nets that do: lstm and cnn_lstm read fewer right with further looks
 MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than stretched until its noise looks like ink
 READ_BATCH = 64  # images a step in reading files
 REPORT_STEPS = 100  # between reports, as in the article
@@ -162,11 +165,12 @@ VALIDATION_SHARE = 0.05  # the most of training's CPU time that validating may t
 TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
 MAX_BODY = 2_500_000  # bytes of a request, all files of a form together, and of a file that it names
 MAX_BUFFER = 2_900_000  # bytes of a request; between the two, the sender is not cut off before it hears what is wrong
-CONNECTIONS = 100  # at once; waitress takes whole bodies before the token is looked at: at most 290 MB of strangers'
+CONNECTIONS = 100  # at once: strangers can fill 290 MB, for waitress takes whole bodies before the token is looked at
 MAX_IMAGES = 64  # in a request
-QUEUE = 64  # images that may wait for their reading; whoever comes then is told to come again, a form as an image
+QUEUE = 64  # images that wait, from which on the next request, be it of one or of 64, is told to come again
 SERVE_BATCH = 8  # the most images that a thread of the service reads at once; more cost hardly less an image
 ENOUGH_LABELS = 200  # to begin with, says that page
+LONGEST_LABEL = 100  # letters that it takes: a line of a list cannot be as long as one likes
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of what is served
 
 
@@ -352,12 +356,12 @@ class LstmCtcOcr:
         lock: object = dataclasses.field(default_factory=threading.Lock)  # held to write
 
         def left(self):
-            """Names of those without a label."""
+            """Names of those that have no label, but for what could not be read."""
             return [name for name in self.images if name not in self.labels and self.guesses.get(name, True)]
 
         def next(self):
             """Of those left and skipped the least often, the one that was read least surely; None: there is no more."""
-            return min(self.left(), key=lambda name: (self.skipped[name], self.guesses.get(name, ("", 2))[1]),
+            return min(self.left(), key=lambda name: (self.skipped[name], (self.guesses.get(name) or ("", 2))[1]),
                        default=None)
 
         def write(self, name, label):
@@ -443,8 +447,6 @@ class LstmCtcOcr:
                 raise self.Error(f"{_flag(name)} must not be negative: {getattr(self, name)}")
         if not self.words or len(set(self.words)) != len(self.words):
             raise self.Error(f"--words needs at least one letter and each of them once, not {self.words!r}")
-        if unfit := set(self.words) & set("/\\\0\n"):
-            raise self.Error(f"--words cannot hold {sorted(unfit)}: labels are part of file names")
         if self._least_steps > self.steps:
             raise self.Error(f"CTC cannot align {self.words_max_num} letters, {self._least_steps} steps, in "
                              f"{self.steps}: lower --words-max-num, or widen --im-width")
@@ -455,8 +457,8 @@ class LstmCtcOcr:
             raise self.Error(f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
         if self.labels not in ("", "list") and self.labels.count("LABEL") != 1:
             raise self.Error(f"--labels must be list, or hold LABEL once, such as '*_LABEL', not {self.labels!r}")
-        for name, choices in (("net", ("", *NETS)), ("look", LOOKS), ("paper", PAPERS), ("ctc", CTCS),
-                              ("label_parts", (1, 3))):
+        for name, choices in (("net", ("", *NETS)), ("look", ("plain", "varied")), ("paper", ("border", "brightest")),
+                              ("ctc", ("tensorflow", "warp")), ("label_parts", (1, 3))):
             if getattr(self, name) not in choices:
                 raise self.Error(f"{_flag(name)} must be one of {', '.join(map(str, filter(None, choices)))}, not "
                                  f"{getattr(self, name)}")
@@ -464,15 +466,12 @@ class LstmCtcOcr:
     @property
     def steps(self):
         """Time steps T that the network makes of a whole W: it, over the strides of the convolutions."""
-        strides = [across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ())]
-        return functools.reduce(lambda width, stride: -(-width // stride), strides, self.im_width)
+        return -(-self.im_width // self._stride)
 
     @property
     def _least_steps(self):
-        """Time steps that the longest text may take."""
-        if self.label_parts > 1:
-            return self.label_parts * self.words_max_num
-        return 2 * self.words_max_num - 1  # equal neighbours need a blank between them
+        """Time steps that the longest text may take: all parts of each letter, or blanks between equal neighbours."""
+        return max(self.label_parts * self.words_max_num, 2 * self.words_max_num - 1)
 
     @property
     def _stride(self):
@@ -539,13 +538,14 @@ class LstmCtcOcr:
         settings would not have given.
         """
         folder, (index, count) = Path(self.dataset), map(int, self.shard.split("/"))
+        if unfit := set(self.words) & set("/\\\0\n"):
+            raise self.Error(f"--words cannot hold {sorted(unfit)}: labels are part of file names")
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self._refuse_strangers(folder)
-        settings = dataclasses.replace(self)  # without the model that this object may hold, which cannot be sent away
-        if self.look == "varied":
-            with self._writing(folder):
+            self._refuse_strangers(folder)
+            if self.look == "varied":
                 _replace(folder / LOOK, json.dumps(self._origin()) + "\n")
+        settings = dataclasses.replace(self)  # without the model that this object may hold, which cannot be sent away
         numbers = range(index - 1, self.im_total_num, count)
         with _deferred_stop() as stop, self._renderers() as pool, \
                 tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None) as bar:
@@ -587,14 +587,9 @@ class LstmCtcOcr:
         path = Path(self.dataset, f"{i}_{label}.png")
         if _is_whole_png(path):
             return None
-        part = path.with_name(f".{i}-{secrets.token_hex(4)}.part")  # its own: another run may be at the same image
         try:
-            # No fsync: an image that a power cut tears lacks its end, and is rendered again.
-            part.write_bytes(self._draw(plain, label))
-            os.replace(part, path)  # a file has its final name only once it is whole
+            _replace(path, self._draw(plain, label))  # no fsync: what a power cut tears lacks its end, and is redrawn
         except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink()
             return f"cannot write {path}: {error.strerror}; run the same command again once that is mended"
 
     def _draw_label(self, generator):
@@ -626,13 +621,12 @@ class LstmCtcOcr:
 
     def _origin(self):
         """What the images of a folder have in common beside what their names tell: the look, and what draws letters."""
-        if self.look == "plain":
-            return {}
-        fonts = _find_fonts(self._font_folders(), self.words)
+        folders = self._font_folders() if self.look == "varied" else self._font_folders()[:1]
+        fonts = _find_fonts(folders, self.words)
         if missing := set(self.words).difference(*(letters for _, letters in fonts)):
-            raise self.Error(f"no font in {', '.join(self._font_folders())} has {sorted(missing)}: name folders of "
-                             "fonts that have them with --fonts, or give other --words")
-        return {"look": "varied", "fonts": [Path(path).name for path, _ in fonts]}
+            raise self.Error(f"no font in {', '.join(folders)} has {sorted(missing)}: name folders of fonts that have "
+                             "them with --look varied --fonts, or give other --words")
+        return {"look": "varied", "fonts": [Path(path).name for path, _ in fonts]} if self.look == "varied" else {}
 
     def _refuse_strangers(self, folder):
         for path in folder.glob(".*.part"):  # left behind by kill -9, or else another shard is writing it just now
@@ -659,7 +653,7 @@ class LstmCtcOcr:
         """How a folder's images were drawn, see `_origin`; empty if that is not known, as of plain ones."""
         try:
             return dict(json.loads((Path(folder) / LOOK).read_text()))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return {}
 
     # ------------------------------------------------------------------ loading images
@@ -668,16 +662,19 @@ class LstmCtcOcr:
         """Loads an image as the network sees it; the only preprocessing there is.
 
         source: a path, or the bytes of an image file; any size, mode and depth that OpenCV reads.
-        Returns (H, W) uint8, how much ink there is: 0 for the paper, 255 for the strongest stroke. An image of
-        another height is scaled to H; one that is then wider than W is squeezed into it, as the renderer does with long
-        texts, and a narrower one has paper added on its right.
+        Returns (H, W) uint8, how much ink there is: 0 for the paper, 255 for the strongest stroke, or less where the
+        contrast is below `MIN_CONTRAST`. An image of another height is scaled to H; one that is then wider than W is
+        squeezed into it, as the renderer does with long texts, and a narrower one has paper added on its right.
         Raises `Error`, which names the file and the fault.
         """
         return self._load_sized(source)[0]
 
     def _load_sized(self, source):
-        """As `load_image`, and the height and width that the image had in its file."""
+        """As `load_image`, the height and width that the image had in its file, and its colours as `_resized`."""
         name = "the image" if isinstance(source, bytes) else source
+        if not isinstance(source, bytes) and not str(source).startswith("/dev/") and os.path.exists(source) \
+                and not os.path.isfile(source) and not os.path.isdir(source):
+            raise self.Error(f"{name}: not a file")  # but a pipe, say, which never ends
         try:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
             count = math.prod(_size_of(io.BytesIO(data)))
@@ -695,7 +692,8 @@ class LstmCtcOcr:
             raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels")
         if pixels is None:
             raise self.Error(f"{name}: not a whole image of a kind that OpenCV reads")
-        return self._ink(self._colours(pixels)), pixels.shape[:2]
+        colours = self._resized(self._colours(pixels))
+        return self._ink(colours), pixels.shape[:2], colours
 
     @staticmethod
     def _colours(pixels):
@@ -703,38 +701,47 @@ class LstmCtcOcr:
 
         What is transparent is white.
         """
-        whole = pixels.dtype.kind in "iu"
-        white = np.iinfo(pixels.dtype).max if whole else max(np.nanmax(pixels), 1e-9)
+        whole = pixels.dtype in (np.uint8, np.uint16)
+        if not whole:  # of 32 bits or more, whose largest is white
+            pixels = np.nan_to_num(pixels.astype(np.float32), posinf=0, neginf=0)
+        white = np.iinfo(pixels.dtype).max if whole else max(pixels.max(), 1e-9)
         pixels = (pixels.astype(np.float32) / np.float32(white)).reshape(*pixels.shape[:2], -1)
-        if not whole:
-            pixels = np.nan_to_num(pixels)
         if pixels.shape[2] in (2, 4):
             colour, alpha = pixels[..., :-1], pixels[..., -1:]
             pixels = colour * alpha + (1 - alpha)
         return pixels if pixels.shape[2] == 3 else pixels[..., :1]
 
-    def _ink(self, colours):
-        """Ink by how far its colour is from that of the paper: (h, w, 1 or 3) float32 -> (H, W) uint8."""
+    def _resized(self, colours):
+        """Colours (h, w, 1 or 3) float32 as large as the network sees them: (H, w', 1 or 3), w' as `_fitted` says."""
         if self.paper == "brightest" and colours.shape[2] == 3:
             colours = cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY)[..., None]
         height, width, channels = colours.shape
         fitted = self._fitted(height, width)
         if (height, width) != (self.im_height, fitted):
             method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
-            colours = cv2.resize(colours, (fitted, self.im_height), interpolation=method).reshape(
-                self.im_height, fitted, channels)
+            colours = cv2.resize(colours, (fitted, self.im_height), interpolation=method).reshape(-1, fitted, channels)
+        return colours
+
+    def _paper_of(self, colours):
+        """The paper's colour, (channels,) float32: the median along the edge, or the brightest."""
         if self.paper == "brightest":
-            paper = colours.max()
-        else:  # the median along the edge
-            edge = max(1, self.im_height // 16)
-            middle = colours[edge:-edge]
-            parts = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, edge:][:, -edge:]
-            along = np.concatenate([part.reshape(-1, channels) for part in parts])
-            paper = np.sort(along, axis=0)[len(along) // 2]  # NumPy's partition takes 4 to 8 times as long
-        away = cv2.absdiff(colours, (*np.ravel(paper).tolist(), 0, 0, 0)[:4])  # of four numbers it makes a colour
-        ink = functools.reduce(cv2.max, cv2.split(away))  # of the channels the largest; NumPy takes three times as long
+            return colours.max(axis=(0, 1))
+        edge = max(1, self.im_height // 16)
+        middle = colours[edge:-edge]
+        parts = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, edge:][:, -edge:]
+        along = np.concatenate([part.reshape(-1, colours.shape[2]) for part in parts])
+        return np.sort(along, axis=0)[len(along) // 2]  # NumPy's partition takes 4 to 8 times as long
+
+    def _ink(self, colours):
+        """Ink by how far its colour is from that of the paper: (H, w, 1 or 3) float32 -> (H, W) uint8."""
+        paper = (*self._paper_of(colours).tolist(), 0, 0, 0)[:4]  # of four numbers it makes a colour
+        away = cv2.absdiff(colours, paper)
+        return self._filled(functools.reduce(cv2.max, cv2.split(away)))  # NumPy takes three times as long
+
+    def _filled(self, ink):
+        """Ink (H, w) float32 at its full strength, paper on its right: (H, W) uint8."""
         image = np.zeros((self.im_height, self.im_width), np.uint8)
-        image[:, :fitted] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
+        image[:, :ink.shape[1]] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
         return image
 
     def _fitted(self, height, width):
@@ -794,14 +801,12 @@ class LstmCtcOcr:
 
         def _open(self):
             """Returns the file of pixels and its images' stamps, (n,) uint64; None and none if they are no pair."""
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 file, index = open(self.paths[0], "rb"), np.fromfile(self.paths[1], "<u8")
-            except FileNotFoundError:
-                return None, np.empty(0, np.uint64)
-            if not len(index) or file.read(8) != index[:1].tobytes():
-                return None, np.empty(0, np.uint64)
-            count = (os.fstat(file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
-            return file, index[1:][:max(0, count)]
+                if len(index) and file.read(8) == index[:1].tobytes():
+                    count = (os.fstat(file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
+                    return file, index[1:][:max(0, count)]
+            return None, np.empty(0, np.uint64)
 
         def find(self, stamps):
             """Returns the images of these stamps (n,) as `_DecodedImages`, whose row is -1 where there is none."""
@@ -904,6 +909,10 @@ class LstmCtcOcr:
         if self.labels in ("", "list"):
             lists, labels, left_out = self._listed(folder, names, others)
         way, labels = (lists, labels) if lists or self.labels == "list" else self._named(folder, names)
+        for name, label in labels.items():
+            if not label.isprintable():
+                raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8: save the list, or rename "
+                                 "the image, in UTF-8")
         left_out = {"images without a label": [name for name in names if name not in labels], **left_out,
                     "files that are no images": [name for name in others if name not in LISTS and
                                                  not name.endswith(BESIDE)]}
@@ -915,7 +924,7 @@ class LstmCtcOcr:
         lists = [name for name in LISTS if name in others]
         for name in names if any(name.endswith(BESIDE) for name in others) else ():
             with contextlib.suppress(OSError):  # the image has no label then
-                text = Path(folder, os.path.splitext(name)[0] + BESIDE).read_text("utf-8-sig", "replace")
+                text = Path(folder, os.path.splitext(name)[0] + BESIDE).read_text("utf-8-sig", "surrogateescape")
                 labels[name] = text.strip().partition("\n")[0].rstrip()
         ways = [f"<image>{BESIDE}"] * bool(labels) + lists
         for path in lists:
@@ -932,7 +941,7 @@ class LstmCtcOcr:
             "lines of lists that name no image": strange, "labels that a later line replaces": replaced}
 
     def _rows(self, path):
-        """The (image, label) of each line of a list, split by tabs, commas or semicolons, whichever comes first."""
+        """The (image, label) of each line of a list, split by tabs if the first has one, else by commas or semicolons."""
         text = path.read_text("utf-8-sig", "surrogateescape")  # as Python has names that are no UTF-8
         try:
             rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text)))
@@ -971,7 +980,7 @@ class LstmCtcOcr:
 
     def _labels_in(self, names, pattern, letter, most):
         """The labels in those names that follow a pattern, of as many letters as that."""
-        if odd := "".join(letter for letter in self.words or "" if not letter.isalnum()):
+        if odd := "".join(letter for letter in self.words if not letter.isalnum()):
             letter = f"(?:{letter}|[{re.escape(odd)}])"
         label = f"({letter}{{1,{most}}})"
         match = re.compile(pattern.replace("LABEL", label) + COPY + r"\.\w+", re.DOTALL).fullmatch
@@ -989,9 +998,12 @@ class LstmCtcOcr:
         for name, label in labels.of.items():
             if not words.issuperset(label):
                 raise self.Error(f"{folder / name}: the label holds {sorted(set(label) - words)}, which is not in "
-                                 f"--words {self.words}: remove the file, or give other --words")
+                                 f"--words {self.words}: correct it, or give other --words, and for a model that "
+                                 "was trained already another --model")
             if len(label) > self.words_max_num:
-                raise self.Error(f"{folder / name}: a label needs 1 to {self.words_max_num} letters (--words-max-num)")
+                raise self.Error(f"{folder / name}: a label needs 1 to {self.words_max_num} letters: correct it, or "
+                                 "give a larger --words-max-num, and for a model that was trained already another "
+                                 "--model")
         names = [name for name in labels.of if place.workers == 1 or _number_of(name) % place.workers == place.number]
         if not names:
             why = f" ({labels})" if str(labels) and not labels.of else ""
@@ -1161,7 +1173,7 @@ class LstmCtcOcr:
         return warp(logits)
 
     def decode(self, logits):
-        """TensorFlow's beam search over logits (T, B, C), blank last: validates, and reads in a SavedModel.
+        """TensorFlow's beam search over logits (T, B, C), blank last, for validation and for the SavedModel.
 
         Returns the texts as a sparse tensor (B, .) int64, and the log of the confidence, (B,) float32: the probability
         that the network gives to the text, summed over the alignments that the beam has kept. With a wide enough beam
@@ -1389,20 +1401,22 @@ class LstmCtcOcr:
                   f"further, or read with it all the same by --model {_shown(folder)}", file=sys.stderr)
         return MODELS / "pretrained" / (self.net or "cnn_lstm")
 
-    def _load_config(self, folder):
-        """Returns a model folder's config.json; raises `Error` if it is missing, torn or of another version."""
+    def _load_config(self, folder, flag="--model"):
+        """Returns a model folder's config.json; raises `Error` if it is missing, torn or of another version.
+
+        flag: what names the folder.
+        """
         path = folder / "config.json"
         if folder.is_file():
-            raise self.Error(f"{folder} is a file, which can only be read with: name a model folder "
-                             "with --model")
+            raise self.Error(f"{folder} is a file, which can only be read with: name a model folder with {flag}")
         try:
             config = json.loads(path.read_text())
         except FileNotFoundError:
             raise self.Error(f"no model in {folder}: train one with `python lstm_ctc_ocr.py train`, or name another "
-                             "with --model") from None
-        except (OSError, ValueError) as error:
+                             f"with {flag}, such as general") from None
+        except (OSError, ValueError, RecursionError) as error:
             raise self.Error(f"{path} cannot be read ({error}): restore it, or name another folder with "
-                             "--model") from None
+                             f"{flag}") from None
         return self._checked(config if isinstance(config, dict) else {}, path)
 
     def _checked(self, config, path):
@@ -1410,7 +1424,8 @@ class LstmCtcOcr:
         for name, value in UNSAID.items():
             config.setdefault(name, value)
         if config.get("format") != MODEL_FORMAT or not config.keys() >= {*ARCHITECTURE} or not all(
-                isinstance(config.get(name, 0), (int, float)) for name in NUMBERS):
+                isinstance(config.get(name, 0), (int, float)) for name in NUMBERS) or not (
+                0 < config.get("temperature", 1) < math.inf):
             raise self.Error(f"{path} is not of format {MODEL_FORMAT}, which this version reads: train anew, or name "
                              "another folder with --model")
         return config
@@ -1425,7 +1440,10 @@ class LstmCtcOcr:
             if type(config[name]) is not types[name]:
                 raise self.Error(f"{folder / 'config.json'}: {name} must be of type {types[name].__name__}, not "
                                  f"{config[name]!r}: restore it, or name another folder with --model")
-        return dataclasses.replace(self, **{name: config[name] for name in ARCHITECTURE})
+        try:
+            return dataclasses.replace(self, **{name: config[name] for name in ARCHITECTURE})
+        except self.Error as error:
+            raise self.Error(f"{folder}: {error}") from None
 
     def _plan(self):
         """What a model folder, and all of a cluster, must agree on."""
@@ -1472,7 +1490,8 @@ class LstmCtcOcr:
         load: function of a checkpoint's path. Returns the step that it has loaded. Raises `Error` if there is none.
         """
         tf = _tensorflow()
-        steps = sorted((int(path.stem.split("-")[1]) for path in folder.glob("LstmCtcOcr-*.index")), reverse=True)
+        steps = sorted((int(number) for path in folder.glob("LstmCtcOcr-*.index")
+                        if (number := path.stem.split("-", 1)[1]).isdecimal()), reverse=True)
         wanted = max(steps, default=None) if step is None else step
         if wanted is None:
             raise self.Error(f"no checkpoint in {folder}: train it further, or name another folder with --model")
@@ -1540,10 +1559,10 @@ class LstmCtcOcr:
         return self._Reader(ocr, folder, config, ocr.known(self.letters, self.length), logits)
 
     def _open_onnx(self, path):
-        _package("onnxruntime", "read with an ONNX file")
+        runtime = _package("onnxruntime", "read with an ONNX file")
         try:
             data = path.read_bytes()
-            session = _onnx_session(data, _cores())
+            session = _onnx_session(runtime, data, _cores())
             config = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
         except OSError as error:
             raise self.Error(f"no model in {path} ({error.strerror}): write it with `python lstm_ctc_ocr.py export "
@@ -1552,8 +1571,11 @@ class LstmCtcOcr:
             fault = str(error).splitlines()[0]
             raise self.Error(f"{path} cannot be read ({fault}): export it anew, or name another with --model") from None
         ocr = self._with_architecture(self._checked(config, path), path)
+        shape = session.get_inputs()[0].shape[2], session.get_outputs()[0].shape[2]
+        if shape != (ocr.im_height, len(ocr.words) * ocr.label_parts + 1):
+            raise self.Error(f"{path} says of itself what it is not: export it anew, or name another with --model")
 
-        in_this_thread = functools.cache(functools.partial(_onnx_session, data, 1))
+        in_this_thread = functools.cache(functools.partial(_onnx_session, runtime, data, 1))
 
         def logits(images, alone=False):
             ink = -1 - images[:, None].astype(np.float32)  # see `_export_onnx`
@@ -1585,8 +1607,8 @@ class LstmCtcOcr:
                     path.unlink()
             self._save_config(folder, config)
 
-    def _read(self, infer, images, known):
-        """n images (H, w) uint8, and what is `Known` of each -> what `texts` says of each.
+    def _read(self, infer, images, known, colours):
+        """n images (H, w) uint8, what is `Known` of each, and their colours (H, w', .) -> what `texts` says of each.
 
         infer: function from images (B, H, w) to logits (T, B, C); those of one width are read together.
         """
@@ -1595,8 +1617,11 @@ class LstmCtcOcr:
             alike[image.shape[1], each].append(row)
         for (_, each), rows in alike.items():
             batch = np.stack([images[row] for row in rows])
-            looks = [lambda rows, look=look: infer(self._look_again(batch[rows], look))
-                     for look in (self._from_afar, self._from_near) if self.net in LOOKING_AGAIN]
+            looks = [] if self.net not in LOOKING_AGAIN else [
+                lambda places: infer(self._look_again(batch[places], self._from_afar)),
+                lambda places: infer(self._look_again(batch[places], self._from_near)),
+                lambda places: infer(np.stack([self._without_clutter(colours[rows[place]]) for place in places])[
+                    :, :, :batch.shape[2]])]
             readings.update(zip(rows, self.texts(infer(batch), each, looks)))
         return [readings[row] for row in range(len(images))]
 
@@ -1624,18 +1649,44 @@ class LstmCtcOcr:
         larger = np.array([[min(1.3, right / end), 0, 0], [0, 1.3, -.15 * height]])
         return cv2.erode(cv2.warpAffine(image, larger, (right, height)), np.ones((2, 2), np.uint8))
 
+    def _without_clutter(self, colours):
+        """The ink but for that of the thinnest spread colour, as lines, grids and dots are: (H, w, 1 or 3) -> (H, W).
+
+        Of the strong ink's colours, in `COLOURS` groups, that is the one with the most rows and columns for its pixels.
+        What differs from the paper in its direction, by an angle whose sine is at most `ALIKE`, goes; of the rest pale
+        and dark ink become alike. All stays, see `_ink`, if it is of one colour.
+        """
+        away = colours - self._paper_of(colours)
+        ink, distance = abs(away).max(axis=2), np.linalg.norm(away, axis=2).clip(1e-6)
+        rows, columns = (ink > ink.max() / 2).nonzero()
+        if len(rows) <= COLOURS or colours.shape[2] == 1:
+            return self._ink(colours)
+        cv2.setRNGSeed(0)  # of this thread
+        _, groups, centres = cv2.kmeans(away[rows, columns], COLOURS, None, (cv2.TERM_CRITERIA_COUNT, 10, 0), 2,
+                                        cv2.KMEANS_PP_CENTERS)
+        spread = [len(set(rows[here])) * len(set(columns[here])) / len(rows[here])
+                  for here in groups.T == np.arange(COLOURS)[:, None]]
+        thinnest = centres[np.argmax(spread)]
+        cosine = (away @ (thinnest / np.linalg.norm(thinnest)) / distance).clip(0, 1)
+        other = (np.sqrt(1 - cosine ** 2) / ALIKE - .5).clip(0, 1)
+        if other[rows, columns].mean() < LEAST_LEFT:
+            return self._ink(colours)
+        ink *= other
+        return self._filled(np.minimum(ink, np.median(ink[ink > ink.max() / 4])))
+
     def _read_each(self, sources, known=(), alone=False):
         """As `recognise`, but an image that cannot be read has its `Error` in its place.
 
         known: what is `Known` of each; by default what the settings say. If that asks to align, a result's third is
         [(letter, its confidence, [first, last) columns of the image)]. alone: see `_opened`.
         """
-        reader, images, sizes, rows, results = self._reader, [], [], [], []
+        reader, images, sizes, colours, rows, results = self._reader, [], [], [], [], []
         for row, source in enumerate(sources):
             try:
-                image, size = reader.ocr._load_sized(source)
+                image, size, coloured = reader.ocr._load_sized(source)
                 images.append(image[:, :reader.ocr._read_width(*size)])
                 sizes.append(size)
+                colours.append(coloured)
                 rows.append(row)
                 results.append(None)
             except self.Error as error:
@@ -1643,7 +1694,7 @@ class LstmCtcOcr:
         if images:
             known = known or [reader.known] * len(sources)
             infer = functools.partial(reader.logits, alone=alone)
-            readings = reader.ocr._read(infer, images, [known[row] for row in rows])
+            readings = reader.ocr._read(infer, images, [known[row] for row in rows], colours)
             for row, (height, width), (text, confidence, *aligned) in zip(rows, sizes, readings):
                 results[row] = (text, confidence, *(
                     [(letter, sure, reader.ocr._columns(begin, end, height, width))
@@ -1688,6 +1739,8 @@ class LstmCtcOcr:
         report: an HTML file to write about that. Returns 0, or 1 if some images could not be read. Raises `Error` if
         there is nothing to read, or for a report nothing labelled.
         """
+        if report and not (Path(report).parent.is_dir() and Path(report).suffix in (".html", ".htm")):
+            raise self.Error(f"--report {report}: name an .html file in a folder that exists")
         if align and not as_json:
             raise self.Error("--align says where each letter was read in JSON alone: add --json")
         paths = paths or [HOME / "dataset" / "test"]
@@ -1716,7 +1769,8 @@ class LstmCtcOcr:
         if labelled and not as_json:
             print("\n" + describe(score(*zip(*(reading[1:3] for reading in labelled)))))
         if labelled and report:
-            _replace(Path(report), report_page(labelled, str(_shown(self._reader.folder))))
+            with self._writing(Path(report).parent):
+                _replace(Path(report), report_page(labelled, str(_shown(self._reader.folder))))
         if sum(confidence < 0.5 for confidence in confidences) > len(confidences) / 2:
             print(self._strange_images(), file=sys.stderr)
         return 1 if len(confidences) < len(files) else 0
@@ -1749,7 +1803,8 @@ class LstmCtcOcr:
 
         With TF_CONFIG set, this process is one task of the cluster that it describes (see `_join_cluster`): the chief
         saves, validates and reports, the workers add their gradients, the parameter servers hold the weights.
-        Returns 0 when `epoch_max` is reached, 128 + the signal's number when told to stop (and saved, if it could).
+        Returns 0 at `epoch_max`, or on few images once `PATIENCE` validations have gained nothing; 128 + the signal's
+        number when told to stop (and saved, if it could).
         """
         place, folder = self._join_cluster(), self._folder_to_train()
         if place.job == "ps":
@@ -1778,7 +1833,8 @@ class LstmCtcOcr:
             if place.chief:
                 alone.enter_context(ocr._alone_in(folder))
                 run.config = ocr._training_config(folder)
-                ocr._note_held_out(run, share)
+                if run.config.get("step", 0) < run.last:  # or else nothing will be validated
+                    ocr._note_held_out(run, share)
                 run.config.update(ocr._origin_of(ocr.dataset))
                 ocr._save_config(folder, run.config)
                 with ocr._writing(folder):
@@ -1791,7 +1847,7 @@ class LstmCtcOcr:
         if self.model:
             return Path(self.model)
         if dataset == HOME / "dataset" / "train":
-            started = self.start_from and self._load_config(_model_folder(self.start_from))["net"]
+            started = self.start_from and self._load_config(_model_folder(self.start_from), "--start-from")["net"]
             return MODELS / (self.net or started or "lstm")
         if dataset.name == "pretrained":
             raise self.Error("my-model/pretrained is for the models that ship: name another folder with --model")
@@ -1806,7 +1862,7 @@ class LstmCtcOcr:
         if (folder / "config.json").exists():
             known = self._load_config(folder)
         elif self.start_from:
-            start = self._load_config(_model_folder(self.start_from))
+            start = self._load_config(_model_folder(self.start_from), "--start-from")
             known = {name: start[name] for name in ARCHITECTURE if name not in OF_IMAGES}
             for name in known.keys() - self.unset:
                 if getattr(self, name) != known[name]:
@@ -1928,8 +1984,11 @@ class LstmCtcOcr:
                 if not self._step(run, session, feeds, stop):
                     self._leave(run, feeds, stop)
                 if chief:
-                    with _lost_servers_left_to_the_next_step():
+                    try:
                         self._between_steps(run, before, feeds, stop)
+                    except Exception as error:
+                        if not _is_lost_server(error):  # the next step meets that too, and waits for the server
+                            raise
                 if stop:
                     break
             run.finished = not stop
@@ -1940,6 +1999,11 @@ class LstmCtcOcr:
             accuracy, count = run.config.get("accuracy"), run.config.get("validated_on", 0)
             best = f"best held-out accuracy {_counted(round(accuracy * count), count)}" if count else "none held out"
             print(f"{run.step} steps done; {best}; in {run.folder}", file=sys.stderr)
+            if run.idle == PATIENCE:
+                print(f"it has ended early: the last {PATIENCE} validations have gained nothing", file=sys.stderr)
+            if (new := len(run.rows) * run.place.workers - run.config["images"]) > 0:
+                print(f"{new:,} images are new since this training ended: to learn them too, train with another "
+                      "--model", file=sys.stderr)
             if accuracy == 0:
                 print(self._nothing_learnt(run), file=sys.stderr)
         return 0
@@ -1954,6 +2018,7 @@ class LstmCtcOcr:
     def _begin(self, run):
         """Reads off where the training stands, and returns its progress bar."""
         run.step = run.saved = int(run.session.run(run.net.step))
+        run.idle = run.config.get("idle", 0)
         run.reported, run.begun = (time.monotonic(), run.step), time.process_time()
         run.cpu_before = run.config.get("cpu_minutes", 0) - run.begun / 60
         bar = tqdm(total=run.last * self.batch_size, initial=run.step * self.batch_size, unit="img", disable=None)
@@ -2011,8 +2076,8 @@ class LstmCtcOcr:
 
     def _require_finite(self, run, *values):
         if not np.isfinite(values).all():
-            raise self.Error(f"the loss or its gradient is no longer a number after step {run.step}: lower --lr; the "
-                             f"checkpoint of step {run.saved} in {run.folder} is intact")
+            saved = f"; the checkpoint of step {run.saved} in {run.folder} is intact" if run.saved else ""
+            raise self.Error(f"the loss or its gradient is no longer a number after step {run.step}: lower --lr{saved}")
 
     def _validation_is_due(self, run):
         """Whether one more validation stays under its share of the time; the first one's cost is a guess."""
@@ -2035,7 +2100,7 @@ class LstmCtcOcr:
         # A few are right by chance: their loss tells more.
         best = loss < least if run.distorts and len(truths) < MIN_VALIDATED else held["accuracy"] >= most
         run.idle = run.idle + 1 if run.distorts and loss >= least and held["accuracy"] <= most else 0
-        run.config["least_loss"] = min(least, loss)
+        run.config.update(least_loss=min(least, loss), idle=run.idle)
         wrong = [row for row, truth in enumerate(truths) if readings[row] != truth]
         figures = {"lr": self._learning_rate((run.step - 1) / run.steps_per_epoch), "images_per_second": speed,
                    "train/loss": float(np.mean(run.losses[last_step - run.step:])), "train/edit_distance": train["cer"],
@@ -2046,7 +2111,7 @@ class LstmCtcOcr:
                  f"train       loss {figures['train/loss']:.3f}  edit distance {train['cer']:.4f}",
                  f"validation  loss {loss:.3f}  edit distance {held['cer']:.4f}  accuracy {held['accuracy']:.2%}",
                  "accuracy by length  " + _shares(held["by_length"])]
-        lines += [f"True {_spelt(truths[row])} <====> {_spelt(readings[row])}" for row in (wrong + [0])[:3]]
+        lines += [f"True [{', '.join(truths[row])}] <====> [{', '.join(readings[row])}]" for row in (wrong + [0])[:3]]
         tqdm.write("\n".join(lines) + "\n", file=sys.stderr)
         self._write_summaries(run, figures, [(run.images[run.held[row]], truths[row], readings[row])
                                              for row in wrong[:8]])
@@ -2315,7 +2380,8 @@ class LstmCtcOcr:
         basic, header = flask.request.authorization, flask.request.headers.get("Authorization", "")
         shown = basic.password if basic and basic.type == "basic" else header.partition(" ")[2]
         if service.token and flask.request.path != "/healthz" and not hmac.compare_digest(
-                (shown or "").encode(), service.token.encode()):
+                (shown or "").encode("utf-8" if basic and basic.type == "basic" else "latin-1", "replace"),
+                service.token.encode()):
             raise Unauthorized("this service wants its token", www_authenticate=WWWAuthenticate("basic", {
                 "realm": "lstm_ctc_ocr"}))
         if service.stopping:
@@ -2345,7 +2411,8 @@ class LstmCtcOcr:
         img_path = flask.request.args.get("img_path")
         if not img_path:
             flask.abort(400, "say which image: /captchaOcr?img_path=./dataset/test/0_PIY.png")
-        path = self._servable(img_path)
+        folders = _service().folders  # a relative path may start at each of them
+        path = next(filter(None, (_file_under(folders[-1], folder / img_path) for folder in folders)), None)
         try:
             data = path and path.stat().st_size <= MAX_BODY and path.read_bytes()
         except OSError:
@@ -2455,24 +2522,17 @@ class LstmCtcOcr:
                           for path in sorted((HOME / "dataset" / "test").glob("*.png"))[:3])
         return _page(PAGE, samples=samples, net=_service().model["net"])
 
-    def _servable(self, img_path):
-        """The regular file that a client names, links resolved, if it is under the image root; else None.
-
-        A relative path may start at the server's folder, at the image root or at the folder that holds it.
-        """
-        folders = _service().folders
-        return next(filter(None, (_file_under(folders[-1], folder / img_path) for folder in folders)), None)
-
     def _open_labelling(self):
         """The folder to label, what labels it has and what images; raises `Error` if that is no such folder."""
         folder = Path(os.path.realpath(self.label))
         if not folder.is_dir():
             raise self.Error(f"--label {self.label} is not a folder")
-        images = tuple(_images_below(folder))
+        names, others = _files_in(folder)  # of the images those that are in there for real, and can be shown by name
+        images = tuple(name for name in names if name.isprintable() and _file_under(folder, folder / name))
         if not images:
             raise self.Error(f"no images in {self.label}: --label takes the folder of those that you want to label")
         separator = _separator(_whole_lines(folder / LABELS))
-        _, labels, _ = self._listed(folder, *_files_in(folder))
+        _, labels, _ = self._listed(folder, names, others)
         return self._Labelling(folder, images, separator, {name: labels[name] for name in images if name in labels})
 
     def _guess_all(self, service):
@@ -2484,7 +2544,7 @@ class LstmCtcOcr:
             self._guess(service.labelling, names[start:start + SERVE_BATCH])
 
     def _guess(self, labelling, names):
-        """Reads images that are to be labelled; one that cannot be read is said on stderr, and need not be."""
+        """Reads images that are to be labelled; names on stderr those that cannot be read, which are left out."""
         for name, reading in zip(names, self._read_each([labelling.folder / name for name in names])):
             if isinstance(reading, self.Error):
                 reading = print(reading, file=sys.stderr)
@@ -2493,10 +2553,6 @@ class LstmCtcOcr:
     def _answer_label_page(self):
         """GET /label"""
         return _page(LABEL_PAGE, enough=str(ENOUGH_LABELS))
-
-    def _answer_image_to_label(self):
-        """GET /label/image: the one that `path` names, or else the next."""
-        return self._image_to_label(flask.request.args.get("path"))
 
     def _answer_label(self):
         """POST /label: writes an image's label, or puts the image off if there is none; answers with the next."""
@@ -2514,19 +2570,19 @@ class LstmCtcOcr:
             flask.abort(404, "no such image in the folder to label")
         if label is None:
             labelling.skipped[name] += 1
-            return self._image_to_label()
+            return self._answer_image_to_label()
         label = label.strip() if isinstance(label, str) else ""
-        if not label or not label.isprintable():
-            flask.abort(400, "a label is at least one letter, and holds no control characters")
+        if not label or not label.isprintable() or len(label) > LONGEST_LABEL:
+            flask.abort(400, f"a label is 1 to {LONGEST_LABEL} letters, and holds no control characters")
         try:
             labelling.write(name, label)
         except OSError as error:
             raise ServiceUnavailable(f"{LABELS} cannot be written: {error.strerror}") from None
-        return self._image_to_label()
+        return self._answer_image_to_label()
 
-    def _image_to_label(self, asked=None):
-        """What the page shows: the image that is asked for, or that which is next; no path if all have a label."""
-        labelling, data = _service().labelling, b""
+    def _answer_image_to_label(self):
+        """GET /label/image: the image that `path` names, or else the next one; no path if all have a label."""
+        labelling, data, asked = _service().labelling, b"", flask.request.args.get("path")
         while name := asked or labelling.next():
             path = name in labelling.images and _file_under(labelling.folder, labelling.folder / name)
             if path and name not in labelling.guesses:
@@ -2568,6 +2624,8 @@ class LstmCtcOcr:
     def _listen(self):
         """Returns the application and its server, ready to run; raises `Error` if the address cannot be had."""
         try:
+            if not 0 <= self.port < 65536:
+                raise OverflowError("a port is 0 to 65535")
             family, *_, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             listening = socket.create_server(address[:2], family=family, backlog=1024)
         except (OSError, OverflowError, UnicodeError) as error:
@@ -2588,6 +2646,8 @@ class LstmCtcOcr:
     def _drain(self, server, service):
         """Takes no more connections, and waits until every request under way is answered, 4 seconds at most."""
         service.stopping, server.accepting = True, False
+        server.del_channel()
+        server.socket.shutdown(socket.SHUT_RD)  # who comes now is refused, rather than cut off
         deadline = time.monotonic() + 4
         while time.monotonic() < deadline and any(
                 channel.requests or channel.total_outbufs_len for channel in list(server.active_channels.values())):
@@ -2602,10 +2662,13 @@ class LstmCtcOcr:
         PNG, JPEG, GIF and BMP of any size, prepared as by `load_image`. Raises `Error` if the folder is there already.
         A name that ends in .onnx gets an ONNX file instead, see `_export_onnx`.
         """
-        if Path(directory).exists():
-            raise self.Error(f"{directory} is there already: name a new folder or file")
-        if str(directory).endswith(".onnx"):
-            return self._export_onnx(Path(directory))
+        directory = Path(directory)
+        onnx = directory.suffix == ".onnx"
+        for path in (directory, directory.with_suffix(".json"))[:1 + onnx]:
+            if path.exists():
+                raise self.Error(f"{path} is there already: name a new folder or file")
+        if onnx:
+            return self._export_onnx(directory)
         tf, folder = _tensorflow(), self._model_to_read()
         ocr, config, weights = self._load_model(folder)
         with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, self._writing(directory), \
@@ -2613,8 +2676,11 @@ class LstmCtcOcr:
             encoded = tf.placeholder(tf.string, [None], "images")
             images, widths = tf.map_fn(ocr._load_in_graph, encoded, (tf.uint8, tf.int32))
             net = ocr._build_reading(images[..., :tf.reduce_max(widths)], config.get("temperature", 1))
-            tf.saved_model.simple_save(session, str(directory), {"images": encoded},
-                                       {"text": ocr._texts_in_graph(net.sparse), "confidence": net.confidence})
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=directory.parent) as part:  # whole or not there
+                tf.saved_model.simple_save(session, f"{part}/model", {"images": encoded},
+                                           {"text": ocr._texts_in_graph(net.sparse), "confidence": net.confidence})
+                os.replace(f"{part}/model", directory)
         print(f"{directory} takes {{'images': [encoded, ...]}} and gives text and confidence", file=sys.stderr)
 
     # -- to ONNX
@@ -2635,8 +2701,7 @@ class LstmCtcOcr:
 
         def _constant(self, array):
             name = f"constant_{len(self.constants)}"
-            array = np.ascontiguousarray(array, np.asarray(array).dtype).reshape(np.shape(array))
-            self.constants.append(self.onnx.numpy_helper.from_array(array, name))
+            self.constants.append(self.onnx.numpy_helper.from_array(np.asarray(array), name))
             return name
 
     def _export_onnx(self, path):
@@ -2664,8 +2729,8 @@ class LstmCtcOcr:
         onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in known.items()})
         onnx.checker.check_model(model)
         with self._writing(path.parent):
-            _replace(path.with_suffix(".json"), json.dumps(ocr._ddddocr_settings()) + "\n")
             _replace(path, model.SerializeToString())
+            _replace(path.with_suffix(".json"), json.dumps(ocr._ddddocr_settings()) + "\n")
         print(f"{path} takes images ({channels} x {ocr.im_height} x any width, 0 to 1) and gives scores; "
               f"{path.with_suffix('.json')} is for ddddocr", file=sys.stderr)
 
@@ -2718,14 +2783,11 @@ class LstmCtcOcr:
 
         w is the `_read_width` of that width.
         """
-        def axis(x, position):
-            return add("Slice", add("Shape", x), np.array([position]), np.array([position + 1]))
-
         def strongest_of_channels(x):
             return x if self.paper == "brightest" else add("ReduceMax", x, axes=[1])  # that has one alone
 
-        fitted = add("Min", axis("images", 3), np.array([self.im_width]))
-        size = add("Concat", add("Slice", add("Shape", "images"), np.array([0]), np.array([3])), fitted, axis=0)
+        fitted = add("Min", add("Shape", "images", start=3), np.array([self.im_width]))
+        size = add("Concat", add("Shape", "images", end=3), fitted, axis=0)
         given = add("Resize", "images", "", "", size, mode="linear", coordinate_transformation_mode="half_pixel")
         colours = add("Relu", given)  # of ink that is given nothing is left
         if self.paper == "brightest":
@@ -2756,7 +2818,7 @@ class LstmCtcOcr:
         right = part(part(middle, 3, edge, last), 3, -edge, last)  # nothing that the left side has, in a narrow image
         along = add("Concat", *map(row, (part(colours, 2, 0, edge), part(colours, 2, -edge, last),
                                          part(middle, 3, 0, edge), right)), axis=2)
-        count = add("Slice", add("Shape", along), np.array([2]), np.array([3]))
+        count = add("Shape", along, start=2)
         least = f"{along}_least"
         add.nodes.append(add.onnx.helper.make_node(
             "TopK", [along, add("Add", add("Div", count, np.array([2])), np.array([1]))], [least, f"{least}_at"],
@@ -2776,8 +2838,7 @@ class LstmCtcOcr:
         height, width = tf.shape(colours)[0], tf.shape(colours)[1]
         fitted = tf.clip_by_value(tf.cast(tf.round(width * self.im_height / height), tf.int32), 1, self.im_width)
         size = [self.im_height, fitted]
-        colours = tf.case([(tf.reduce_all(tf.equal([height, width], size)), lambda: colours),
-                           (height > self.im_height, lambda: tf.image.resize_area(colours[None], size)[0])],
+        colours = tf.cond(height > self.im_height, lambda: tf.image.resize_area(colours[None], size)[0],
                           lambda: tf.image.resize_bilinear(colours[None], size, half_pixel_centers=True)[0])
         if self.paper == "brightest":
             paper = tf.reduce_max(colours)
@@ -2863,9 +2924,8 @@ class LstmCtcOcr:
                              "that is mended") from None
 
 
-def _onnx_session(data, threads):
+def _onnx_session(runtime, data, threads):
     """Opens an ONNX file's bytes for reading; each reading takes so many threads, which wait for work by spinning."""
-    runtime = _package("onnxruntime", "read with an ONNX file")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # nothing is printed, for what is wrong is raised
@@ -3138,9 +3198,8 @@ def _draw_paper(look, shape):
     chance, (height, width) = look.chance, shape
     kind, = chance.choices(("flat", "gradient", "texture", "grid", "rings", "patches"), (45, 15, 14, 10, 8, 8))
     y, x = np.ogrid[:height, :width]
-    if kind == "flat":
-        share = np.zeros(shape)
-    elif kind == "gradient":
+    share = np.zeros(shape)
+    if kind == "gradient":
         share = _gradient(look, shape)
     elif kind == "texture":
         grain, method = chance.choice((1, 1, 2, 4, 10)), chance.choice((cv2.INTER_CUBIC, cv2.INTER_NEAREST))
@@ -3154,8 +3213,7 @@ def _draw_paper(look, shape):
         distance = np.hypot(x - chance.uniform(0, width), y - chance.uniform(-1, 2) * height)
         share = .5 + .5 * np.sin(distance * (2 * math.pi / chance.uniform(4, 14)))
         share = share > .6 if chance.random() < .5 else share
-    else:
-        share = np.zeros(shape)
+    elif kind == "patches":
         for _ in range(chance.randint(2, 8)):
             corners = [(chance.randint(-10, width), chance.randint(-10, height)) for _ in range(chance.randint(3, 5))]
             cv2.fillPoly(share, [np.array(corners)], chance.random())
@@ -3176,7 +3234,7 @@ def _clutter(look, canvas, calm, over):
         for _ in range(chance.choice((1, 1, 2)) if draw in (_lines, _curves, _dots) else 1):
             faint = look.paper + (look.ink - look.paper) * chance.uniform(.15, .5)
             colour, = chance.choices((look.ink, _any_colour(chance), faint, look.paper), (6, 5, 3, over))
-            opacity = chance.choice((1, 1, chance.uniform(.3, .8))) * (.5 if draw in FAINT else 1)
+            opacity = chance.choice((1, 1, chance.uniform(.3, .8))) * (.5 if draw in (_blots, _small_letters) else 1)
             strength = opacity * abs(_brightness(colour) - _brightness(look.paper))
             misleads = strength > 35 or colour is look.paper  # may be taken for ink, or hides it: thinner than letters
             thickness = max(1, round(chance.uniform(.25, .95 if misleads else 1.6) * look.size / 11))
@@ -3288,7 +3346,6 @@ def _small_letters(look, mask, thickness, line):
 
 CLUTTER = ((_lines, 18), (_curves, 20), (_dots, 20), (_blots, 6), (_arcs, 8), (_hairs, 8), (_grid, 11), (_border, 5),
            (_small_letters, 5), (_rings, 7))
-FAINT = (_blots, _small_letters)
 
 
 def _warp(look, force, *layers):
@@ -3400,7 +3457,7 @@ def _warp_library():
     package = importlib.util.find_spec("paddle")
     try:
         library = ctypes.CDLL(str(Path(package.origin).parent / "libs" / "libwarpctc.so"))
-    except (AttributeError, OSError) as error:
+    except (AttributeError, TypeError, OSError) as error:  # TypeError: a folder of that name, all that is left of it
         reason = "" if package is None else f" ({error})"
         raise LstmCtcOcr.Error("--ctc warp needs Baidu's library, which is not here: pip install --no-deps "
                                f"paddlepaddle==3.3.1{reason}") from None
@@ -3420,19 +3477,13 @@ def _warp_ctc(logits, labels, lengths):
     for label in np.split(labels, np.cumsum(lengths)[:-1]):
         if (needed := len(label) + np.count_nonzero(label[1:] == label[:-1])) > steps:
             raise LstmCtcOcr.Error(f"CTC cannot align a label that takes {needed} steps in {steps}")
-
-    def pointer(array):
-        return array.ctypes.data_as(ctypes.c_void_p)
-
-    logits, labels, lengths = (np.ascontiguousarray(a, d) for a, d in ((logits, np.float32), (labels, np.int32),
-                                                                       (lengths, np.int32)))
     inputs, losses, gradients = np.full(batch, steps, np.int32), np.empty(batch, np.float32), np.zeros_like(logits)
     options, size = library.options(0, _cores(), classes - 1), ctypes.c_size_t()
-    status = library.get_workspace_size(pointer(lengths), pointer(inputs), classes, batch, options, ctypes.byref(size))
+    status = library.get_workspace_size(lengths.ctypes, inputs.ctypes, classes, batch, options, ctypes.byref(size))
     workspace = np.empty(size.value, np.uint8)
-    status = status or library.compute_ctc_loss(pointer(logits), pointer(gradients), pointer(labels), pointer(lengths),
-                                                pointer(inputs), classes, batch, pointer(losses), pointer(workspace),
-                                                options)
+    status = status or library.compute_ctc_loss(
+        *(array.ctypes for array in (logits, gradients, labels, lengths, inputs)), classes, batch, losses.ctypes,
+        workspace.ctypes, options)
     if status:
         raise LstmCtcOcr.Error(f"warp-ctc failed with status {status}")
     return losses, gradients
@@ -3457,11 +3508,11 @@ def most_probable(p, beam_width, longest, fits=None, follows=None):
 
     Returns B pairs (sequence, probability); the probability is exact: exp(-CTC loss), so it means the same however the
     sequence was found. First the best class of each step is tried. If the sequence that they spell has more than one
-    half, it is the most probable, for those of all sequences add up to at most 1. Only else a beam search looks further
-    (`_beam_search`), at the steps that are in doubt, among sequences of up to `longest` classes, and what it leaves is
-    compared by exact probabilities.
-    fits(sequence) says which sequences may be answered; None: all. follows: as `_beam_search` has it; given, it is
-    asked besides, for sequences that fit by all means.
+    half, it is the most probable, as all probabilities add up to at most 1. Otherwise a beam search (`_beam_search`)
+    looks at the steps that are in doubt, among sequences of up to `longest` classes, and what it finds is compared by
+    exact probabilities.
+    fits(sequence) says which sequences may be answered; None: all. follows: see `_beam_search`; where given, a second
+    search keeps to it, as the first may find nothing that fits.
     """
     sequences = greedy(p)
     results = list(zip(sequences, sequence_probabilities(sequences, p).tolist()))
@@ -3575,7 +3626,8 @@ def viterbi(sequence, p):
 def _without_sure_repeats(p):
     """p (T, B, C) without the steps that say for sure what the step before did for sure, mostly a blank.
 
-    They change next to nothing, and are most of all. What some of the B then have too few is filled up with blanks.
+    Leaving them out changes next to nothing, and they are most of the steps. Those of the B that are left with fewer
+    are filled up with blanks.
     """
     best = np.where(p.max(axis=2) > SURE, p.argmax(axis=2), -1)
     kept = best < 0
@@ -3703,13 +3755,13 @@ def describe(scores):
     lines = [f"accuracy {scores['accuracy']:.2%} ({right} of {scores['count']}), "
              f"{scores['caseless']:.2%} with case ignored, edit distance (CER) {scores['cer']:.4f}",
              "by length   " + _shares(scores["by_length"])]
-    repeats = sum(count for _, count in scores["by_repeat"].values())
+    repeats = right = others = 0  # others: what as many strings of the same lengths without a repeat would have right
+    for length, (right_here, here) in scores["by_repeat"].items():
+        right_all, count_all = scores["by_length"][length]
+        if count_all > here:
+            repeats, right = repeats + here, right + right_here
+            others += here * (right_all - right_here) / (count_all - here)
     if repeats:
-        right = sum(right for right, _ in scores["by_repeat"].values())
-        others = 0  # what as many strings of the same lengths without a repeat would have got right
-        for length, (right_here, here) in scores["by_repeat"].items():
-            right_all, count_all = scores["by_length"][length]
-            others += here * (right_all - right_here) / max(1, count_all - here)
         lines.append(f"with a letter repeated side by side {right / repeats:.2%} of {repeats}; without, at the same "
                      f"lengths, {others / repeats:.2%}")
     return "\n".join(lines)
@@ -3724,10 +3776,6 @@ def _reading(text, confidence, letters=None):
     """A reading as JSON has it; letters: (letter, confidence, columns) of each, where that was asked for."""
     alignment = [dict(zip(("letter", "confidence", "columns"), letter)) for letter in letters or ()]
     return {"ocr_ret": text, "confidence": confidence, **({} if letters is None else {"alignment": alignment})}
-
-
-def _spelt(text):
-    return "[" + ", ".join(text) + "]"
 
 
 def interval(right, count):
@@ -3814,7 +3862,7 @@ def report_page(readings, model):
         f"<small>{html.escape(Path(path).name)}</small></figcaption></figure>"
         for path, truth, text, confidence in wrong[:SHOWN])
     more = f"<p>and {len(wrong) - SHOWN:,} more</p>" if len(wrong) > SHOWN else ""
-    return REPORT.format(
+    return string.Template(REPORT).substitute(
         model=html.escape(model), right=_counted(right, count), caseless=_counted(caseless, count),
         lengths=_table(("letters", "right"),
                        [(length, _counted(*pair)) for length, pair in scores["by_length"].items()]),
@@ -3824,7 +3872,7 @@ def report_page(readings, model):
 
 
 def _forget_best(config):
-    for name in ("accuracy", "validated_on", "best_step", "least_loss"):
+    for name in ("accuracy", "validated_on", "best_step", "least_loss", "idle"):
         config.pop(name, None)
 
 
@@ -3875,7 +3923,7 @@ def _read_at(file, buffer, offset):
     """Fills a buffer from that place of an open file on; returns how many bytes there were."""
     if hasattr(os, "preadv"):
         return os.preadv(file.fileno(), [buffer], offset)
-    with OPENING:  # Windows; no other thread may go elsewhere in between
+    with OPENING:  # Windows, macOS; no other thread may go elsewhere in between
         file.seek(offset)
         return file.readinto(buffer)
 
@@ -3935,15 +3983,6 @@ def _number_of(name):
     return int(named[1]) if named else int(_digest(name) * 2 ** 32)
 
 
-def _images_below(folder):
-    """Names of the images in a folder and its subfolders: paths from there on, of files that are in there for real.
-
-    Those with unprintable names are left out.
-    """
-    return [Path(name).as_posix() for name in _files_in(folder)[0] if name.isprintable() and
-            _file_under(folder, folder / name)]
-
-
 def _file_under(folder, path):
     """The regular file at `path`, links resolved, if it is under `folder` (links resolved); else None."""
     try:
@@ -3959,19 +3998,19 @@ def _separator(text):
 
 
 def _whole_lines(path):
-    """The text of a list that is added to, if there is one; a last line without its end is taken out of the file.
+    """The text of a list that is added to, if there is one; a last line without its end is given one.
 
-    Such a line was cut short by a power cut, and its label may be. Raises `Error` if the file is not text.
+    Such a line may have been cut short by a power cut, and its label too. Raises `Error` if the file is not text.
     """
     data = path.read_bytes() if path.exists() else b""
-    whole = data[:max(data.rfind(b"\n"), data.rfind(b"\r")) + 1]
     try:
-        text = whole.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise LstmCtcOcr.Error(f"{path} is no CSV file in UTF-8 ({error}): mend it, or move it away") from None
-    if len(whole) < len(data):
-        print(f"{path}: the last line was cut short and is taken out: {data[len(whole):]!r}", file=sys.stderr)
-        os.truncate(path, len(whole))
+    if data and not data.endswith((b"\n", b"\r")):
+        with open(path, "ab") as file:
+            file.write(b"\n")
+        print(f"{path}: the last line had no end, see whether it is whole: {data.splitlines()[-1]!r}", file=sys.stderr)
     return text
 
 
@@ -3988,7 +4027,7 @@ def _model_folder(model):
 
 def _shown(folder):
     """A path as messages have it: from this script's folder on, if it is in there."""
-    return folder.relative_to(HOME) if folder.is_absolute() and folder.is_relative_to(HOME) else folder
+    return folder.relative_to(HOME) if folder.is_relative_to(HOME) else folder
 
 
 def _to_disk(*paths):
@@ -4007,8 +4046,13 @@ def _to_disk(*paths):
 def _replace(path, content):
     """Writes a small file of text or bytes whole or not at all; several may do so at once."""
     part = path.with_name(f".{secrets.token_hex(4)}.part")
-    part.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(part, path)
+    try:
+        part.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def _is_whole_png(path):
@@ -4072,24 +4116,23 @@ def _json_body():
 def _page(page, **values):
     """A page, its $names filled in, and the policy that no script or style but its own runs."""
     nonce = secrets.token_urlsafe(16)
-    for name, value in {"nonce": nonce, **values}.items():
-        page = page.replace("$" + name, value)
-    return page, {"Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
-                  f"'nonce-{nonce}'; img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-                  "frame-ancestors 'none'"}
+    return string.Template(page).safe_substitute(values, nonce=nonce), {
+        "Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+        "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 
 
 def _data_url(data):
     """An image file for a page, which finds out the kind by itself; a TIFF, which browsers do not show, as PNG."""
     if data.startswith((b"II*\0", b"MM\0*")):
-        data = cv2.imencode(".png", cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))[1].tobytes()
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # or floats would give nothing
+        data = cv2.imencode(".png", 255 * LstmCtcOcr._colours(pixels))[1].tobytes()
     return "data:image;base64," + base64.b64encode(data).decode()
 
 
 def _base64_image(body):
-    """The image in the JSON body {"image": base64}."""
+    """The image in the JSON body {"image": base64}, which may be a data URL."""
     try:
-        return base64.b64decode(body["image"], validate=True)
+        return base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", body["image"]), validate=True)
     except (KeyError, TypeError, ValueError):
         flask.abort(400, 'send {"image": base64 of the file}')
 
@@ -4344,33 +4387,27 @@ CHART = """text { font: 12px system-ui, sans-serif; fill: #555 } .end { text-anc
 polyline { fill: none; stroke-width: 2 } .a { stroke: #c60 } .b { stroke: #07b } text.a { fill: #c60; stroke: none }
 text.b { fill: #07b; stroke: none } .grid { stroke: #999; stroke-width: .5 } text.grid { stroke: none }
 @media (prefers-color-scheme: dark) { text { fill: #bbb } }"""
-REPORT = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>How well captchas are read</title>
-<style>
-  :root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }}
-  body {{ max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem }}
-  table {{ border-collapse: collapse; margin: .5rem 0 }}
-  th, td {{ padding: .1rem .75rem .1rem 0; text-align: left; font-weight: normal; border-bottom: 1px solid #8884 }}
-  th, small {{ opacity: .7 }}
-  .chart {{ max-width: 100%; height: auto }}
-  .wrong {{ display: flex; flex-wrap: wrap; gap: 1rem }}
-  figure {{ margin: 0; break-inside: avoid }}
-  figure img {{ display: block; max-width: 256px; max-height: 96px; background: #fff }}
+REPORT = HEAD.replace("$title", "How well captchas are read").replace(' nonce="$nonce"', "") + """\
+  body { max-width: 60rem }
+  table { border-collapse: collapse; margin: .5rem 0 }
+  th, td { padding: .1rem .75rem .1rem 0; text-align: left; font-weight: normal; border-bottom: 1px solid #8884 }
+  th, small { opacity: .7 }
+  .chart { max-width: 100%; height: auto }
+  .wrong { display: flex; flex-wrap: wrap; gap: 1rem }
+  figure { margin: 0; break-inside: avoid }
+  figure img { display: block; max-width: 256px; max-height: 96px; background: #fff }
 </style>
 <h1>How well captchas are read</h1>
-<p>By {model}: <b>{right}</b> right; with letters' case ignored {caseless}. What follows a count is its 95 %
+<p>By $model: <b>$right</b> right; with letters' case ignored $caseless. What follows a count is its 95 %
   interval.</p>
 <h2>By length</h2>
-{lengths}
+$lengths
 <h2>Letters that are taken for others</h2>
-{letters}
+$letters
 <h2>Is the confidence right?</h2>
-{reliability}
-<h2>Read wrong: {count}, the most confident first</h2>
-<div class="wrong">{wrong}</div>
+$reliability
+<h2>Read wrong: $count, the most confident first</h2>
+<div class="wrong">$wrong</div>
 """
 
 
@@ -4391,7 +4428,7 @@ def _package(name, purpose):
 def _tensorflow():
     """TensorFlow's graph-and-session API, imported when first needed: it takes seconds, and rendering needs none."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _quiet_stderr(), _objects_that_stay():  # no setting stops the lines that it prints while it is loaded
+    with OPENING, _quiet_stderr(), _objects_that_stay():  # no setting stops the lines that it prints while loaded
         tf = _package("tensorflow.compat.v1", "train, export or read with a model folder (an ONNX file reads without)")
     tf.logging.set_verbosity(tf.logging.FATAL)
     with contextlib.suppress(RuntimeError):  # somebody has used TensorFlow before
@@ -4512,16 +4549,6 @@ def _follow_parent():
     threading.Thread(target=follow, daemon=True).start()
 
 
-@contextlib.contextmanager
-def _lost_servers_left_to_the_next_step():
-    """Passes over the loss of a parameter server: the next step meets it too, and waits for the server."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_lost_server(error):
-            raise
-
-
 def _one_ahead(iterable):
     """Yields from an iterable, computing the next item in another thread meanwhile."""
     iterator, end = iter(iterable), object()
@@ -4629,7 +4656,10 @@ def _interrupt(number, _):
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)  # it ends a command as Ctrl-C does
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: what is said would go to whatever is opened next
     if sys.argv[1:2] == ["train"]:
         # oneDNN, which TensorFlow leaves to AVX-512: an eighth off cnn_lstm's training, but five times as long for an
         # image alone.

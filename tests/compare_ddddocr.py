@@ -34,7 +34,6 @@ FreeSerif and LiberationMono-Regular (the same bytes in every run):
 """
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
@@ -46,10 +45,9 @@ from PIL import Image, ImageDraw, ImageFont
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
 
-from lstm_ctc_ocr import LstmCtcOcr, score  # noqa: E402
+from lstm_ctc_ocr import LABELLED, LstmCtcOcr, score  # noqa: E402
 
 PRETRAINED = HOME / "my-model" / "pretrained"
-LABELLED = re.compile(r"(\d+)_(.+)\.\w+")  # <i>_<LABEL>.<suffix>
 SHEET_COLUMNS, SHEET_ROWS = 8, 8  # of the contact sheet; as many rows for each folder
 CELL_WIDTH, CELL_HEIGHT, TEXT_HEIGHT = 200, 80, 40  # pixels; the texts' height comes on top
 
@@ -70,14 +68,6 @@ def labelled_images(folder, count):
     if len(files) < len(named):
         print(f"left out: {len(named) - len(files)} files of {folder} that OpenCV does not read", file=sys.stderr)
     return files[:count]
-
-
-def model_folder(name):
-    """A shipped model's name or a model folder -> the folder."""
-    for folder in (PRETRAINED / name, Path(name)):
-        if (folder / "config.json").is_file():
-            return folder
-    raise Refusal(f"no model {name}: give a folder that `train` wrote or one of {', '.join(shipped_models())}")
 
 
 def shipped_models():
@@ -112,7 +102,7 @@ def ddddocr_reader(**options):
 
 def build_readers(models):
     """{what the tables call it: its function}, ours first, each of them asked once so that it has loaded everything."""
-    readers = {name: our_reader(folder) for name, folder in by_name(map(model_folder, models)).items()}
+    readers = {name: our_reader(folder) for name, folder in by_name(map(Path, models)).items()}
     readers |= {"ddddocr, default": ddddocr_reader(), "ddddocr, beta": ddddocr_reader(beta=True)}
     blank = cv2.imencode(".png", np.full((60, 160), 255, np.uint8))[1].tobytes()
     for read in readers.values():

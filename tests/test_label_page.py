@@ -184,14 +184,18 @@ def test_what_is_read_least_surely_comes_first_and_what_is_skipped_last(folder, 
         (0, 4), (0, 4), (1, 4), (2, 4), (2, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_a_torn_last_line_is_taken_out_and_its_image_shown_again(folder, capfd):
+def test_a_last_line_without_an_end_is_kept_and_told_of(folder, capfd):
+    """Such lists people bring; or a power cut tore it: only they can tell."""
     (folder / "labels.csv").write_bytes(b'\xef\xbb\xbf0.png,PIY\r\nno.png,X\n1.png,BCA')
     client, service = client_of(folder)
-    assert service.labelling.labels == {"0.png": "PIY"} and "cut short" in capfd.readouterr().err
+    assert service.labelling.labels == {"0.png": "PIY", "1.png": "BCA"}
+    assert "see whether it is whole: b'1.png,BCA'" in capfd.readouterr().err
     answer = client.post("/label", json={"path": "1.png", "label": "BCAVDPXT"})
+    long = client.post("/label", json={"path": "1.png", "label": 200_000 * "A"})
     service.close()
-    assert answer.json["labelled"] == 2
-    assert (folder / "labels.csv").read_bytes() == b'\xef\xbb\xbf0.png,PIY\r\nno.png,X\n1.png,BCAVDPXT\n'
+    assert answer.json["labelled"] == 2 and long.status_code == 400
+    assert (folder / "labels.csv").read_bytes() == (
+        b'\xef\xbb\xbf0.png,PIY\r\nno.png,X\n1.png,BCA\n1.png,BCAVDPXT\n')
 
 
 def test_it_goes_on_with_the_lists_that_training_reads(folder):

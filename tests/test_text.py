@@ -57,7 +57,6 @@ def test_a_letter_outside_the_alphabet_is_named():
 @pytest.mark.parametrize("settings, complaint", [
     (dict(words="AAB"), "each of them once"),
     (dict(words=""), "at least one letter"),
-    (dict(words="A/"), "file names"),
     (dict(words_max_num=129), "257 steps, in 256: lower --words-max-num"),  # 129 equal letters and 128 blanks
     (dict(words_max_num=33, net="cnn_lstm"), "65 steps, in 64"),
     (dict(words_max_num=22, net="cnn_lstm", label_parts=3), "66 steps, in 64"),

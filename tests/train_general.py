@@ -13,7 +13,6 @@ are none left, their number, and whether the captcha is a plain one.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import mmap
@@ -370,7 +369,7 @@ def pack(arguments):
     arrays = dict(np.load(arguments.end))
     counts = {name: int(arrays.pop(name)) for name in ("steps", "images_seen", "images")}
     config = json.loads((lstm_ctc_ocr.MODELS / "pretrained" / "general" / "config.json").read_text())
-    ocr = dataclasses.replace(LstmCtcOcr(), **{name: config[name] for name in lstm_ctc_ocr.ARCHITECTURE})
+    ocr = LstmCtcOcr(**{name: config[name] for name in lstm_ctc_ocr.ARCHITECTURE})
     images, files = ocr.load_images(ocr._labelled_files(arguments.held))
     folder, tf = Path(arguments.model), lstm_ctc_ocr._tensorflow()
     step = config["step"] + counts["steps"]
@@ -412,7 +411,7 @@ def main():
     command = commands.add_parser("pack")
     command.add_argument("end", metavar="end.npz")
     command.add_argument("model")
-    command.add_argument("--held", required=True, help="a folder of varied captchas that were not trained on")
+    command.add_argument("--held", type=Path, required=True, help="a folder of varied captchas not trained on")
     command.set_defaults(run=pack)
     arguments = parser.parse_args()
     arguments.run(arguments)
