@@ -540,11 +540,12 @@ class LstmCtcOcr:
         folder, (index, count) = Path(self.dataset), map(int, self.shard.split("/"))
         if unfit := set(self.words) & set("/\\\0\n"):
             raise self.Error(f"--words cannot hold {sorted(unfit)}: labels are part of file names")
+        origin = self._origin()
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._refuse_strangers(folder)
-            if self.look == "varied":
-                _replace(folder / LOOK, json.dumps(self._origin()) + "\n")
+            self._refuse_strangers(folder, origin)
+            if origin:
+                _replace(folder / LOOK, json.dumps(origin) + "\n")
         settings = dataclasses.replace(self)  # without the model that this object may hold, which cannot be sent away
         numbers = range(index - 1, self.im_total_num, count)
         with _deferred_stop() as stop, self._renderers() as pool, \
@@ -616,25 +617,26 @@ class LstmCtcOcr:
         return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
     def _font_folders(self):
-        package = Path(_package("captcha", "render captchas").__file__).parent
-        return tuple(self.fonts) or (str(package), *map(os.path.expanduser, FONT_FOLDERS))
+        package = str(Path(_package("captcha", "render captchas").__file__).parent)
+        if self.look == "plain":
+            return package,
+        return tuple(self.fonts) or (package, *map(os.path.expanduser, FONT_FOLDERS))
 
     def _origin(self):
         """What the images of a folder have in common beside what their names tell: the look, and what draws letters."""
-        folders = self._font_folders() if self.look == "varied" else self._font_folders()[:1]
-        fonts = _find_fonts(folders, self.words)
+        fonts = _find_fonts(self._font_folders(), self.words)
         if missing := set(self.words).difference(*(letters for _, letters in fonts)):
-            raise self.Error(f"no font in {', '.join(folders)} has {sorted(missing)}: name folders of fonts that have "
-                             "them with --look varied --fonts, or give other --words")
+            raise self.Error(f"no font in {', '.join(self._font_folders())} has {sorted(missing)}: name folders of "
+                             "fonts that have them with --look varied --fonts, or give other --words")
         return {"look": "varied", "fonts": [Path(path).name for path, _ in fonts]} if self.look == "varied" else {}
 
-    def _refuse_strangers(self, folder):
+    def _refuse_strangers(self, folder, origin):
         for path in folder.glob(".*.part"):  # left behind by kill -9, or else another shard is writing it just now
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < time.time() - STALE:
                     path.unlink()
         files = [(path, named) for path in folder.iterdir() if (named := LABELLED.fullmatch(path.name))]
-        if files and (known := self._origin_of(folder)) != self._origin():
+        if files and (known := self._origin_of(folder)) != origin:
             raise self.Error(f"{folder} holds {known.get('look', 'plain')} images, or drawn with other fonts: give the "
                              "same --look and --fonts, or another --dataset")
         for path, named in files:
@@ -941,7 +943,7 @@ class LstmCtcOcr:
             "lines of lists that name no image": strange, "labels that a later line replaces": replaced}
 
     def _rows(self, path):
-        """The (image, label) of each line of a list, split by tabs if the first has one, else by commas or semicolons."""
+        """The (image, label) of each line of a list, split by tabs if the first has any, or commas, or semicolons."""
         text = path.read_text("utf-8-sig", "surrogateescape")  # as Python has names that are no UTF-8
         try:
             rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text)))

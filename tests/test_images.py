@@ -181,6 +181,25 @@ def test_any_size_gives_the_networks_size(size):
     assert LstmCtcOcr().load_image(png(np.full((*size, 3), 200, np.uint8))).tolist() == np.zeros((64, 256)).tolist()
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_numbers_of_32_bits_are_shares_of_the_largest(kind, tmp_path):
+    """As Pillow writes them; infinite ones are as black as those that are no numbers."""
+    pixels = np.full((64, 100), 200, kind)
+    pixels[20:40, 30:60] = 0
+    if kind is np.float32:
+        pixels[20:30, 30:60] = np.inf
+    Image.fromarray(pixels).save(tmp_path / "it.tif")
+    ink = LstmCtcOcr().load_image(tmp_path / "it.tif")
+    np.testing.assert_array_equal(ink[:, :100], np.where(pixels == 200, 0, 255))
+
+
+@pytest.mark.parametrize("words, complaint", [("A/", "labels are part of file names"), ("AB验", "has ['验']")])
+def test_letters_that_cannot_be_rendered_are_one_line(words, complaint, tmp_path, capfd):
+    assert main(["create_dataset", *flags(dataset=tmp_path / "new", words=words, im_total_num=2)]) == 2
+    message, = capfd.readouterr().err.splitlines()
+    assert complaint in message and not list(tmp_path.glob("*/*.png"))
+
+
 def broken(colour):
     whole = png(colour)
     return {"empty": b"", "text": b"hello", "cut": whole[:len(whole) // 2], "no end": whole[:-12],
@@ -201,6 +220,12 @@ def test_what_is_no_whole_image_is_one_error_that_names_the_file(colour, kind, t
 def test_an_unreadable_path_is_one_error(name, fault, tmp_path):
     with pytest.raises(LstmCtcOcr.Error, match=fault):
         LstmCtcOcr().load_image(tmp_path / name)
+
+
+def test_a_pipe_in_a_folder_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "0_A.png")
+    with pytest.raises(LstmCtcOcr.Error, match="0_A.png: not a file"):
+        LstmCtcOcr().load_image(tmp_path / "0_A.png")
 
 
 def huge(kind):

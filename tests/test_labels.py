@@ -104,6 +104,15 @@ def test_a_label_of_any_letters_may_stand_in_a_list(tmp_path):
     assert said_of(folder)[0] == {"1.png": 'a,b "c"', "2.png": "ж_(1)"}
 
 
+@pytest.mark.parametrize("files", [
+    {"1.png": "", "labels.csv": b"1.png,caf\xe9\n"}, {"1.png": "", "1.gt.txt": b"caf\xe9"}])
+def test_a_label_that_is_no_utf_8_is_one_line(files, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content or b"")
+    with pytest.raises(LstmCtcOcr.Error, match="1.png: the label 'caf.*' is no text in UTF-8"):
+        LstmCtcOcr()._labels(tmp_path)
+
+
 CONFUSED = {
     "numbers with zeros in front": "{i:04}_{0}.png",
     "what may be a number of six letters": "{0}_{x}.png",

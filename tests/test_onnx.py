@@ -195,9 +195,17 @@ def not_ours(path):
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
 
 
+def of_other_letters(path):
+    """Its metadata are another model's."""
+    import onnx
+    model = onnx.load(path)
+    next(known for known in model.metadata_props if known.key == "words").value = '"ABC"'
+    onnx.save(model, path)
+
+
 @pytest.mark.parametrize("command", ["test", "start", "export"])
 @pytest.mark.parametrize("harm", [
-    lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:10_000]), not_ours,
+    lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:10_000]), not_ours, of_other_letters,
     lambda path: path.write_bytes(b"")])
 def test_a_harmed_file_is_one_clear_line(harm, command, exported, tmp_path, capfd):
     path = tmp_path / "it.onnx"
@@ -216,3 +224,10 @@ def test_from_a_file_nothing_can_be_trained_or_exported(exported, tmp_path, caps
         capsys.readouterr()
         assert main([*arguments, "--model", str(path)]) == 2
         assert "can only be read with: name a model folder with --model" in capsys.readouterr().err
+
+
+def test_a_file_beside_it_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("mine")
+    assert main(["export", str(tmp_path / "config.onnx"), "--model", str(SHIPPED)]) == 2
+    assert "config.json is there already" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]

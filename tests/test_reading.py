@@ -127,8 +127,32 @@ def test_only_the_net_that_knows_many_looks_looks_again(net, looks):
     assert len(seen) == looks
 
 
+@pytest.mark.parametrize("paper, clutter, letter", [
+    ((1, 1, .9), (.2, .5, .2), (.3, .2, .7)), ((.1, .1, .1), (.1, .6, .9), (.9, .5, .2))])
+def test_without_clutter_a_grid_of_another_colour_goes_and_pale_letters_stay(paper, clutter, letter):
+    colours = np.full((64, 128, 3), paper, np.float32)
+    colours[:, 5::12] = colours[3::12] = clutter
+    letters = np.zeros((64, 128), bool)
+    letters[20:44, 20:26] = letters[20:44, 70:76] = letters[38:44, 20:50] = True
+    colours[letters] = letter
+    colours[:, 64:][letters[:, 64:]] = .4 * np.array(paper) + .6 * np.array(letter)  # the second is paler
+    ocr = LstmCtcOcr(net="wide_cnn_lstm")
+    np.testing.assert_array_equal(ocr._without_clutter(colours)[:, :128] > 127, letters)
+    assert (ocr._ink(colours)[:, :128] > 127).sum() > 2 * letters.sum()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_without_clutter_ink_of_one_colour_stays(channels):
+    colours = np.full((64, 128, channels), .9, np.float32)
+    colours[10:50, 20:28] = colours[30, :] = .2
+    colours[10:50, 60:68] = .5
+    ocr = LstmCtcOcr(net="wide_cnn_lstm")
+    np.testing.assert_array_equal(ocr._without_clutter(colours), ocr._ink(colours))
+
+
 def test_blank_paper_stays_blank_however_it_is_looked_at():
     ocr = LstmCtcOcr(net="wide_cnn_lstm")
+    assert not ocr._without_clutter(np.full((64, 128, 3), .5, np.float32)).any()
     for look in (ocr._from_afar, ocr._from_near):
         assert not ocr._look_again(np.zeros((2, 64, 128), np.uint8), look).any()
 

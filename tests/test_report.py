@@ -2,11 +2,14 @@
 
 import html.parser
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 from conftest import NET, PRETRAINED, SHIPPED, TASK, flags
+from PIL import Image
 
 import lstm_ctc_ocr
 from lstm_ctc_ocr import main
@@ -57,6 +60,28 @@ def test_the_report_counts_what_was_read(tmp_path, capfd):
     assert "PIX_<b>0.png" in text and "3 of 3" not in text
     assert main(["test", "--model", str(SHIPPED), "--report", str(report), str(SAMPLES / "no such.png")]) == 2
     assert "--report wants labelled images" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_report_is_of_any_image_and_overwrites_none(tmp_path, capfd):
+    """A TIFF of floats too, and names that are no UTF-8."""
+    pixels = np.full((64, 100), 1, np.float32)
+    pixels[20:40, 30:60] = 0
+    path = tmp_path / "0_XYZ_1.tif"
+    Image.fromarray(pixels).save(path)
+    for report in (path, tmp_path / "nowhere" / "it.html"):
+        assert main(["test", "--report", str(report), str(path)]) == 2
+        message, = capfd.readouterr().err.splitlines()
+        assert "name an .html file in a folder that exists" in message
+    assert main(["test", "--labels", "*_LABEL_*", "--report", str(tmp_path / "it.html"), str(tmp_path)]) == 0
+    assert "<h2>Read wrong: 1" in (tmp_path / "it.html").read_text()
+    lstm_ctc_ocr._replace(tmp_path / "it.html", os.fsdecode(b"caf\xe9.tif"))
+    assert (tmp_path / "it.html").read_text() == "caf\\udce9.tif"
+
+
+def test_a_length_of_which_all_have_repeats_is_not_compared():
+    assert "repeated" not in lstm_ctc_ocr.describe(lstm_ctc_ocr.score(["AA"], ["AA"]))
+    said = lstm_ctc_ocr.describe(lstm_ctc_ocr.score(["AA", "AAB", "ABC", "ABD"], ["AA", "AAB", "ABC", "X"]))
+    assert "repeated side by side 100.00% of 1; without, at the same lengths, 50.00%" in said
 
 
 @pytest.mark.parametrize("right, count, low, high", [

@@ -106,6 +106,20 @@ def test_images_of_one_name_are_held_out_by_their_folders(few, trained, tmp_path
     assert "40 images to train on, 20 held out" in capfd.readouterr().err
 
 
+def test_a_training_that_has_ended_keeps_what_it_knows_and_tells_of_new_images(few, trained, tmp_path, capfd):
+    folder = tmp_path / "own"
+    shutil.copytree(few, folder)
+    assert train(folder, trained, tmp_path / "model") == 0
+    before = config_of(tmp_path / "model")
+    shutil.copy(tmp_path / "model" / f"LstmCtcOcr-{before['step']}.index",
+                tmp_path / "model" / f"LstmCtcOcr-{before['step']} copy.index")
+    for number in range(3):
+        shutil.copy(next(few.glob("*_A.png")), folder / f"{1000 + number}_A.png")
+    assert train(folder, trained, tmp_path / "model", val_num=5, epoch_max=5) == 0
+    assert " images are new since this training ended" in capfd.readouterr().err
+    assert all(config_of(tmp_path / "model")[name] == before[name] for name in ("accuracy", "best_step", "step"))
+
+
 def test_a_training_that_came_to_nothing_says_so(few, tmp_path, capfd):
     assert main(["train", *flags(dataset=few, model=tmp_path, net="lstm", n_hidden=8, epoch_max=1, lr=1e-6)]) == 0
     said = capfd.readouterr().err
