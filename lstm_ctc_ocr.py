@@ -625,7 +625,8 @@ class LstmCtcOcr:
     def _origin(self):
         """What the images of a folder have in common beside what their names tell: the look, and what draws letters."""
         fonts = _find_fonts(self._font_folders(), self.words)
-        if missing := set(self.words).difference(*(letters for _, letters in fonts)):
+        blank = " " * (self.look == "plain")  # where a blank may be a letter
+        if missing := set(self.words).difference(blank, *(letters for _, letters in fonts)):
             raise self.Error(f"no font in {', '.join(self._font_folders())} has {sorted(missing)}: name folders of "
                              "fonts that have them with --look varied --fonts, or give other --words")
         return {"look": "varied", "fonts": [Path(path).name for path, _ in fonts]} if self.look == "varied" else {}
