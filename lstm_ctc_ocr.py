@@ -1661,13 +1661,14 @@ class LstmCtcOcr:
         """
         away = colours - self._paper_of(colours)
         ink, distance = abs(away).max(axis=2), np.linalg.norm(away, axis=2).clip(1e-6)
-        rows, columns = (ink > ink.max() / 2).nonzero()
+        strong = (ink > ink.max() / 2).ravel().nonzero()[0]
+        rows, columns = np.divmod(strong[::1 + len(strong) // 1000], ink.shape[1])  # so many are enough
         if len(rows) <= COLOURS or colours.shape[2] == 1:
             return self._ink(colours)
         cv2.setRNGSeed(0)  # of this thread
-        _, groups, centres = cv2.kmeans(away[rows, columns], COLOURS, None, (cv2.TERM_CRITERIA_COUNT, 10, 0), 2,
+        _, groups, centres = cv2.kmeans(away[rows, columns], COLOURS, None, (cv2.TERM_CRITERIA_COUNT, 10, 0), 1,
                                         cv2.KMEANS_PP_CENTERS)
-        spread = [len(set(rows[here])) * len(set(columns[here])) / len(rows[here])
+        spread = [len(set(rows[here].tolist())) * len(set(columns[here].tolist())) / here.sum()
                   for here in groups.T == np.arange(COLOURS)[:, None]]
         thinnest = centres[np.argmax(spread)]
         cosine = (away @ (thinnest / np.linalg.norm(thinnest)) / distance).clip(0, 1)
