@@ -192,11 +192,13 @@ class LstmCtcOcr:
     # --- the task
     words: str = setting(None, "the letters that an image may hold; if not given those of the labels, or to render "
                                "A-Z, and in varied captchas a-z and 0-9 too")
-    words_max_num: int = setting(None, "the most letters in an image", 10)
-    im_width: int = setting(None, "image width in pixels, and so the LSTM's time steps", 256)
+    words_max_num: int = setting(None, "the most letters in an image; if not given, in training those of the labels, "
+                                     "else", 10)
+    im_width: int = setting(None, "image width in pixels, and so the LSTM's time steps; if not given, in training what "
+                                 "fits the images, else", 256)
     im_height: int = setting(None, "image height in pixels, and so the input of a step", 64)
     # --- the images
-    dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images")
+    dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images, to write or to read")
     labels: str = setting("", "how images are labelled: LABEL, LABEL_*, *_LABEL or the like, as their names are made "
                               "(* is any text), or list, by labels.csv, labels.txt or <image>.gt.txt; if not given, "
                               "what all of the folder shows")
@@ -208,12 +210,14 @@ class LstmCtcOcr:
     shard: str = setting("1/1", "what to render of it, I/N: of N machines with the same settings, the part of the I-th")
     train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (decoded, 100,000 take 1.6 GB "
                                     "of disk)")
-    val_num: int = setting(2000, "held-out images to validate on; 0: hold none out, and train on all")
+    val_num: int = setting(2000, "the most held-out images to validate on, a tenth of a small folder; 0: hold none "
+                                "out, and train on all")
     # --- the network
     net: str = setting(None, "lstm, the article's, cnn_lstm, with convolutions in front, or wide_cnn_lstm, with larger "
-                             "ones; if not given, train lstm or what --start-from has, and read with what was trained "
-                             "last or else with the shipped cnn_lstm", "")
-    n_hidden: int = setting(None, "LSTM cells; behind convolutions there are half of them each way", 256)
+                             "ones; if not given, train lstm or what --start-from has, and read with what --model "
+                             "says", "")
+    n_hidden: int = setting(None, "LSTM cells, half of them each way behind convolutions; from --start-from if given, "
+                                  "else", 256)
     paper: str = setting(None, "what is no ink: border, the colour that prevails along the image's edge, so that light "
                                "letters on dark paper are read too, or brightest, the brightest grey", "border")
     label_parts: int = setting(None, "classes a letter: 3 splits it in left, middle and right, so that no blank has to "
@@ -223,17 +227,18 @@ class LstmCtcOcr:
     ctc: str = setting("tensorflow", "CTC loss: tensorflow, or Baidu's warp (pip install --no-deps paddlepaddle)")
     batch_size: int = setting(32, "images a step")
     epoch_max: float = setting(None, "passes over the images; 9 of 100,000 take 40 to 50 minutes on 2 cores; started "
-                                     "from a model, as many as few images need", 9)
+                                     "from a model, about 800 steps, and more for more images", 9)
     lr: float = setting(None, "learning rate at the start; it falls as lr * (1 - (epoch / epoch_max) ** 2); started "
                               f"from a model {START_LR}", 4e-3)
     save_epoch: float = setting(None, f"epochs between checkpoints; if not given, at least {REPORT_STEPS} steps", 0.1)
     seed: int = setting(0, "fixes what is drawn at random: rendered images, first weights, order, held-out images")
     # --- reading
-    model: str = setting("", "model folder; if not given, to train my-model/<net>, or for another than the usual "
-                             "dataset my-model/<its name>; to read what was trained last, or what ships; to read, an "
-                             "ONNX file will do too")
+    model: str = setting("", "to train, the folder to write, by default my-model/<net>, or for another than the usual "
+                             "dataset my-model/<its name>; else a folder, lstm, cnn_lstm or general, by default what "
+                             "was trained last on the usual dataset, or else cnn_lstm; test and start take an ONNX "
+                             "file too")
     beam_width: int = setting(4, "beam of the search, 1 to 100; in reading, for each length that a text may have")
-    letters: str = setting("", "letters that alone can be read; of one case, they stand for the other case too")
+    letters: str = setting("", "the only letters to read; of those with one case here, the other is read as it")
     length: str = setting("", "N or MIN-MAX: letters that a text has, for sure")
     host: str = setting("127.0.0.1", "address to serve on")
     port: int = setting(5050, "port to serve on")
@@ -4627,8 +4632,8 @@ def _parser():
         if command == "test":
             sub.add_argument("paths", nargs="*", metavar="PATH", help="images and folders of images (dataset/test)")
             sub.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an image")
-            sub.add_argument("--report", default="", metavar="FILE.html", help="write a page to look at: what is read "
-                             "wrong, and whether the confidence is right")
+            sub.add_argument("--report", default="", metavar="FILE.html", help="of labelled images: write a page to "
+                             "look at, what is read wrong, and whether the confidence is right")
             sub.add_argument("--align", action="store_true", help="with --json: each letter's own confidence, and the "
                              "columns of the image, [first, last), where it was read")
     return parser
