@@ -679,10 +679,9 @@ class LstmCtcOcr:
 
     def _load_sized(self, source):
         """As `load_image`, the height and width that the image had in its file, and its colours as `_resized`."""
-        name = "the image" if isinstance(source, bytes) else source
-        if not isinstance(source, bytes) and not str(source).startswith("/dev/") and os.path.exists(source) \
-                and not os.path.isfile(source) and not os.path.isdir(source):
-            raise self.Error(f"{name}: not a file")  # but a pipe, say, which never ends
+        name = "the image" if isinstance(source, bytes) else _on_one_line(source)
+        if not isinstance(source, bytes) and Path(source).is_fifo() and not str(source).startswith("/dev/"):
+            raise self.Error(f"{name}: a pipe, not a file")  # to read it would wait for ever
         try:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
             count = math.prod(_size_of(io.BytesIO(data)))
@@ -1774,7 +1773,7 @@ class LstmCtcOcr:
                 print(fault, file=sys.stderr)
             else:
                 verdict = "" if truth is None else f"  {truth} {'right' if text == truth else 'wrong'}"
-                print(f"{text:<{ocr.words_max_num}}  {confidence:.3f}  {path}{verdict}")
+                print(f"{text:<{ocr.words_max_num}}  {confidence:.3f}  {_on_one_line(path)}{verdict}")
         if labelled and not as_json:
             print("\n" + describe(score(*zip(*(reading[1:3] for reading in labelled)))))
         if labelled and report:
@@ -2010,7 +2009,7 @@ class LstmCtcOcr:
             print(f"{run.step} steps done; {best}; in {run.folder}", file=sys.stderr)
             if run.idle == PATIENCE:
                 print(f"it has ended early: the last {PATIENCE} validations have gained nothing", file=sys.stderr)
-            if (new := len(run.rows) * run.place.workers - run.config["images"]) > 0:
+            if (new := len(run.rows) * run.place.workers - run.config.get("images", math.inf)) > 0:
                 print(f"{new:,} images are new since this training ended: to learn them too, train with another "
                       "--model", file=sys.stderr)
             if accuracy == 0:
@@ -3965,6 +3964,11 @@ def _files_in(folder):
 def _quoted(text):
     """A name in a message: on one line, whatever it is."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def _on_one_line(path):
+    """A path in a line of output: quoted if it holds line breaks or what else would not be seen."""
+    return _quoted(str(path)) if re.search(r"[\0-\x1f\x7f]", str(path)) else path
 
 
 def _is_image_name(name):

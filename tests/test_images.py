@@ -224,7 +224,7 @@ def test_an_unreadable_path_is_one_error(name, fault, tmp_path):
 
 def test_a_pipe_in_a_folder_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "0_A.png")
-    with pytest.raises(LstmCtcOcr.Error, match="0_A.png: not a file"):
+    with pytest.raises(LstmCtcOcr.Error, match="0_A.png: a pipe, not a file"):
         LstmCtcOcr().load_image(tmp_path / "0_A.png")
 
 
