@@ -1817,6 +1817,9 @@ class LstmCtcOcr:
         place, folder = self._join_cluster(), self._folder_to_train()
         if place.job == "ps":
             return self._serve_parameters(place)
+        if not Path(self.dataset).is_dir():
+            raise self.Error(f"{self.dataset} is no folder: render captchas with `python lstm_ctc_ocr.py "
+                             "create_dataset`, or name the folder of your own with --dataset")
         if 0 < self.train_max_num < place.workers:
             raise self.Error(f"--train-max-num {self.train_max_num} leaves some of {place.workers} workers without an "
                              "image: give at least as many")

@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_a_number_stops_with_the_last_checkpoint_intact(train
     (dict(words="AY"), "which is not in --words AY"),
     (dict(words_max_num=1), "1 to 1 letters"),
     (dict(batch_size=1000), "fewer than one batch of 1000"),
-    (dict(dataset="nowhere"), "no labelled images in nowhere"),
+    (dict(dataset="nowhere"), "nowhere is no folder: render"),
 ])
 def test_what_cannot_be_trained_is_one_line(dataset, tmp_path, capfd, settings, complaint):
     assert main(train(**{**dict(dataset=dataset, model=tmp_path / "model"), **settings})) == 2
