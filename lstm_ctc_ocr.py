@@ -1602,7 +1602,8 @@ class LstmCtcOcr:
     def publish(self, folder):
         """Copies the model that this object reads with into `folder`, without what only training needs."""
         (_, config, weights), folder = self._load_model(self._model_to_read()), Path(folder)
-        config.pop("curve", None)
+        for name in ("curve", "idle"):
+            config.pop(name, None)
         step = config.get("best_step", config["step"])
         share = step / config["step"] if config["step"] else 1
         config.update(step=step, images_seen=round(config["images_seen"] * share),
@@ -2029,7 +2030,9 @@ class LstmCtcOcr:
     def _begin(self, run):
         """Reads off where the training stands, and returns its progress bar."""
         run.step = run.saved = int(run.session.run(run.net.step))
-        run.idle = run.config.get("idle", 0)
+        plan = {"images": len(run.rows) * run.place.workers, "epoch_max": self.epoch_max}
+        if plan.items() <= run.config.items():  # or else there may be something to gain again
+            run.idle = run.config.get("idle", 0)
         run.reported, run.begun = (time.monotonic(), run.step), time.process_time()
         run.cpu_before = run.config.get("cpu_minutes", 0) - run.begun / 60
         bar = tqdm(total=run.last * self.batch_size, initial=run.step * self.batch_size, unit="img", disable=None)
