@@ -373,12 +373,19 @@ def test_publishing_keeps_the_readings_and_drops_the_rest(trained, dataset, tmp_
     (["start", "--model", str(SHIPPED), "--port", "0", "--length", "some"], "length must be N or MIN-MAX"),
     (["create_dataset", "--words", "AA"], "each of them once"),
     (["start", "--image-root", "nowhere"], "--image-root nowhere is not a folder"),
+    (["start", "--model", str(SHIPPED), "--port", "70000"], "a port is 0 to 65535"),
 ])
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, complaint, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(arguments) == 2
     messages = capfd.readouterr().err
     assert complaint in messages and len(messages.splitlines()) == 1
+
+
+def test_it_reads_with_its_messages_closed():
+    code = f"exec {sys.executable} lstm_ctc_ocr.py test --json 2>&-"
+    process = subprocess.run(["sh", "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.returncode == 0 and len([json.loads(line) for line in process.stdout.splitlines()]) == 3
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["train", "--epoch-max", "many"], ["test", "--n-hidden", "3"]])

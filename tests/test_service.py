@@ -85,7 +85,8 @@ def test_it_answers_as_in_the_article(server):
 def test_an_image_can_be_posted_in_three_ways(server):
     for text, data in SAMPLES.items():
         encoded = json.dumps({"image": base64.b64encode(data).decode()})
-        for body, headers in [(data, PNG), (encoded, {"Content-Type": "application/json"}), as_form(data)]:
+        js, url = {"Content-Type": "application/json"}, f"data:image/png;base64,{base64.encodebytes(data).decode()}"
+        for body, headers in [(data, PNG), (encoded, js), (json.dumps({"image": url}), js), as_form(data)]:
             status, answer = ask(server, "POST", "/captchaOcr", body, headers)
             assert status == 200 and list(answer) == ["ocr_ret", "confidence"] and answer["ocr_ret"] == text
 
@@ -320,6 +321,9 @@ def test_the_threads_that_read_end_with_the_service(root):
 
 
 def test_a_token_guards_everything_but_health(root):
+    client = application(root, token="öffne")[1].test_client()
+    sent = {"Authorization": "Bearer öffne".encode().decode("latin-1")}  # as it comes over a socket
+    assert client.get("/captchaOcr", headers=sent).status_code == 400
     client = application(root, token="open=sesame:")[1].test_client()
     basic = base64.b64encode(b"anybody:open=sesame:").decode()
     for path in ("/", "/openapi.json", "/captchaOcr?img_path=good.png", "/captchaOcr?img_path=none.png"):
