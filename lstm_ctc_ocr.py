@@ -112,6 +112,7 @@ LONGEST = 20  # letters of what is taken for a label without being told: checksu
 LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path.png,LABEL lines
 LISTS = ("labels.txt", LABELS)  # in a folder: lines of an image and its label; the second counts more
 MAX_GAP = 10  # between the numbers of images, on average: some may be missing
+NO_UTF8 = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are none
 BESIDE = ".gt.txt"  # of a text file that is named as the image whose label it holds
 LOOK = ".look.json"  # in a folder of rendered captchas: how they were drawn
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
@@ -324,6 +325,11 @@ class LstmCtcOcr:
         validation: float = 0.0  # CPU seconds of the last validation
         validating: float = 0.0  # and of all
 
+        @property
+        def trained_on(self):
+            """How many images all that train together train on."""
+            return len(self.rows) * self.place.workers
+
     @dataclasses.dataclass(frozen=True)
     class _Reader:
         """A model that is ready to read."""
@@ -455,6 +461,8 @@ class LstmCtcOcr:
         if self._least_steps > self.steps:
             raise self.Error(f"CTC cannot align {self.words_max_num} letters, {self._least_steps} steps, in "
                              f"{self.steps}: lower --words-max-num, or widen --im-width")
+        if not 0 <= self.port < 65536:
+            raise self.Error(f"a port is 0 to 65535, not {self.port}: choose another --port")
         if not 1 <= self.beam_width <= 100:
             raise self.Error(f"--beam-width must be 1 to 100, not {self.beam_width}")
         shard = SHARD.fullmatch(self.shard)
@@ -630,8 +638,8 @@ class LstmCtcOcr:
     def _origin(self):
         """What the images of a folder have in common beside what their names tell: the look, and what draws letters."""
         fonts = _find_fonts(self._font_folders(), self.words)
-        blank = " " * (self.look == "plain")  # where a blank may be a letter
-        if missing := set(self.words).difference(blank, *(letters for _, letters in fonts)):
+        drawn = {" "} if self.look == "plain" else set()  # a space needs no font
+        if missing := set(self.words).difference(drawn, *(letters for _, letters in fonts)):
             raise self.Error(f"no font in {', '.join(self._font_folders())} has {sorted(missing)}: name folders of "
                              "fonts that have them with --look varied --fonts, or give other --words")
         return {"look": "varied", "fonts": [Path(path).name for path, _ in fonts]} if self.look == "varied" else {}
@@ -917,7 +925,7 @@ class LstmCtcOcr:
             lists, labels, left_out = self._listed(folder, names, others)
         way, labels = (lists, labels) if lists or self.labels == "list" else self._named(folder, names)
         for name, label in labels.items():
-            if not label.isprintable():
+            if NO_UTF8.search(label):
                 raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8: save the list, or rename "
                                  "the image, in UTF-8")
         left_out = {"images without a label": [name for name in names if name not in labels], **left_out,
@@ -2013,7 +2021,7 @@ class LstmCtcOcr:
             print(f"{run.step} steps done; {best}; in {run.folder}", file=sys.stderr)
             if run.idle == PATIENCE:
                 print(f"it has ended early: the last {PATIENCE} validations have gained nothing", file=sys.stderr)
-            if (new := len(run.rows) * run.place.workers - run.config.get("images", math.inf)) > 0:
+            if (new := run.trained_on - run.config.get("images", math.inf)) > 0:
                 print(f"{new:,} images are new since this training ended: to learn them too, train with another "
                       "--model", file=sys.stderr)
             if accuracy == 0:
@@ -2030,7 +2038,7 @@ class LstmCtcOcr:
     def _begin(self, run):
         """Reads off where the training stands, and returns its progress bar."""
         run.step = run.saved = int(run.session.run(run.net.step))
-        plan = {"images": len(run.rows) * run.place.workers, "epoch_max": self.epoch_max}
+        plan = {"images": run.trained_on, "epoch_max": self.epoch_max}
         if plan.items() <= run.config.items():  # or else there may be something to gain again
             run.idle = run.config.get("idle", 0)
         run.reported, run.begun = (time.monotonic(), run.step), time.process_time()
@@ -2203,9 +2211,8 @@ class LstmCtcOcr:
         before, run.saved = run.saved, run.step
         run.config.update(step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
                           images_seen=run.step * self.batch_size * run.place.workers,
-                          images=len(run.rows) * run.place.workers, epoch_max=self.epoch_max,
-                          lr=self.lr, cpu_minutes=round(self._cpu_minutes(run), 2),
-                          tensorflow=_tensorflow().__version__)
+                          images=run.trained_on, epoch_max=self.epoch_max, lr=self.lr,
+                          cpu_minutes=round(self._cpu_minutes(run), 2), tensorflow=_tensorflow().__version__)
         self._save_config(run.folder, run.config)
         kept = {f"LstmCtcOcr-{step}" for step in (run.step, before, run.config.get("best_step"))}
         for path in run.folder.glob("LstmCtcOcr-*"):
@@ -2595,8 +2602,9 @@ class LstmCtcOcr:
         return self._answer_image_to_label()
 
     def _answer_image_to_label(self):
-        """GET /label/image: the image that `path` names, or else the next one; no path if all have a label."""
-        labelling, data, asked = _service().labelling, b"", flask.request.args.get("path")
+        """GET /label/image: the image that `path` names, or the next, as after POST; no path if all have a label."""
+        labelling, data = _service().labelling, b""
+        asked = flask.request.args.get("path") if flask.request.method == "GET" else None
         while name := asked or labelling.next():
             path = name in labelling.images and _file_under(labelling.folder, labelling.folder / name)
             if path and name not in labelling.guesses:
@@ -2638,8 +2646,6 @@ class LstmCtcOcr:
     def _listen(self):
         """Returns the application and its server, ready to run; raises `Error` if the address cannot be had."""
         try:
-            if not 0 <= self.port < 65536:
-                raise OverflowError("a port is 0 to 65535")
             family, *_, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             listening = socket.create_server(address[:2], family=family, backlog=1024)
         except (OSError, OverflowError, UnicodeError) as error:
