@@ -1558,7 +1558,7 @@ class LstmCtcOcr:
         Its `logits` use all cores, but `alone` only the calling thread: others then do the same on the other cores.
         """
         model = self._model_to_read()
-        return self._open_onnx(model) if model.suffix == ".onnx" else self._open_folder(model)
+        return self._open_onnx(model) if model.suffix.lower() == ".onnx" else self._open_folder(model)
 
     def _open_folder(self, folder):
         tf, (ocr, config, weights) = _tensorflow(), self._load_model(folder)
@@ -2683,7 +2683,7 @@ class LstmCtcOcr:
         A name that ends in .onnx gets an ONNX file instead, see `_export_onnx`.
         """
         directory = Path(directory)
-        onnx = directory.suffix == ".onnx"
+        onnx = directory.suffix.lower() == ".onnx"
         for path in (directory, directory.with_suffix(".json"))[:1 + onnx]:
             if path.exists():
                 raise self.Error(f"{path} is there already: name a new folder or file")
@@ -2983,7 +2983,7 @@ def draw_varied(text, seed, fonts):
     """
     chance = random.Random(seed)
     height = chance.randint(22, 45) if chance.random() < .45 else chance.randint(40, 90)
-    size = max(13, height * (chance.uniform(.55, 1.05) if chance.random() < .75 else chance.uniform(.3, .6)))
+    size = max(13, height * (chance.uniform(.55, 1.05) if chance.random() < .7 else chance.uniform(.25, .6)))
     paper, contrast = _draw_paper_colour(chance), chance.choice((50, 75, 100, 130))
     look = LstmCtcOcr._Look(chance, np.random.default_rng(chance.getrandbits(64)), fonts, height, size, paper,
                             _contrasting(chance, paper, contrast), contrast)
@@ -3066,7 +3066,7 @@ def _draw_letters(look, text):
     chance, size = look.chance, look.size
     placed, width = _place_letters(look, text)
     margin = look.height * (chance.uniform(.02, .15) if chance.random() < .5 else chance.uniform(.1, .9))
-    shape = look.height, int(max(width + 2 * margin, look.height * chance.choice((1.1, 1.5, 2, 2.5, 3))))
+    shape = look.height, int(max(width + 2 * margin, look.height * chance.choice((.9, 1.5, 2, 2.5, 3))))
     slack = shape[1] - width
     left = slack / 2 if chance.random() < .5 else chance.uniform(min(margin, slack / 2), max(slack - margin, slack / 2))
     capital = .36 * size  # half the height of one
@@ -3098,8 +3098,9 @@ def _place_letters(look, text):
     """
     chance, size, height = look.chance, look.size, look.height
     level = next((level for level in GLYPH_SIZES if level >= .9 * size), GLYPH_SIZES[-1])
-    swing, grow = chance.choice((0, 0, 5, 12, 20, 32)), chance.choice((0, 0, .08, .2))
-    jitter = chance.choice((0, 0, .05, .12, .2))
+    swing, grow = chance.choice((0, 0, 5, 12, 20, 32, 48)), chance.choice((0, 0, .08, .2, .4))
+    most = min(grow, max(.1, height / size - 1))  # no letter is larger than the image
+    jitter = chance.choice((0, 0, .05, .12, .2, .4 if grow == .4 else .2))
     slant, slants = chance.choice((0, 0, 0, chance.uniform(-.35, .35))), chance.choice((0, 0, .15, .3))
     turn, stretch = chance.choice((0, 0, 0, chance.uniform(-12, 12))), chance.choice((1, 1, chance.uniform(.75, 1.3)))
     spacing = chance.choice((chance.uniform(.72, .95), 1, chance.uniform(.95, 1.15), chance.uniform(1.1, 1.5),
@@ -3111,7 +3112,7 @@ def _place_letters(look, text):
     placed, pen = [], 0.0
     for letter in text:
         mask, middle, advance = _glyph(font if one_font else _font_for(look, letter), letter, level)
-        scale = size / level * (1 + chance.uniform(-grow, grow))
+        scale = size / level * (1 + chance.uniform(-grow, most))
         angle = math.radians(turn + chance.uniform(-swing, swing))
         rotation = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
         lean = slant + chance.uniform(-slants, slants)
@@ -3223,7 +3224,8 @@ def _draw_paper(look, shape):
         share = _gradient(look, shape)
     elif kind == "texture":
         grain, method = chance.choice((1, 1, 2, 4, 10)), chance.choice((cv2.INTER_CUBIC, cv2.INTER_NEAREST))
-        share = cv2.resize(look.noise.random((height // grain + 2, width // grain + 2)), (width, height),
+        channels = chance.choice((1, 1, 3))
+        share = cv2.resize(look.noise.random((height // grain + 2, width // grain + 2, channels)), (width, height),
                            interpolation=method)
     elif kind == "grid":
         angle, step = chance.choice((0, math.pi / 2, chance.uniform(0, math.pi))), chance.uniform(4, 16)
@@ -3240,7 +3242,7 @@ def _draw_paper(look, shape):
     other = _any_colour(chance)  # brought so near to the paper that letters stand out from both
     room = .45 * abs(_brightness(look.ink) - _brightness(look.paper))
     step = (other - look.paper) * min(1, room / max(abs(_brightness(other) - _brightness(look.paper)), 20))
-    return look.paper + np.float32(share)[..., None] * step
+    return look.paper + np.float32(share).reshape(height, width, -1) * step
 
 
 def _clutter(look, canvas, calm, over):
@@ -3251,6 +3253,7 @@ def _clutter(look, canvas, calm, over):
     chance, shape = look.chance, canvas.shape[:2]
     for _ in range(chance.randint(0, 1) if calm else chance.choices((0, 1, 2, 3), (7, 7, 3, 1))[0]):
         draw, = chance.choices(*zip(*CLUTTER))
+        several = chance.random() < .3 and draw is not _blots
         for _ in range(chance.choice((1, 1, 2)) if draw in (_lines, _curves, _dots) else 1):
             faint = look.paper + (look.ink - look.paper) * chance.uniform(.15, .5)
             colour, = chance.choices((look.ink, _any_colour(chance), faint, look.paper), (6, 5, 3, over))
@@ -3260,7 +3263,15 @@ def _clutter(look, canvas, calm, over):
             thickness = max(1, round(chance.uniform(.25, .95 if misleads else 1.6) * look.size / 11))
             mask = np.zeros(shape, np.uint8)
             draw(look, mask, thickness, cv2.LINE_AA if chance.random() < .8 else cv2.LINE_8)
+            colour = _of_several_colours(look, shape) if several and colour is not look.paper else colour
             canvas += (mask * np.float32(opacity / 255))[..., None] * (colour - canvas)
+
+
+def _of_several_colours(look, shape):
+    """Any colours, in patches: (h, w, 3) float32."""
+    grain = look.chance.choice((1, 6, 20))
+    colours = look.noise.integers(0, 256, (shape[0] // grain + 1, shape[1] // grain + 1, 3)).astype(np.float32)
+    return cv2.resize(colours, shape[::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def _anywhere(look, shape, beyond=.1):

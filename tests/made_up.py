@@ -1,4 +1,4 @@
-"""Draws captchas of six kinds to measure `general` on, never to train: what its own renderer does not draw just so.
+"""Draws captchas of nine kinds to measure `general` on, never to train: what its own renderer does not draw just so.
 
     python tests/made_up.py OUT [--count 500] [--seed 7]        OUT/hollow/<i>_<LABEL>.png and so on; wants fonts-dejavu
 
@@ -142,6 +142,35 @@ def scattered(fonts):
     return text, image
 
 
+def lined(image):
+    """Lines from anywhere to anywhere, each in a colour of its own."""
+    for _ in range(3):
+        ends = [random.randint(0, length) for _ in range(2) for length in image.size]
+        ImageDraw.Draw(image).line(ends, colour(0, 180), max(1, image.height // 80))
+    return image
+
+
+def turned(fonts):
+    """Letters turned by up to 55 degrees."""
+    text, image = a_text(CAPITALS + DIGITS, 4, 5), Image.new("RGB", (220, 60), colour(190, 255))
+    write(image, text, random.choice(fonts), (34, 40), lambda: colour(0, 120), 55, (2, 6), 5)
+    return text, lined(image)
+
+
+def uneven(fonts):
+    """Letters of which some are twice as large as others, at any height."""
+    text, image = a_text(CAPITALS + DIGITS, 4, 5), Image.new("RGB", (220, 70), colour(190, 255))
+    write(image, text, random.choice(fonts), (22, 52), lambda: colour(0, 120), 20, (1, 6), 12)
+    return text, lined(image)
+
+
+def square(fonts):
+    """As high as wide."""
+    text, image = a_text(CAPITALS + DIGITS, 4, 4), Image.new("RGB", (200, 200), colour(190, 255))
+    write(image, text, random.choice(fonts), (46, 58), lambda: colour(0, 120), 20, (2, 6), 50)
+    return text, lined(image)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -150,7 +179,7 @@ def main():
     parser.add_argument("--fonts", type=Path, default="/usr/share/fonts/truetype/dejavu")
     arguments = parser.parse_args()
     fonts = [str(path) for path in sorted(arguments.fonts.glob("*.ttf")) if "Math" not in path.name]
-    for draw in (hollow, distorted, sparse, dotted, noisy, scattered):
+    for draw in (hollow, distorted, sparse, dotted, noisy, scattered, turned, uneven, square):
         random.seed(f"{arguments.seed} {draw.__name__}")
         folder = arguments.out / draw.__name__
         folder.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,8 @@ class Renderer:
         self.labels = np.frombuffer(mmap.mmap(-1, most * 12), np.int8).reshape(-1, 12)
         self.done = context.Value("l", 0, lock=False)
         self.taken = 0
-        context.Process(target=self.render, args=[number, seed, fonts], daemon=True).start()
+        self.process = context.Process(target=self.render, args=[number, seed, fonts], daemon=True)
+        self.process.start()
 
     def render(self, number, seed, fonts):
         os.nice(5)  # the training comes first
@@ -77,6 +78,8 @@ class Renderer:
 
     def new(self):
         """The images and labels that have come since the last call."""
+        if self.process.exitcode:
+            sys.exit("a renderer ended, see above")
         rows = slice(self.taken, self.done.value)
         self.taken = rows.stop
         return self.images[rows], self.labels[rows]
@@ -305,6 +308,7 @@ def train(arguments):
     import torch
     torch.manual_seed(arguments.seed)
     torch.backends.cudnn.benchmark = True
+    LstmCtcOcr(words=WORDS, look="varied", fonts=tuple(arguments.fonts))._origin()  # whether the fonts have all letters
     processes = arguments.processes or max(1, lstm_ctc_ocr._cores() - 1)
     renderers = [Renderer(number, arguments.images // processes, arguments.seed, tuple(arguments.fonts))
                  for number in range(processes)]  # forked before this process opens a GPU
@@ -365,26 +369,29 @@ def unpack(arguments):
 
 
 def pack(arguments):
-    """Writes a model folder, the temperature fitted on held-out images; the rest of its config is `general`'s."""
+    """Writes a model folder; its temperature is the one with which held-out images are read the most likely as they
+    are labelled, second looks included. The rest of its config is `general`'s."""
     arrays = dict(np.load(arguments.end))
     counts = {name: int(arrays.pop(name)) for name in ("steps", "images_seen", "images")}
     config = json.loads((lstm_ctc_ocr.MODELS / "pretrained" / "general" / "config.json").read_text())
     ocr = LstmCtcOcr(**{name: config[name] for name in lstm_ctc_ocr.ARCHITECTURE})
-    images, files = ocr.load_images(ocr._labelled_files(arguments.held))
-    folder, tf = Path(arguments.model), lstm_ctc_ocr._tensorflow()
+    folder, (paths, texts) = Path(arguments.model), zip(*ocr._labelled_files(arguments.held))
     step = config["step"] + counts["steps"]
-    with lstm_ctc_ocr._constants(arrays, folder), tf.Session(config=lstm_ctc_ocr._session_config()) as session:
-        net = ocr._build_reading(ocr._build_input())
-        logits = np.concatenate([session.run(net.logits, {net.images: images[rows]}) for rows in
-                                 np.array_split(np.arange(len(files)), -(-len(files) // 64))], axis=1)
+    config.update(step=step, best_step=step, images_seen=config["images_seen"] + counts["images_seen"],
+                  images=config["images"] + counts["images"], validated_on=len(paths))
     folder.mkdir(parents=True, exist_ok=True)
     ocr._save_weights(arrays, folder, step)
-    right, confidences = lstm_ctc_ocr.greedy_confidences(logits, [ocr.text_to_sequence(text) for _, text in files])
-    config.update(step=step, best_step=step, images_seen=config["images_seen"] + counts["images_seen"],
-                  images=config["images"] + counts["images"], accuracy=round(float(right.mean()), 3),
-                  validated_on=len(files), temperature=lstm_ctc_ocr.fit_temperature(right, confidences))
+
+    def read(temperature):  # whether each is read right, and the confidences
+        ocr._save_config(folder, config | {"temperature": temperature})
+        _, read, confidences, _ = zip(*LstmCtcOcr(model=str(folder)).recognise_files(map(str, paths)))
+        return np.array(read) == np.array(texts), confidences
+
+    right, confidences = map(np.array, zip(*map(read, lstm_ctc_ocr.TEMPERATURES)))
+    config["temperature"] = lstm_ctc_ocr.fit_temperature(right, confidences)
+    config["accuracy"] = round(float(right[lstm_ctc_ocr.TEMPERATURES.index(config["temperature"])].mean()), 3)
     ocr._save_config(folder, config)
-    print(f"{folder}: {config['accuracy']:.1%} of {len(files)}, temperature {config['temperature']}")
+    print(f"{folder}: {config['accuracy']:.1%} of {len(paths)}, temperature {config['temperature']}")
 
 
 def main():
