@@ -3584,6 +3584,7 @@ def greedy_confidences(logits, sequences):
 def fit_temperature(right, confidences):
     """Of `TEMPERATURES`, the one whose confidences (K, n) are the likeliest, given which readings were right (n,).
 
+    right may differ with the temperature, (K, n), where the reading does.
     Temperature scaling (Guo et al., 2017, arXiv:1706.04599), of whole texts: of those with confidence 0.9, nine in ten
     shall be right.
     """

@@ -382,12 +382,12 @@ def pack(arguments):
     folder.mkdir(parents=True, exist_ok=True)
     ocr._save_weights(arrays, folder, step)
 
-    def read(temperature):  # whether each is read right, and the confidences
+    def trial(temperature):  # whether each is read right, and the confidences
         ocr._save_config(folder, config | {"temperature": temperature})
-        _, read, confidences, _ = zip(*LstmCtcOcr(model=str(folder)).recognise_files(map(str, paths)))
-        return np.array(read) == np.array(texts), confidences
+        _, readings, confidences, _ = zip(*LstmCtcOcr(model=str(folder)).recognise_files(map(str, paths)))
+        return np.array(readings) == np.array(texts), confidences
 
-    right, confidences = map(np.array, zip(*map(read, lstm_ctc_ocr.TEMPERATURES)))
+    right, confidences = map(np.array, zip(*map(trial, lstm_ctc_ocr.TEMPERATURES)))
     config["temperature"] = lstm_ctc_ocr.fit_temperature(right, confidences)
     config["accuracy"] = round(float(right[lstm_ctc_ocr.TEMPERATURES.index(config["temperature"])].mean()), 3)
     ocr._save_config(folder, config)
