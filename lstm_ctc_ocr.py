@@ -250,182 +250,6 @@ class LstmCtcOcr:
 
     unset: frozenset = dataclasses.field(init=False, repr=False, compare=False, default=frozenset())  # not given
 
-    @dataclasses.dataclass
-    class _Look:
-        """What the parts of one varied captcha have in common; colours are (3,) float32, BGR of 0 to 255."""
-        chance: random.Random
-        noise: np.random.Generator
-        fonts: tuple  # (path, those letters that it has) of each
-        height: int  # of the image in pixels
-        size: float  # of the letters, pixels an em
-        paper: np.ndarray
-        ink: np.ndarray
-        contrast: int  # the least difference in brightness between letters and paper
-
-    @dataclasses.dataclass(frozen=True)
-    class _Net:
-        """The tensors and operations of a network in its graph."""
-        images: object  # (B, H, W) uint8
-        logits: object  # (T, B, C) float32
-        sparse: object  # the texts that are read, sparse (B, .) int64
-        confidence: object  # (B,) float32
-        # --- what only training has
-        sequences: object = None  # the labels, sparse (B, .) int32
-        losses: object = None  # (B,) float32, of what is read
-        loss: object = None  # () float32, of what is trained
-        gradient_norm: object = None  # () float32, before clipping
-        train: object = None  # does a step, and gives the step that it has reached
-        step: object = None  # () int64
-        # --- and in a cluster
-        replicas: object = None  # the optimizer that averages the workers' gradients
-        plan: object = None  # () string, by which the chief tells the workers how it trains
-        finished: tuple = ()  # for each parameter server, what tells it that this worker is done
-
-    @dataclasses.dataclass(frozen=True)
-    class _Place:
-        """A process's place among those that train together, see `_join_cluster`; by default it is alone."""
-        job: str = "chief"  # or worker, or ps: it serves parameters
-        index: int = 0  # among those of its job
-        chief: bool = True
-        number: int = 0  # among chief and workers
-        workers: int = 1  # the chief included
-        servers: int = 0
-        target: str = ""  # of its sessions
-        device: object = None  # where variables and operations go
-        sees: tuple = ()  # the tasks that it has to do with
-
-    @dataclasses.dataclass
-    class _Run:
-        """A training under way."""
-        place: object  # _Place
-        folder: Path  # of the model
-        net: object  # _Net
-        saver: object
-        images: object  # (n, H, W) uint8, to be indexed by rows
-        files: list  # (path, text) of each
-        held: np.ndarray  # rows that are validated on
-        rows: np.ndarray  # rows that are trained on
-        steps_per_epoch: int
-        last: int  # the step at which it ends
-        distorts: bool  # each image, whenever it is trained on
-        config: dict = dataclasses.field(default_factory=dict)  # what config.json will say; the chief's
-        writer: object = None  # of summaries; the chief's
-        session: object = None  # for any thread, and to save from; another one once a parameter server was lost
-        opened: int = 0  # how many sessions there were
-        stepping: object = None  # in a cluster, the thread that runs the steps
-        bar: object = None
-        step: int = 0
-        saved: int = 0  # the newest checkpoint's step
-        finished: bool = False  # the last step of all is done
-        losses: list = dataclasses.field(default_factory=list)  # of each step of this process
-        reported: tuple = ()  # monotonic time and step of the last report
-        begun: float = 0.0  # CPU seconds of this process at the first step
-        cpu_before: float = 0.0  # CPU minutes of earlier parts, less those of this process before its first step
-        idle: int = 0  # validations since the last that was better in accuracy or loss
-        validation: float = 0.0  # CPU seconds of the last validation
-        validating: float = 0.0  # and of all
-
-        @property
-        def trained_on(self):
-            """How many images all that train together train on."""
-            return len(self.rows) * self.place.workers
-
-    @dataclasses.dataclass(frozen=True)
-    class _Reader:
-        """A model that is ready to read."""
-        ocr: object  # LstmCtcOcr with the architecture of the model
-        folder: Path  # or ONNX file
-        config: dict  # as it was when the weights were loaded
-        known: object  # `Known` of texts, by the settings
-        logits: object  # function (images (B, H, w) uint8, alone=False) -> (T, B, C) float32, blank last, see `_opened`
-
-    @dataclasses.dataclass(frozen=True)
-    class _Labels:
-        """The labels of the images of a folder, all told in one way."""
-        folder: Path
-        way: str  # one of --labels, or the lists
-        of: dict  # label of each image that has one, by its path in the folder
-        left_out: dict  # what gives no label to any, by what is wrong with it
-
-        def __str__(self):
-            """Lines that say how labels were found, and what was left out."""
-            found = [f"{self.folder.resolve().name}: {len(self.of):,} images, labels as in {self.way} ({_quoted(name)} "
-                     f"is {label})" for name, label in itertools.islice(self.of.items(), 1)]
-            faults = [f"{len(those):,} {what}, such as {_quoted(those[0])}"
-                      for what, those in self.left_out.items() if those]
-            return "\n".join(found + ["left out: " + "; ".join(faults)] * bool(faults))
-
-    @dataclasses.dataclass
-    class _Labelling:
-        """A folder whose images are labelled on the page /label; an image's name is its path from there on."""
-        folder: Path  # links resolved
-        images: tuple  # names of all, in the order of the folder
-        separator: str  # in a line of its file of labels
-        labels: dict  # by name, of those that have one
-        guesses: dict = dataclasses.field(default_factory=dict)  # (text, confidence) by name; None if it is unreadable
-        skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # how often, by name
-        lock: object = dataclasses.field(default_factory=threading.Lock)  # held to write
-
-        def left(self):
-            """Names of those that have no label, but for what could not be read."""
-            return [name for name in self.images if name not in self.labels and self.guesses.get(name, True)]
-
-        def next(self):
-            """Of those left and skipped the least often, the one that was read least surely; None: there is no more."""
-            return min(self.left(), key=lambda name: (self.skipped[name], (self.guesses.get(name) or ("", 2))[1]),
-                       default=None)
-
-        def write(self, name, label):
-            """Adds a line to the file of labels, whole or not at all; it is on the disk when this returns."""
-            path, line = self.folder / LABELS, io.StringIO()
-            csv.writer(line, delimiter=self.separator, lineterminator="\n").writerow([name, label])
-            with self.lock:
-                end = path.stat().st_size if path.exists() else 0
-                try:
-                    with open(path, "ab") as file:
-                        file.write(line.getvalue().encode())
-                    _to_disk(path, self.folder)
-                except OSError:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.truncate(path, end)
-                    raise
-                self.labels[name] = label
-
-    @dataclasses.dataclass
-    class _Service:
-        """What the requests to an application share."""
-        reader: object  # _Reader
-        token: str  # what clients must show, if anything
-        folders: tuple  # where a relative path may start, all absolute; the image root last
-        model: dict  # what of config.json clients are told
-        labelling: object = None  # _Labelling, with --label
-        lock: object = dataclasses.field(default_factory=threading.Lock)  # held to count
-        jobs: object = dataclasses.field(default_factory=queue.SimpleQueue)  # (bytes, Known, Future), or None: the end
-        threads: list = dataclasses.field(default_factory=list)  # that read
-        waiting: int = 0  # images
-        images_read: int = 0
-        errors: int = 0  # requests for a reading that were answered by an error
-        others: int = 0  # requests that asked for no reading, or were refused before it
-        latencies: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=1000))
-        stopping: bool = False
-
-        def close(self):
-            """Ends the threads that read, once they have read what was asked for; no more is taken."""
-            self.stopping = True
-            for _ in self.threads:
-                self.jobs.put(None)
-            for thread in self.threads:
-                thread.join()
-
-    @dataclasses.dataclass
-    class _Beam:
-        """The W likeliest prefixes of each length L from 0 on; arrays (B, L, W)."""
-        blank: np.ndarray  # log of the probability of a prefix by the paths that end with a blank
-        letter: np.ndarray  # and of those that end with its last class
-        last: np.ndarray  # its last class; the blank, if it is empty
-        key: np.ndarray  # its hash, by which it is known if it comes a second way; 0 where there is none yet
-        sequence: np.ndarray  # (B, L, W, L - 1), what is not used of it arbitrary
-
     class Error(ValueError):
         """Something that the user can mend, in one line that says what to do."""
         status = 422  # of the service's answer
@@ -539,496 +363,6 @@ class LstmCtcOcr:
         for (row, _), value in zip(indices, values):
             sequences[row].append(int(value))
         return sequences
-
-    # ------------------------------------------------------------------ rendering
-
-    def create_dataset(self):
-        """Renders image 0 to `im_total_num` - 1 into the folder `dataset`, on every core; of them, its `shard`.
-
-        Image i depends on the seed and on i alone, neither on the number of workers nor on that of shards, which may
-        share the folder. Whole files are left as they are, so that an interrupted run goes on where it stopped. Returns
-        0, or 128 + the signal's number when it was told to stop. Raises `Error` if the folder holds images that these
-        settings would not have given.
-        """
-        folder, (index, count) = Path(self.dataset), map(int, self.shard.split("/"))
-        if unfit := set(self.words) & set("/\\\0\n"):
-            raise self.Error(f"--words cannot hold {sorted(unfit)}: labels are part of file names")
-        origin = self._origin()
-        with self._writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._refuse_strangers(folder, origin)
-            if origin:
-                _replace(folder / LOOK, json.dumps(origin) + "\n")
-        settings = dataclasses.replace(self)  # without the model that this object may hold, which cannot be sent away
-        numbers = range(index - 1, self.im_total_num, count)
-        with _deferred_stop() as stop, self._renderers() as pool, \
-                tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None) as bar:
-            with _signals_held():  # a worker that is still starting would die of them
-                futures = [pool.submit(settings._render_all, numbers[start:start + 20])
-                           for start in range(0, len(numbers), 20)]
-            for fault in itertools.chain.from_iterable(future.result() for future in futures):
-                bar.update()
-                if fault:
-                    raise self.Error(fault)
-                if stop:
-                    print(f"stopped; the same command goes on with the images that {folder} lacks", file=sys.stderr)
-                    return 128 + stop[0]
-        print(f"{len(numbers)} images in {folder}" + f", shard {self.shard}" * (count > 1), file=sys.stderr)
-        return 0
-
-    @contextlib.contextmanager
-    def _renderers(self):
-        """Processes that render, and end with this one, however it ends; raises `Error` if one of them is killed."""
-        context = multiprocessing.get_context("spawn")  # fork would copy the threads of a loaded TensorFlow half
-        pool = concurrent.futures.ProcessPoolExecutor(self.workers or _cores(), context, _follow_parent)
-        try:
-            yield pool
-        except concurrent.futures.BrokenExecutor:
-            for process in multiprocessing.active_children():  # they may be waiting for what the dead one had locked
-                process.kill()
-            raise self.Error("a process that renders was killed, perhaps for want of memory; run the same command "
-                             "again, with fewer --workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _render_all(self, numbers):
-        return [self._render(i) for i in numbers]
-
-    def _render(self, i):
-        """Renders image i unless it is there already. Returns what went wrong, or None."""
-        random.seed(f"{self.seed}-{i}")  # for the captcha package, too, which draws from this module's generator
-        plain, label = self._draw_label(random)
-        path = Path(self.dataset, f"{i}_{label}.png")
-        if _is_whole_png(path):
-            return None
-        try:
-            _replace(path, self._draw(plain, label))  # no fsync: what a power cut tears lacks its end, and is redrawn
-        except OSError as error:
-            return f"cannot write {path}: {error.strerror}; run the same command again once that is mended"
-
-    def _draw_label(self, generator):
-        """Whether to draw it plain, and a random label; generator: the module `random`, or a `random.Random`."""
-        letters, longest, plain = self.words, self.words_max_num, self.look == "plain"
-        length = generator.randint(1, longest)
-        if not plain:  # mostly one case, and most often 4 to 6 letters, as others have them
-            plain = generator.random() < PLAIN_SHARE
-            (alphabet, _), = generator.choices(ALPHABETS, [weight for _, weight in ALPHABETS])
-            if plain and generator.random() < .5:
-                alphabet = CAPITALS
-            letters = [letter for letter in letters if letter in (alphabet or letters)] or letters
-            if plain:  # of any length: the longest are the hardest
-                length = max(length, generator.randint(1, longest))
-            elif generator.random() < .6:
-                length = generator.randint(min(4, longest), min(6, longest))
-        return plain, "".join(generator.choice(letters) for _ in range(length))
-
-    def _draw(self, plain, label):
-        """A captcha as a PNG file's bytes, drawn by the module `random`'s generator."""
-        if plain:
-            return _renderer(self.im_width, self.im_height).generate(label).getvalue()
-        pixels = draw_varied(label, random.getrandbits(64), _find_fonts(self._font_folders(), self.words))
-        return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
-
-    def _font_folders(self):
-        package = str(Path(_package("captcha", "render captchas").__file__).parent)
-        if self.look == "plain":
-            return package,
-        return tuple(self.fonts) or (package, *map(os.path.expanduser, FONT_FOLDERS))
-
-    def _origin(self):
-        """What the images of a folder have in common beside what their names tell: the look, and what draws letters."""
-        fonts = _find_fonts(self._font_folders(), self.words)
-        drawn = {" "} if self.look == "plain" else set()  # a space needs no font
-        if missing := set(self.words).difference(drawn, *(letters for _, letters in fonts)):
-            raise self.Error(f"no font in {', '.join(self._font_folders())} has {sorted(missing)}: name folders of "
-                             "fonts that have them with --look varied --fonts, or give other --words")
-        return {"look": "varied", "fonts": [Path(path).name for path, _ in fonts]} if self.look == "varied" else {}
-
-    def _refuse_strangers(self, folder, origin):
-        for path in folder.glob(".*.part"):  # left behind by kill -9, or else another shard is writing it just now
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < time.time() - STALE:
-                    path.unlink()
-        files = [(path, named) for path in folder.iterdir() if (named := LABELLED.fullmatch(path.name))]
-        if files and (known := self._origin_of(folder)) != origin:
-            raise self.Error(f"{folder} holds {known.get('look', 'plain')} images, or drawn with other fonts: give the "
-                             "same --look and --fonts, or another --dataset")
-        for path, named in files:
-            _, expected = self._draw_label(random.Random(f"{self.seed}-{int(named[1])}"))
-            if named[2] != expected:
-                raise self.Error(f"{folder} holds images of another --seed, --words or --words-max-num: {path.name} "
-                                 f"would be {named[1]}_{expected}.png; give the same settings, or another --dataset")
-        for path, _ in files[:1] if self.look == "plain" else ():
-            image = cv2.imread(str(path))
-            if image is not None and image.shape[:2] != (self.im_height, self.im_width):
-                raise self.Error(f"{folder} holds images of {image.shape[1]} x {image.shape[0]} pixels: give the same "
-                                 "--im-width and --im-height, or another --dataset")
-
-    @staticmethod
-    def _origin_of(folder):
-        """How a folder's images were drawn, see `_origin`; empty if that is not known, as of plain ones."""
-        try:
-            return dict(json.loads((Path(folder) / LOOK).read_text()))
-        except (OSError, ValueError, TypeError):
-            return {}
-
-    # ------------------------------------------------------------------ loading images
-
-    def load_image(self, source):
-        """Loads an image as the network sees it; the only preprocessing there is.
-
-        source: a path, or the bytes of an image file; any size, mode and depth that OpenCV reads.
-        Returns (H, W) uint8, how much ink there is: 0 for the paper, 255 for the strongest stroke, or less where the
-        contrast is below `MIN_CONTRAST`. An image of another height is scaled to H; one that is then wider than W is
-        squeezed into it, as the renderer does with long texts, and a narrower one has paper added on its right.
-        Raises `Error`, which names the file and the fault.
-        """
-        return self._load_sized(source)[0]
-
-    def _load_sized(self, source):
-        """As `load_image`, the height and width that the image had in its file, and its colours as `_resized`."""
-        name = "the image" if isinstance(source, bytes) else _on_one_line(source)
-        if not isinstance(source, bytes) and Path(source).is_fifo() and not str(source).startswith("/dev/"):
-            raise self.Error(f"{name}: a pipe, not a file")  # to read it would wait for ever
-        try:
-            data = source if isinstance(source, bytes) else Path(source).read_bytes()
-            count = math.prod(_size_of(io.BytesIO(data)))
-            decodable = 0 < count <= MAX_PIXELS or not count and data and _opencv_has_limit()
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if decodable else None
-        except OSError as error:
-            raise self.Error(f"{name}: {error.strerror}") from None
-        except cv2.error as error:
-            if "IMAGE_PIXELS" in str(error):
-                raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels") from None
-            raise self.Error(f"{name}: {error.err or error}") from None
-        except ValueError as error:  # a NUL in the path
-            raise self.Error(f"{name}: {error}") from None
-        if count > MAX_PIXELS:
-            raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels")
-        if pixels is None:
-            raise self.Error(f"{name}: not a whole image of a kind that OpenCV reads")
-        colours = self._resized(self._colours(pixels))
-        return self._ink(colours), pixels.shape[:2], colours
-
-    @staticmethod
-    def _colours(pixels):
-        """Pixels (h, w) or (h, w, channels) as OpenCV decodes them -> (h, w, 1 or 3) float32, 1 white.
-
-        What is transparent is white.
-        """
-        whole = pixels.dtype in (np.uint8, np.uint16)
-        if not whole:  # of 32 bits or more, whose largest is white
-            pixels = np.nan_to_num(pixels.astype(np.float32), posinf=0, neginf=0)
-        white = np.iinfo(pixels.dtype).max if whole else max(pixels.max(), 1e-9)
-        pixels = (pixels.astype(np.float32) / np.float32(white)).reshape(*pixels.shape[:2], -1)
-        if pixels.shape[2] in (2, 4):
-            colour, alpha = pixels[..., :-1], pixels[..., -1:]
-            pixels = colour * alpha + (1 - alpha)
-        return pixels if pixels.shape[2] == 3 else pixels[..., :1]
-
-    def _resized(self, colours):
-        """Colours (h, w, 1 or 3) float32 as large as the network sees them: (H, w', 1 or 3), w' as `_fitted` says."""
-        if self.paper == "brightest" and colours.shape[2] == 3:
-            colours = cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY)[..., None]
-        height, width, channels = colours.shape
-        fitted = self._fitted(height, width)
-        if (height, width) != (self.im_height, fitted):
-            method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
-            colours = cv2.resize(colours, (fitted, self.im_height), interpolation=method).reshape(-1, fitted, channels)
-        return colours
-
-    def _paper_of(self, colours):
-        """The paper's colour, (channels,) float32: the median along the edge, or the brightest."""
-        if self.paper == "brightest":
-            return colours.max(axis=(0, 1))
-        edge = max(1, self.im_height // 16)
-        middle = colours[edge:-edge]
-        parts = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, edge:][:, -edge:]
-        along = np.concatenate([part.reshape(-1, colours.shape[2]) for part in parts])
-        return np.sort(along, axis=0)[len(along) // 2]  # NumPy's partition takes 4 to 8 times as long
-
-    def _ink(self, colours):
-        """Ink by how far its colour is from that of the paper: (H, w, 1 or 3) float32 -> (H, W) uint8."""
-        paper = (*self._paper_of(colours).tolist(), 0, 0, 0)[:4]  # of four numbers it makes a colour
-        away = cv2.absdiff(colours, paper)
-        return self._filled(functools.reduce(cv2.max, cv2.split(away)))  # NumPy takes three times as long
-
-    def _filled(self, ink):
-        """Ink (H, w) float32 at its full strength, paper on its right: (H, W) uint8."""
-        image = np.zeros((self.im_height, self.im_width), np.uint8)
-        image[:, :ink.shape[1]] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
-        return image
-
-    def _fitted(self, height, width):
-        """The width that an image of that size is brought to; what is left of W is paper."""
-        return min(self.im_width, max(1, round(width * self.im_height / height)))
-
-    def _read_width(self, height, width):
-        """How much of W the network is given of an image of that size: squares that hold it, and the longest text."""
-        squares = -(-max(self._fitted(height, width), self._least_steps * self._stride) // self.im_height)
-        return min(self.im_width, squares * self.im_height)
-
-    def _columns(self, begin, end, height, width):
-        """Steps [begin, end) of the network -> columns [first, last) of the image of that size, at least one."""
-        first, last = (round(step * self._stride * width / self._fitted(height, width)) for step in (begin, end))
-        first = min(first, width - 1)
-        return [first, min(max(last, first + 1), width)]
-
-    @dataclasses.dataclass(frozen=True)
-    class _DecodedImages:
-        """Images in a file, to be indexed as an array (n, H, W) uint8 by a row or an array of rows.
-
-        Each is read when it is asked for, so that they are the system's to keep in memory or not. Mapping the file into
-        memory would be slower: of what is not there yet, it reads far more than is wanted.
-        """
-        file: object  # open: `DECODED_HEAD` bytes, then images (H, W) uint8
-        size: tuple  # H, W
-        rows: np.ndarray  # (n,) int64: which images of the file these are
-
-        def __len__(self):
-            return len(self.rows)
-
-        def __getitem__(self, rows):
-            rows = self.rows[rows]
-            images = np.empty((*rows.shape, *self.size), np.uint8)
-            for image, row in zip(images.reshape(-1, *self.size), rows.ravel().tolist()):
-                if _read_at(self.file, image, DECODED_HEAD + row * image.nbytes) < image.nbytes:
-                    raise LstmCtcOcr.Error(f"{self.file.name} has become shorter: run the same command again, and it "
-                                           "decodes what is missing")
-            return images
-
-    @dataclasses.dataclass(frozen=True)
-    class _DecodedFile:
-        """A file beside the images of a folder that holds them decoded, and its index.
-
-        Both begin with the same 8 random bytes: they belong together. In the index follows a stamp (8 bytes) for each
-        image that is whole. Images are only ever added, an image's stamp once it is on the disk; so whoever reads
-        meanwhile needs no lock, and what kill -9 or a power cut leaves without a stamp is written over.
-        """
-        folder: Path
-        key: str  # what the images depend on besides their files
-        size: tuple  # H, W
-
-        @property
-        def paths(self):
-            """(pixels, index)"""
-            return [self.folder / f".decoded-{self.key}.{kind}" for kind in ("pixels", "index")]
-
-        def _open(self):
-            """Returns the file of pixels and its images' stamps, (n,) uint64; None and none if they are no pair."""
-            with contextlib.suppress(FileNotFoundError):
-                file, index = open(self.paths[0], "rb"), np.fromfile(self.paths[1], "<u8")
-                if len(index) and file.read(8) == index[:1].tobytes():
-                    count = (os.fstat(file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
-                    return file, index[1:][:max(0, count)]
-            return None, np.empty(0, np.uint64)
-
-        def find(self, stamps):
-            """Returns the images of these stamps (n,) as `_DecodedImages`, whose row is -1 where there is none."""
-            file, known = self._open()
-            if not len(known):
-                return LstmCtcOcr._DecodedImages(file, self.size, np.full(len(stamps), -1))
-            order = np.argsort(known)
-            places = order[np.minimum(np.searchsorted(known, stamps, sorter=order), len(known) - 1)]
-            return LstmCtcOcr._DecodedImages(file, self.size, np.where(known[places] == stamps, places, -1))
-
-        @contextlib.contextmanager
-        def locked(self):
-            """Keeps other processes from adding images until it ends; waits for one that does."""
-            with open(self.folder / DECODED_LOCK, "w") as lock:
-                try:
-                    if fcntl:
-                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    print(f"another process is decoding the images of {self.folder}: waiting for it", file=sys.stderr)
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                except OSError:  # of a file system that has no locks
-                    pass
-                yield
-
-        def drop_stale(self):
-            """Begins a new pair of files if there is none, or if most of its images have left the folder."""
-            file, known = self._open()
-            stamps = _stamps(_image_files(self.folder), self.folder)
-            if file and (not len(known) or np.isin(known, stamps).mean() >= 0.5):
-                return
-            token = secrets.token_bytes(8)
-            for path, head in zip(self.paths, (token.ljust(DECODED_HEAD, b"\0"), token)):
-                path.unlink(missing_ok=True)  # another training may go on with the old one
-                path.write_bytes(head)
-
-        def add(self, stamps, images):
-            """Adds n images (H, W) uint8 of stamps (n,); only under `locked`."""
-            count = len(self._open()[1])
-            with open(self.paths[0], "r+b") as pixels, open(self.paths[1], "r+b") as index:
-                pixels.seek(DECODED_HEAD + count * math.prod(self.size))
-                pixels.write(b"".join(images))
-                pixels.flush()
-                os.fsync(pixels.fileno())
-                index.truncate(8 * (1 + count))  # a stamp that was only half written
-                index.seek(8 * (1 + count))
-                index.write(stamps.tobytes())
-
-    def load_images(self, files, folder=None):
-        """Decodes the images of one folder, (path, text) pairs: returns `_DecodedImages` and their pairs.
-
-        folder: where they, and subfolders that hold some of them, are; if not given where the first is.
-
-        Decoded images stay in a file of that folder, so that later only what is new or has changed is decoded. Files
-        that are no images are named on stderr and left out. Raises `Error` if that file cannot be written.
-        """
-        folder = Path(folder or Path(files[0][0]).parent)
-        decoded = self._DecodedFile(folder, self._preprocessing, (self.im_height, self.im_width))
-        stamps = _stamps((path for path, _ in files), folder)
-        images = decoded.find(stamps)
-        if (images.rows < 0).any():
-            with self._writing(folder), decoded.locked():
-                self._decode_missing(decoded, files, stamps)
-            images = decoded.find(stamps)
-        good = np.flatnonzero(images.rows >= 0)
-        return dataclasses.replace(images, rows=images.rows[good]), [files[row] for row in good]
-
-    @property
-    def _preprocessing(self):
-        """What decoded images depend on besides their files, as a part of a file's name."""
-        return f"{self.im_width}x{self.im_height}-{self.paper}-{PREPROCESSING}"
-
-    def _decode_missing(self, decoded, files, stamps):
-        """Adds to a file of decoded images those of `files` that it lacks; names on stderr what is no image."""
-        decoded.drop_stale()
-        missing, faults = np.flatnonzero(decoded.find(stamps).rows < 0), []
-
-        def load(row):
-            try:
-                return self.load_image(files[row][0])
-            except self.Error as error:
-                faults.append((row, error))
-
-        with ThreadPool(_cores()) as pool, tqdm(total=len(missing), unit="img", desc="decoding", disable=None) as bar:
-            for start in range(0, len(missing), DECODE_BATCH):  # OpenCV decodes outside the interpreter's lock
-                rows = missing[start:start + DECODE_BATCH]
-                images = pool.map(load, rows)
-                whole = [image is not None for image in images]
-                decoded.add(stamps[rows[whole]], [image for image in images if image is not None])
-                bar.update(len(rows))
-        for _, fault in sorted(faults, key=lambda fault: fault[0]):
-            print(f"left out: {fault}", file=sys.stderr)
-
-    def _labels(self, folder):
-        """Returns the `_Labels` of a folder's images: those of its lists, or else those in all of its names.
-
-        Raises `Error` if the names can be read in two ways; the setting `labels` decides.
-        """
-        names, others = _files_in(folder)
-        lists, labels, left_out = "", {}, {}
-        if self.labels in ("", "list"):
-            lists, labels, left_out = self._listed(folder, names, others)
-        way, labels = (lists, labels) if lists or self.labels == "list" else self._named(folder, names)
-        for name, label in labels.items():
-            if NO_UTF8.search(label):
-                raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8: save the list, or rename "
-                                 "the image, in UTF-8")
-        left_out = {"images without a label": [name for name in names if name not in labels], **left_out,
-                    "files that are no images": [name for name in others if name not in LISTS and
-                                                 not name.endswith(BESIDE)]}
-        return self._Labels(folder, way, labels, left_out)
-
-    def _listed(self, folder, names, others):
-        """Returns the names of a folder's lists, the labels in them, a later one first, and lines that are no use."""
-        images, others, labels, replaced, strange = set(names), set(others), {}, [], []
-        lists = [name for name in LISTS if name in others]
-        for name in names if any(name.endswith(BESIDE) for name in others) else ():
-            with contextlib.suppress(OSError):  # the image has no label then
-                text = Path(folder, os.path.splitext(name)[0] + BESIDE).read_text("utf-8-sig", "surrogateescape")
-                labels[name] = text.strip().partition("\n")[0].rstrip()
-        ways = [f"<image>{BESIDE}"] * bool(labels) + lists
-        for path in lists:
-            for number, (name, label) in enumerate(self._rows(folder / path)):
-                if name not in images:
-                    name = os.path.normpath(name.replace("\\", "/"))
-                if name in images:
-                    replaced += [name] * (labels.get(name, label) != label)
-                    labels[name] = label
-                elif number:  # the first line may name the columns
-                    strange.append(name)
-        labels = {name: label for name, label in labels.items() if label}
-        return " and ".join(ways) * bool(labels or strange), labels, {
-            "lines of lists that name no image": strange, "labels that a later line replaces": replaced}
-
-    def _rows(self, path):
-        """The (image, label) of each line of a list, split by tabs if the first has any, or commas, or semicolons."""
-        text = path.read_text("utf-8-sig", "surrogateescape")  # as Python has names that are no UTF-8
-        try:
-            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text)))
-        except csv.Error as error:
-            raise self.Error(f"{path}: {error}: give it a line an image: its name, a comma, its label") from None
-        return [(row[0].strip(), row[1].strip() if len(row) > 1 else "") for row in rows if row]
-
-    def _named(self, folder, names):
-        """Returns how labels stand in all of these names, and the labels; none if the names only count the images."""
-        if self.labels:
-            stem = os.path.splitext(self.labels)[0] if _is_image_name(self.labels) else self.labels
-            apart = re.escape("".join(sign for sign in stem if not sign.isalnum()))
-            letter = rf"[^\s_.(){apart}]"  # what stands around a label is not in it
-            return self.labels, self._labels_in(names, re.escape(stem).replace(r"\*", ".*"), letter, "")
-        plain, before, after = (self._labels_in(names, pattern, r"[^\W_]", LONGEST) for pattern in NAMED.values())
-        if after and 2 * len(after) >= max(len(plain), len(before)):
-            return self._told_apart(folder, before, after)
-        if len(plain) >= 0.9 * len(before):
-            start = len(os.path.commonprefix(list(plain.values())))  # captcha001.png and so on
-            counted = {name: label[start:].lstrip("0") or "0" for name, label in plain.items()}
-            return ("LABEL", plain) if plain and _gap(counted) >= MAX_GAP else ("", {})
-        if len(plain) < 0.1 * len(before):  # few names without more than a label have none
-            before = {name: label for name, label in before.items() if name not in plain}
-        return ("LABEL_*", before) if _gap(before) >= MAX_GAP else ("", {})
-
-    def _told_apart(self, folder, before, after):
-        """Returns what of names <number>_<text> is the label, and the labels: not what counts the images."""
-        numbers, texts = _gap({name: os.path.basename(name).partition("_")[0] for name in after}), _gap(after)
-        if 10 * numbers < texts:
-            return "*_LABEL", after
-        if 10 * texts < numbers:
-            return "LABEL_*", before
-        name = next(iter(after))
-        raise self.Error(f"the names in {folder} can be read in two ways: give --labels 'LABEL_*' ({_quoted(name)} is "
-                         f"{before[name]}) or --labels '*_LABEL' ({_quoted(name)} is {after[name]})")
-
-    def _labels_in(self, names, pattern, letter, most):
-        """The labels in those names that follow a pattern, of as many letters as that."""
-        if odd := "".join(letter for letter in self.words if not letter.isalnum()):
-            letter = f"(?:{letter}|[{re.escape(odd)}])"
-        label = f"({letter}{{1,{most}}})"
-        match = re.compile(pattern.replace("LABEL", label) + COPY + r"\.\w+", re.DOTALL).fullmatch
-        return {name: found[1] for name in names if (found := match(os.path.basename(name)))}
-
-    def _labelled_files(self, folder, place=_Place(), labels=None):
-        """Returns the (path, text) of every labelled image, in the order of their names' digests.
-
-        labels: its `_Labels`, if they are known already. Of several workers, number n of N gets the images i with
-        i % N == n, what `create_dataset --shard` renders, and of other names those that a digest gives it.
-
-        Raises `Error` if there is none, or one with a label that no network of these settings could learn.
-        """
-        labels, words = labels or self._labels(folder), set(self.words)
-        for name, label in labels.of.items():
-            if not words.issuperset(label):
-                raise self.Error(f"{folder / name}: the label holds {sorted(set(label) - words)}, which is not in "
-                                 f"--words {self.words}: correct it, or give other --words, and for a model that "
-                                 "was trained already another --model")
-            if len(label) > self.words_max_num:
-                raise self.Error(f"{folder / name}: a label needs 1 to {self.words_max_num} letters: correct it, or "
-                                 "give a larger --words-max-num, and for a model that was trained already another "
-                                 "--model")
-        names = [name for name in labels.of if place.workers == 1 or _number_of(name) % place.workers == place.number]
-        if not names:
-            why = f" ({labels})" if str(labels) and not labels.of else ""
-            raise self.Error(f"no labelled images in {folder}{why}: call them LABEL.png or the like, say with "
-                             "--labels how they are called, or write a labels.csv, a line an image: its name, a comma, "
-                             "its label; or render some with `python lstm_ctc_ocr.py create_dataset`, or name another "
-                             "folder with --dataset")
-        # By a digest of each name: a folder that grows keeps its order, and those held out stay the first of it.
-        names.sort(key=lambda name: (_digest(name), name))
-        return [(os.path.join(folder, name), labels.of[name]) for name in names]
 
     # ------------------------------------------------------------------ the network
 
@@ -1168,7 +502,7 @@ class LstmCtcOcr:
         d_gates = tf.TensorArray(tf.float32, size=steps, element_shape=[batch, 4 * cells])
         return tf.while_loop(lambda t, *_: t >= 0, step, (steps - 1, zero, zero, d_gates))[-1].stack()
 
-    # ------------------------------------------------------------------ loss, training step, decoding
+    # ------------------------------------------------------------------ CTC: loss and search
 
     def ctc_loss(self, sequences, logits):
         """CTC loss (Graves et al., 2006): sequences (B, .) sparse int32, logits (T, B, C), blank last -> (B,)."""
@@ -1273,6 +607,23 @@ class LstmCtcOcr:
             return [(*reading, self._align(reading[0], words, p[:, b])) for b, reading in enumerate(readings)]
         return readings
 
+    def _folds(self, letters):
+        """The matrix that adds up the classes read as each of `letters`, and drops the others, the blank last."""
+        matrix = np.zeros((len(self.words), len(letters)))
+        for column, letter in enumerate(letters):
+            for word in self._read_as(letter, letters):
+                matrix[self._class_of[word], column] = 1
+        folds = np.zeros((len(self.words) * self.label_parts + 1, len(letters) * self.label_parts + 1))
+        folds[:-1, :-1], folds[-1, -1] = np.kron(matrix, np.eye(self.label_parts)), 1
+        return folds
+
+    def _whole_letters(self, count):
+        """Which class may follow which, 0 or -inf, where each of `count` letters has all its parts in order."""
+        classes = np.arange(count * self.label_parts + 1)  # the blank, last, stands for nothing before
+        begins, ends = classes % self.label_parts == 0, (classes + 1) % self.label_parts == 0
+        ends[-1] = True
+        return np.where(ends[:, None] & begins | ~ends[:, None] & (classes == classes[:, None] + 1), 0, -np.inf)
+
     def _align(self, text, words, p):
         """Each letter of a text that was read from p (T, C): (letter, confidence, its first step, that after its last).
 
@@ -1290,22 +641,35 @@ class LstmCtcOcr:
             aligned.append((letter, float(confidence), spans[place][0], spans[place + parts - 1][1]))
         return aligned
 
-    def _folds(self, letters):
-        """The matrix that adds up the classes read as each of `letters`, and drops the others, the blank last."""
-        matrix = np.zeros((len(self.words), len(letters)))
-        for column, letter in enumerate(letters):
-            for word in self._read_as(letter, letters):
-                matrix[self._class_of[word], column] = 1
-        folds = np.zeros((len(self.words) * self.label_parts + 1, len(letters) * self.label_parts + 1))
-        folds[:-1, :-1], folds[-1, -1] = np.kron(matrix, np.eye(self.label_parts)), 1
-        return folds
+    @dataclasses.dataclass
+    class _Beam:
+        """The W likeliest prefixes of each length L from 0 on; arrays (B, L, W)."""
+        blank: np.ndarray  # log of the probability of a prefix by the paths that end with a blank
+        letter: np.ndarray  # and of those that end with its last class
+        last: np.ndarray  # its last class; the blank, if it is empty
+        key: np.ndarray  # its hash, by which it is known if it comes a second way; 0 where there is none yet
+        sequence: np.ndarray  # (B, L, W, L - 1), what is not used of it arbitrary
 
-    def _whole_letters(self, count):
-        """Which class may follow which, 0 or -inf, where each of `count` letters has all its parts in order."""
-        classes = np.arange(count * self.label_parts + 1)  # the blank, last, stands for nothing before
-        begins, ends = classes % self.label_parts == 0, (classes + 1) % self.label_parts == 0
-        ends[-1] = True
-        return np.where(ends[:, None] & begins | ~ends[:, None] & (classes == classes[:, None] + 1), 0, -np.inf)
+    # ------------------------------------------------------------------ graphs
+
+    @dataclasses.dataclass(frozen=True)
+    class _Net:
+        """The tensors and operations of a network in its graph."""
+        images: object  # (B, H, W) uint8
+        logits: object  # (T, B, C) float32
+        sparse: object  # the texts that are read, sparse (B, .) int64
+        confidence: object  # (B,) float32
+        # --- what only training has
+        sequences: object = None  # the labels, sparse (B, .) int32
+        losses: object = None  # (B,) float32, of what is read
+        loss: object = None  # () float32, of what is trained
+        gradient_norm: object = None  # () float32, before clipping
+        train: object = None  # does a step, and gives the step that it has reached
+        step: object = None  # () int64
+        # --- and in a cluster
+        replicas: object = None  # the optimizer that averages the workers' gradients
+        plan: object = None  # () string, by which the chief tells the workers how it trains
+        finished: tuple = ()  # for each parameter server, what tells it that this worker is done
 
     def _build_input(self, batch_size=None):
         """The images that a network in the default graph is given, (B, H, W) uint8; of any width where B is not set."""
@@ -1385,18 +749,389 @@ class LstmCtcOcr:
         weights["dense/bias"] = np.where(columns < 0, bias[:-1].mean(), bias[columns])
         return weights
 
-    def _build_agreement(self, steps_per_epoch, place, optimizer):
-        """What a `_Net` has in a cluster: by what the chief and the others tell each other how it goes."""
-        tf = _tensorflow()
-        plan = json.dumps({**self._plan(), "last": math.ceil(self.epoch_max * steps_per_epoch)})
-        return {"replicas": optimizer,
-                "plan": tf.get_variable("plan", initializer=plan, trainable=False, collections=[PLAN]),
-                "finished": tuple(self._finished_queue(server, place.workers).enqueue(True)
-                                  for server in range(place.servers))}
-
     def _learning_rate(self, epoch):
         """The article's decay, at every step rather than once an epoch."""
         return self.lr * (1 - (epoch / self.epoch_max) ** 2)
+
+    # ------------------------------------------------------------------ images
+
+    def load_image(self, source):
+        """Loads an image as the network sees it; the only preprocessing there is.
+
+        source: a path, or the bytes of an image file; any size, mode and depth that OpenCV reads.
+        Returns (H, W) uint8, how much ink there is: 0 for the paper, 255 for the strongest stroke, or less where the
+        contrast is below `MIN_CONTRAST`. An image of another height is scaled to H; one that is then wider than W is
+        squeezed into it, as the renderer does with long texts, and a narrower one has paper added on its right.
+        Raises `Error`, which names the file and the fault.
+        """
+        return self._load_sized(source)[0]
+
+    def _load_sized(self, source):
+        """As `load_image`, the height and width that the image had in its file, and its colours as `_resized`."""
+        name = "the image" if isinstance(source, bytes) else _on_one_line(source)
+        if not isinstance(source, bytes) and Path(source).is_fifo() and not str(source).startswith("/dev/"):
+            raise self.Error(f"{name}: a pipe, not a file")  # to read it would wait for ever
+        try:
+            data = source if isinstance(source, bytes) else Path(source).read_bytes()
+            count = math.prod(_size_of(io.BytesIO(data)))
+            decodable = 0 < count <= MAX_PIXELS or not count and data and _opencv_has_limit()
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if decodable else None
+        except OSError as error:
+            raise self.Error(f"{name}: {error.strerror}") from None
+        except cv2.error as error:
+            if "IMAGE_PIXELS" in str(error):
+                raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels") from None
+            raise self.Error(f"{name}: {error.err or error}") from None
+        except ValueError as error:  # a NUL in the path
+            raise self.Error(f"{name}: {error}") from None
+        if count > MAX_PIXELS:
+            raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels")
+        if pixels is None:
+            raise self.Error(f"{name}: not a whole image of a kind that OpenCV reads")
+        colours = self._resized(self._colours(pixels))
+        return self._ink(colours), pixels.shape[:2], colours
+
+    @staticmethod
+    def _colours(pixels):
+        """Pixels (h, w) or (h, w, channels) as OpenCV decodes them -> (h, w, 1 or 3) float32, 1 white.
+
+        What is transparent is white.
+        """
+        whole = pixels.dtype in (np.uint8, np.uint16)
+        if not whole:  # of 32 bits or more, whose largest is white
+            pixels = np.nan_to_num(pixels.astype(np.float32), posinf=0, neginf=0)
+        white = np.iinfo(pixels.dtype).max if whole else max(pixels.max(), 1e-9)
+        pixels = (pixels.astype(np.float32) / np.float32(white)).reshape(*pixels.shape[:2], -1)
+        if pixels.shape[2] in (2, 4):
+            colour, alpha = pixels[..., :-1], pixels[..., -1:]
+            pixels = colour * alpha + (1 - alpha)
+        return pixels if pixels.shape[2] == 3 else pixels[..., :1]
+
+    def _resized(self, colours):
+        """Colours (h, w, 1 or 3) float32 as large as the network sees them: (H, w', 1 or 3), w' as `_fitted` says."""
+        if self.paper == "brightest" and colours.shape[2] == 3:
+            colours = cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY)[..., None]
+        height, width, channels = colours.shape
+        fitted = self._fitted(height, width)
+        if (height, width) != (self.im_height, fitted):
+            method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
+            colours = cv2.resize(colours, (fitted, self.im_height), interpolation=method).reshape(-1, fitted, channels)
+        return colours
+
+    def _paper_of(self, colours):
+        """The paper's colour, (channels,) float32: the median along the edge, or the brightest."""
+        if self.paper == "brightest":
+            return colours.max(axis=(0, 1))
+        edge = max(1, self.im_height // 16)
+        middle = colours[edge:-edge]
+        parts = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, edge:][:, -edge:]
+        along = np.concatenate([part.reshape(-1, colours.shape[2]) for part in parts])
+        return np.sort(along, axis=0)[len(along) // 2]  # NumPy's partition takes 4 to 8 times as long
+
+    def _ink(self, colours):
+        """Ink by how far its colour is from that of the paper: (H, w, 1 or 3) float32 -> (H, W) uint8."""
+        paper = (*self._paper_of(colours).tolist(), 0, 0, 0)[:4]  # of four numbers it makes a colour
+        away = cv2.absdiff(colours, paper)
+        return self._filled(functools.reduce(cv2.max, cv2.split(away)))  # NumPy takes three times as long
+
+    def _filled(self, ink):
+        """Ink (H, w) float32 at its full strength, paper on its right: (H, W) uint8."""
+        image = np.zeros((self.im_height, self.im_width), np.uint8)
+        image[:, :ink.shape[1]] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
+        return image
+
+    def _fitted(self, height, width):
+        """The width that an image of that size is brought to; what is left of W is paper."""
+        return min(self.im_width, max(1, round(width * self.im_height / height)))
+
+    def _read_width(self, height, width):
+        """How much of W the network is given of an image of that size: squares that hold it, and the longest text."""
+        squares = -(-max(self._fitted(height, width), self._least_steps * self._stride) // self.im_height)
+        return min(self.im_width, squares * self.im_height)
+
+    def _columns(self, begin, end, height, width):
+        """Steps [begin, end) of the network -> columns [first, last) of the image of that size, at least one."""
+        first, last = (round(step * self._stride * width / self._fitted(height, width)) for step in (begin, end))
+        first = min(first, width - 1)
+        return [first, min(max(last, first + 1), width)]
+
+    # ------------------------------------------------------------------ rendering captchas
+
+    def create_dataset(self):
+        """Renders image 0 to `im_total_num` - 1 into the folder `dataset`, on every core; of them, its `shard`.
+
+        Image i depends on the seed and on i alone, neither on the number of workers nor on that of shards, which may
+        share the folder. Whole files are left as they are, so that an interrupted run goes on where it stopped. Returns
+        0, or 128 + the signal's number when it was told to stop. Raises `Error` if the folder holds images that these
+        settings would not have given.
+        """
+        folder, (index, count) = Path(self.dataset), map(int, self.shard.split("/"))
+        if unfit := set(self.words) & set("/\\\0\n"):
+            raise self.Error(f"--words cannot hold {sorted(unfit)}: labels are part of file names")
+        origin = self._origin()
+        with self._writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_strangers(folder, origin)
+            if origin:
+                _replace(folder / LOOK, json.dumps(origin) + "\n")
+        settings = dataclasses.replace(self)  # without the model that this object may hold, which cannot be sent away
+        numbers = range(index - 1, self.im_total_num, count)
+        with _deferred_stop() as stop, self._renderers() as pool, \
+                tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None) as bar:
+            with _signals_held():  # a worker that is still starting would die of them
+                futures = [pool.submit(settings._render_all, numbers[start:start + 20])
+                           for start in range(0, len(numbers), 20)]
+            for fault in itertools.chain.from_iterable(future.result() for future in futures):
+                bar.update()
+                if fault:
+                    raise self.Error(fault)
+                if stop:
+                    print(f"stopped; the same command goes on with the images that {folder} lacks", file=sys.stderr)
+                    return 128 + stop[0]
+        print(f"{len(numbers)} images in {folder}" + f", shard {self.shard}" * (count > 1), file=sys.stderr)
+        return 0
+
+    @contextlib.contextmanager
+    def _renderers(self):
+        """Processes that render, and end with this one, however it ends; raises `Error` if one of them is killed."""
+        context = multiprocessing.get_context("spawn")  # fork would copy the threads of a loaded TensorFlow half
+        pool = concurrent.futures.ProcessPoolExecutor(self.workers or _cores(), context, _follow_parent)
+        try:
+            yield pool
+        except concurrent.futures.BrokenExecutor:
+            for process in multiprocessing.active_children():  # they may be waiting for what the dead one had locked
+                process.kill()
+            raise self.Error("a process that renders was killed, perhaps for want of memory; run the same command "
+                             "again, with fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _render_all(self, numbers):
+        return [self._render(i) for i in numbers]
+
+    def _render(self, i):
+        """Renders image i unless it is there already. Returns what went wrong, or None."""
+        random.seed(f"{self.seed}-{i}")  # for the captcha package, too, which draws from this module's generator
+        plain, label = self._draw_label(random)
+        path = Path(self.dataset, f"{i}_{label}.png")
+        if _is_whole_png(path):
+            return None
+        try:
+            _replace(path, self._draw(plain, label))  # no fsync: what a power cut tears lacks its end, and is redrawn
+        except OSError as error:
+            return f"cannot write {path}: {error.strerror}; run the same command again once that is mended"
+
+    def _draw_label(self, generator):
+        """Whether to draw it plain, and a random label; generator: the module `random`, or a `random.Random`."""
+        letters, longest, plain = self.words, self.words_max_num, self.look == "plain"
+        length = generator.randint(1, longest)
+        if not plain:  # mostly one case, and most often 4 to 6 letters, as others have them
+            plain = generator.random() < PLAIN_SHARE
+            (alphabet, _), = generator.choices(ALPHABETS, [weight for _, weight in ALPHABETS])
+            if plain and generator.random() < .5:
+                alphabet = CAPITALS
+            letters = [letter for letter in letters if letter in (alphabet or letters)] or letters
+            if plain:  # of any length: the longest are the hardest
+                length = max(length, generator.randint(1, longest))
+            elif generator.random() < .6:
+                length = generator.randint(min(4, longest), min(6, longest))
+        return plain, "".join(generator.choice(letters) for _ in range(length))
+
+    def _draw(self, plain, label):
+        """A captcha as a PNG file's bytes, drawn by the module `random`'s generator."""
+        if plain:
+            return _renderer(self.im_width, self.im_height).generate(label).getvalue()
+        pixels = draw_varied(label, random.getrandbits(64), _find_fonts(self._font_folders(), self.words))
+        return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+
+    def _font_folders(self):
+        package = str(Path(_package("captcha", "render captchas").__file__).parent)
+        if self.look == "plain":
+            return package,
+        return tuple(self.fonts) or (package, *map(os.path.expanduser, FONT_FOLDERS))
+
+    def _origin(self):
+        """What the images of a folder have in common beside what their names tell: the look, and what draws letters."""
+        fonts = _find_fonts(self._font_folders(), self.words)
+        drawn = {" "} if self.look == "plain" else set()  # a space needs no font
+        if missing := set(self.words).difference(drawn, *(letters for _, letters in fonts)):
+            raise self.Error(f"no font in {', '.join(self._font_folders())} has {sorted(missing)}: name folders of "
+                             "fonts that have them with --look varied --fonts, or give other --words")
+        return {"look": "varied", "fonts": [Path(path).name for path, _ in fonts]} if self.look == "varied" else {}
+
+    def _refuse_strangers(self, folder, origin):
+        for path in folder.glob(".*.part"):  # left behind by kill -9, or else another shard is writing it just now
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - STALE:
+                    path.unlink()
+        files = [(path, named) for path in folder.iterdir() if (named := LABELLED.fullmatch(path.name))]
+        if files and (known := self._origin_of(folder)) != origin:
+            raise self.Error(f"{folder} holds {known.get('look', 'plain')} images, or drawn with other fonts: give the "
+                             "same --look and --fonts, or another --dataset")
+        for path, named in files:
+            _, expected = self._draw_label(random.Random(f"{self.seed}-{int(named[1])}"))
+            if named[2] != expected:
+                raise self.Error(f"{folder} holds images of another --seed, --words or --words-max-num: {path.name} "
+                                 f"would be {named[1]}_{expected}.png; give the same settings, or another --dataset")
+        for path, _ in files[:1] if self.look == "plain" else ():
+            image = cv2.imread(str(path))
+            if image is not None and image.shape[:2] != (self.im_height, self.im_width):
+                raise self.Error(f"{folder} holds images of {image.shape[1]} x {image.shape[0]} pixels: give the same "
+                                 "--im-width and --im-height, or another --dataset")
+
+    @staticmethod
+    def _origin_of(folder):
+        """How a folder's images were drawn, see `_origin`; empty if that is not known, as of plain ones."""
+        try:
+            return dict(json.loads((Path(folder) / LOOK).read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    @dataclasses.dataclass
+    class _Look:
+        """What the parts of one varied captcha have in common; colours are (3,) float32, BGR of 0 to 255."""
+        chance: random.Random
+        noise: np.random.Generator
+        fonts: tuple  # (path, those letters that it has) of each
+        height: int  # of the image in pixels
+        size: float  # of the letters, pixels an em
+        paper: np.ndarray
+        ink: np.ndarray
+        contrast: int  # the least difference in brightness between letters and paper
+
+    # ------------------------------------------------------------------ labels
+
+    @dataclasses.dataclass(frozen=True)
+    class _Labels:
+        """The labels of the images of a folder, all told in one way."""
+        folder: Path
+        way: str  # one of --labels, or the lists
+        of: dict  # label of each image that has one, by its path in the folder
+        left_out: dict  # what gives no label to any, by what is wrong with it
+
+        def __str__(self):
+            """Lines that say how labels were found, and what was left out."""
+            found = [f"{self.folder.resolve().name}: {len(self.of):,} images, labels as in {self.way} ({_quoted(name)} "
+                     f"is {label})" for name, label in itertools.islice(self.of.items(), 1)]
+            faults = [f"{len(those):,} {what}, such as {_quoted(those[0])}"
+                      for what, those in self.left_out.items() if those]
+            return "\n".join(found + ["left out: " + "; ".join(faults)] * bool(faults))
+
+    def _labels(self, folder):
+        """Returns the `_Labels` of a folder's images: those of its lists, or else those in all of its names.
+
+        Raises `Error` if the names can be read in two ways; the setting `labels` decides.
+        """
+        names, others = _files_in(folder)
+        lists, labels, left_out = "", {}, {}
+        if self.labels in ("", "list"):
+            lists, labels, left_out = self._listed(folder, names, others)
+        way, labels = (lists, labels) if lists or self.labels == "list" else self._named(folder, names)
+        for name, label in labels.items():
+            if NO_UTF8.search(label):
+                raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8: save the list, or rename "
+                                 "the image, in UTF-8")
+        left_out = {"images without a label": [name for name in names if name not in labels], **left_out,
+                    "files that are no images": [name for name in others if name not in LISTS and
+                                                 not name.endswith(BESIDE)]}
+        return self._Labels(folder, way, labels, left_out)
+
+    def _listed(self, folder, names, others):
+        """Returns the names of a folder's lists, the labels in them, a later one first, and lines that are no use."""
+        images, others, labels, replaced, strange = set(names), set(others), {}, [], []
+        lists = [name for name in LISTS if name in others]
+        for name in names if any(name.endswith(BESIDE) for name in others) else ():
+            with contextlib.suppress(OSError):  # the image has no label then
+                text = Path(folder, os.path.splitext(name)[0] + BESIDE).read_text("utf-8-sig", "surrogateescape")
+                labels[name] = text.strip().partition("\n")[0].rstrip()
+        ways = [f"<image>{BESIDE}"] * bool(labels) + lists
+        for path in lists:
+            for number, (name, label) in enumerate(self._rows(folder / path)):
+                if name not in images:
+                    name = os.path.normpath(name.replace("\\", "/"))
+                if name in images:
+                    replaced += [name] * (labels.get(name, label) != label)
+                    labels[name] = label
+                elif number:  # the first line may name the columns
+                    strange.append(name)
+        labels = {name: label for name, label in labels.items() if label}
+        return " and ".join(ways) * bool(labels or strange), labels, {
+            "lines of lists that name no image": strange, "labels that a later line replaces": replaced}
+
+    def _rows(self, path):
+        """The (image, label) of each line of a list, split by tabs if the first has any, or commas, or semicolons."""
+        text = path.read_text("utf-8-sig", "surrogateescape")  # as Python has names that are no UTF-8
+        try:
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text)))
+        except csv.Error as error:
+            raise self.Error(f"{path}: {error}: give it a line an image: its name, a comma, its label") from None
+        return [(row[0].strip(), row[1].strip() if len(row) > 1 else "") for row in rows if row]
+
+    def _named(self, folder, names):
+        """Returns how labels stand in all of these names, and the labels; none if the names only count the images."""
+        if self.labels:
+            stem = os.path.splitext(self.labels)[0] if _is_image_name(self.labels) else self.labels
+            apart = re.escape("".join(sign for sign in stem if not sign.isalnum()))
+            letter = rf"[^\s_.(){apart}]"  # what stands around a label is not in it
+            return self.labels, self._labels_in(names, re.escape(stem).replace(r"\*", ".*"), letter, "")
+        plain, before, after = (self._labels_in(names, pattern, r"[^\W_]", LONGEST) for pattern in NAMED.values())
+        if after and 2 * len(after) >= max(len(plain), len(before)):
+            return self._told_apart(folder, before, after)
+        if len(plain) >= 0.9 * len(before):
+            start = len(os.path.commonprefix(list(plain.values())))  # captcha001.png and so on
+            counted = {name: label[start:].lstrip("0") or "0" for name, label in plain.items()}
+            return ("LABEL", plain) if plain and _gap(counted) >= MAX_GAP else ("", {})
+        if len(plain) < 0.1 * len(before):  # few names without more than a label have none
+            before = {name: label for name, label in before.items() if name not in plain}
+        return ("LABEL_*", before) if _gap(before) >= MAX_GAP else ("", {})
+
+    def _told_apart(self, folder, before, after):
+        """Returns what of names <number>_<text> is the label, and the labels: not what counts the images."""
+        numbers, texts = _gap({name: os.path.basename(name).partition("_")[0] for name in after}), _gap(after)
+        if 10 * numbers < texts:
+            return "*_LABEL", after
+        if 10 * texts < numbers:
+            return "LABEL_*", before
+        name = next(iter(after))
+        raise self.Error(f"the names in {folder} can be read in two ways: give --labels 'LABEL_*' ({_quoted(name)} is "
+                         f"{before[name]}) or --labels '*_LABEL' ({_quoted(name)} is {after[name]})")
+
+    def _labels_in(self, names, pattern, letter, most):
+        """The labels in those names that follow a pattern, of as many letters as that."""
+        if odd := "".join(letter for letter in self.words if not letter.isalnum()):
+            letter = f"(?:{letter}|[{re.escape(odd)}])"
+        label = f"({letter}{{1,{most}}})"
+        match = re.compile(pattern.replace("LABEL", label) + COPY + r"\.\w+", re.DOTALL).fullmatch
+        return {name: found[1] for name in names if (found := match(os.path.basename(name)))}
+
+    def _labelled_files(self, folder, place=None, labels=None):
+        """Returns the (path, text) of every labelled image, in the order of their names' digests.
+
+        labels: its `_Labels`, if they are known already. Of several workers, number n of N gets the images i with
+        i % N == n, what `create_dataset --shard` renders, and of other names those that a digest gives it.
+
+        Raises `Error` if there is none, or one with a label that no network of these settings could learn.
+        """
+        place, labels, words = place or self._Place(), labels or self._labels(folder), set(self.words)
+        for name, label in labels.of.items():
+            if not words.issuperset(label):
+                raise self.Error(f"{folder / name}: the label holds {sorted(set(label) - words)}, which is not in "
+                                 f"--words {self.words}: correct it, or give other --words, and for a model that "
+                                 "was trained already another --model")
+            if len(label) > self.words_max_num:
+                raise self.Error(f"{folder / name}: a label needs 1 to {self.words_max_num} letters: correct it, or "
+                                 "give a larger --words-max-num, and for a model that was trained already another "
+                                 "--model")
+        names = [name for name in labels.of if place.workers == 1 or _number_of(name) % place.workers == place.number]
+        if not names:
+            why = f" ({labels})" if str(labels) and not labels.of else ""
+            raise self.Error(f"no labelled images in {folder}{why}: call them LABEL.png or the like, say with "
+                             "--labels how they are called, or write a labels.csv, a line an image: its name, a comma, "
+                             "its label; or render some with `python lstm_ctc_ocr.py create_dataset`, or name another "
+                             "folder with --dataset")
+        # By a digest of each name: a folder that grows keeps its order, and those held out stay the first of it.
+        names.sort(key=lambda name: (_digest(name), name))
+        return [(os.path.join(folder, name), labels.of[name]) for name in names]
 
     # ------------------------------------------------------------------ model folders
 
@@ -1541,71 +1276,19 @@ class LstmCtcOcr:
                 pass
             yield
 
-    # ------------------------------------------------------------------ reading
-
-    @property
-    def _reader(self):
-        """The model that is read with, opened once, whichever thread asks first."""
-        if "_opened" not in self.__dict__:
-            with OPENING:
-                return self._opened
-        return self._opened
-
-    @functools.cached_property
-    def _opened(self):
-        """What reads: TensorFlow with a model folder, or ONNX Runtime with a file that `export FILE.onnx` has written.
-
-        Its `logits` use all cores, but `alone` only the calling thread: others then do the same on the other cores.
-        """
-        model = self._model_to_read()
-        return self._open_onnx(model) if model.suffix.lower() == ".onnx" else self._open_folder(model)
-
-    def _open_folder(self, folder):
-        tf, (ocr, config, weights) = _tensorflow(), self._load_model(folder)
-        with tf.Graph().as_default() as graph, _constants(weights, folder):
-            net = ocr._build_reading(ocr._build_input(), config.get("temperature", 1))
-            session = tf.Session(config=_session_config())
-            graph.finalize()  # nothing may be added to it per request
-        in_this_thread = tf.RunOptions(inter_op_thread_pool=-1)
-
-        def logits(images, alone=False):
-            return session.run(net.logits, {net.images: images}, in_this_thread if alone else None)
-
-        return self._Reader(ocr, folder, config, ocr.known(self.letters, self.length), logits)
-
-    def _open_onnx(self, path):
-        runtime = _package("onnxruntime", "read with an ONNX file")
+    @contextlib.contextmanager
+    def _writing(self, folder):
+        """Turns the faults of a disk into an `Error` that names the folder."""
+        tf = sys.modules.get("tensorflow")
         try:
-            data = path.read_bytes()
-            session = _onnx_session(runtime, data, _cores())
-            config = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
-        except OSError as error:
-            raise self.Error(f"no model in {path} ({error.strerror}): write it with `python lstm_ctc_ocr.py export "
-                             f"{path.name}`, or name another with --model") from None
-        except Exception as error:  # ONNX Runtime has many, and no class of them all
-            fault = str(error).splitlines()[0]
-            raise self.Error(f"{path} cannot be read ({fault}): export it anew, or name another with --model") from None
-        ocr = self._with_architecture(self._checked(config, path), path)
-        shape = session.get_inputs()[0].shape[2], session.get_outputs()[0].shape[2]
-        if shape != (ocr.im_height, len(ocr.words) * ocr.label_parts + 1):
-            raise self.Error(f"{path} says of itself what it is not: export it anew, or name another with --model")
-
-        in_this_thread = functools.cache(functools.partial(_onnx_session, runtime, data, 1))
-
-        def logits(images, alone=False):
-            ink = -1 - images[:, None].astype(np.float32)  # see `_export_onnx`
-            scores, = (in_this_thread() if alone else session).run(None, {"images": ink})
-            return np.roll(scores, -1, axis=2)
-
-        return self._Reader(ocr, path, config, ocr.known(self.letters, self.length), logits)
-
-    def _say_model(self):
-        """Says on stderr what is read with, and how well."""
-        config = self._reader.config
-        accuracy = ", not validated yet"
-        if "accuracy" in config:
-            accuracy = f", {config['accuracy']:.1%} of {config.get('validated_on', 0):,} held-out images"
-        print(f"reading with {_shown(self._reader.folder)} ({config['net']}{accuracy})", file=sys.stderr)
+            yield
+        except (OSError, *([tf.errors.OpError] if tf else [])) as error:
+            if _is_lost_server(error):
+                raise
+            text = getattr(error, "strerror", None) or str(error)
+            reason = re.search(r"(.+)\n\s*\[\[", text) or re.match(".*", text)  # TensorFlow puts a traceback around it
+            raise self.Error(f"cannot write to {folder} ({reason[reason.re.groups]}); run the same command again once "
+                             "that is mended") from None
 
     def publish(self, folder):
         """Copies the model that this object reads with into `folder`, without what only training needs."""
@@ -1623,197 +1306,43 @@ class LstmCtcOcr:
                     path.unlink()
             self._save_config(folder, config)
 
-    def _read(self, infer, images, known, colours):
-        """n images (H, w) uint8, what is `Known` of each, and their colours (H, w', .) -> what `texts` says of each.
-
-        infer: function from images (B, H, w) to logits (T, B, C); those of one width are read together.
-        """
-        alike, readings = collections.defaultdict(list), {}
-        for row, (image, each) in enumerate(zip(images, known)):
-            alike[image.shape[1], each].append(row)
-        for (_, each), rows in alike.items():
-            batch = np.stack([images[row] for row in rows])
-            looks = [] if self.net not in LOOKING_AGAIN else [
-                lambda places: infer(self._look_again(batch[places], self._from_afar)),
-                lambda places: infer(self._look_again(batch[places], self._from_near)),
-                lambda places: infer(np.stack([self._without_clutter(colours[rows[place]]) for place in places])[
-                    :, :, :batch.shape[2]])]
-            readings.update(zip(rows, self.texts(infer(batch), each, looks)))
-        return [readings[row] for row in range(len(images))]
-
-    def _look_again(self, images, look):
-        """Images (B, H, w) uint8 as a look shows each, their ink at full strength: (B, H, w'), in whole squares."""
-        seen = np.stack([cv2.normalize(look(image), None, 255, 0, cv2.NORM_INF) for image in images])
-        filled = np.zeros((*seen.shape[:2], self._read_width(*seen.shape[1:])), np.uint8)
-        filled[:, :, :seen.shape[2]] = seen
-        return filled
-
-    def _from_afar(self, image):
-        """Narrower and blurred, so that dots run together into strokes: (H, w) uint8 -> (H, 0.87 w)."""
-        height, width = image.shape
-        narrow = cv2.resize(image, (round(.87 * width), height), interpolation=cv2.INTER_AREA)
-        return cv2.GaussianBlur(narrow, (0, 0), 2)
-
-    def _from_near(self, image):
-        """Larger and thinner, so that small letters grow and those that touch part: (H, w) uint8 -> (H, 1.3 w).
-
-        To W at most; if the ink reaches further, it grows less in width.
-        """
-        height, width = image.shape
-        right = min(self.im_width, round(1.3 * width))
-        end = 1 + image.any(axis=0).nonzero()[0].max(initial=0)  # of the ink; behind it is paper alone
-        larger = np.array([[min(1.3, right / end), 0, 0], [0, 1.3, -.15 * height]])
-        return cv2.erode(cv2.warpAffine(image, larger, (right, height)), np.ones((2, 2), np.uint8))
-
-    def _without_clutter(self, colours):
-        """The ink but for that of the thinnest spread colour, as lines, grids and dots are: (H, w, 1 or 3) -> (H, W).
-
-        Of the strong ink's colours, in `COLOURS` groups, that is the one with the most rows and columns for its pixels.
-        What differs from the paper in its direction, by an angle whose sine is at most `ALIKE`, goes; of the rest pale
-        and dark ink become alike. All stays, see `_ink`, if it is of one colour.
-        """
-        away = colours - self._paper_of(colours)
-        ink, distance = abs(away).max(axis=2), np.linalg.norm(away, axis=2).clip(1e-6)
-        strong = (ink > ink.max() / 2).ravel().nonzero()[0]
-        rows, columns = np.divmod(strong[::1 + len(strong) // 1000], ink.shape[1])  # so many are enough
-        if len(rows) <= COLOURS or colours.shape[2] == 1:
-            return self._ink(colours)
-        cv2.setRNGSeed(0)  # of this thread
-        _, groups, centres = cv2.kmeans(away[rows, columns], COLOURS, None, (cv2.TERM_CRITERIA_COUNT, 10, 0), 1,
-                                        cv2.KMEANS_PP_CENTERS)
-        spread = [len(set(rows[here].tolist())) * len(set(columns[here].tolist())) / here.sum()
-                  for here in groups.T == np.arange(COLOURS)[:, None]]
-        thinnest = centres[np.argmax(spread)]
-        cosine = (away @ (thinnest / np.linalg.norm(thinnest)) / distance).clip(0, 1)
-        other = (np.sqrt(1 - cosine ** 2) / ALIKE - .5).clip(0, 1)
-        if other[rows, columns].mean() < LEAST_LEFT:
-            return self._ink(colours)
-        ink *= other
-        return self._filled(np.minimum(ink, np.median(ink[ink > ink.max() / 4])))
-
-    def _read_each(self, sources, known=(), alone=False):
-        """As `recognise`, but an image that cannot be read has its `Error` in its place.
-
-        known: what is `Known` of each; by default what the settings say. If that asks to align, a result's third is
-        [(letter, its confidence, [first, last) columns of the image)]. alone: see `_opened`.
-        """
-        reader, images, sizes, colours, rows, results = self._reader, [], [], [], [], []
-        for row, source in enumerate(sources):
-            try:
-                image, size, coloured = reader.ocr._load_sized(source)
-                images.append(image[:, :reader.ocr._read_width(*size)])
-                sizes.append(size)
-                colours.append(coloured)
-                rows.append(row)
-                results.append(None)
-            except self.Error as error:
-                results.append(error)
-        if images:
-            known = known or [reader.known] * len(sources)
-            infer = functools.partial(reader.logits, alone=alone)
-            readings = reader.ocr._read(infer, images, [known[row] for row in rows], colours)
-            for row, (height, width), (text, confidence, *aligned) in zip(rows, sizes, readings):
-                results[row] = (text, confidence, *(
-                    [(letter, sure, reader.ocr._columns(begin, end, height, width))
-                     for letter, sure, begin, end in letters] for letters in aligned))
-        return results
-
-    def recognise(self, sources, letters="", length=""):
-        """Reads images, each a path or the bytes of a file, as one batch; returns their (text, confidence) pairs.
-
-        letters, length: what is known of the texts, as the settings of these names, which hold where nothing is given.
-        The confidence is the probability that the network gives to the text, see `texts`. The model is loaded at the
-        first call. Raises `Error` if it cannot be, or cannot read such texts, or for the first image that cannot be
-        read.
-        """
-        known = self._reader.ocr.known(letters or self.letters, length or self.length)
-        readings = self._read_each(sources, [known] * len(sources))
-        for reading in readings:
-            if isinstance(reading, self.Error):
-                raise reading
-        return readings
-
-    def recognise_files(self, paths, align=False):
-        """Yields for each path, in order: (path, text, confidence, None), or (path, None, None, what is wrong).
-
-        Asked to align, it yields each letter's (letter, confidence, [first, last) columns) before the None.
-        """
-        known = dataclasses.replace(self._reader.known, align=align)  # the reader is built by this thread alone
-
-        def read(batch):
-            return [(path, None, None, str(reading)) if isinstance(reading, self.Error) else (path, *reading, None)
-                    for path, reading in zip(batch, self._read_each(batch, [known] * len(batch), len(batches) > 1))]
-
-        paths = list(paths)
-        batches = [paths[start:start + READ_BATCH] for start in range(0, len(paths), READ_BATCH)]
-        with ThreadPool(_cores()) as pool:
-            for rows in pool.imap(read, batches):
-                yield from rows
-
-    def test(self, paths=(), as_json=False, align=False, report=""):
-        """Reads files and folders and prints a line for each image, then how many labelled ones were read right.
-
-        report: an HTML file to write about that. Returns 0, or 1 if some images could not be read. Raises `Error` if
-        there is nothing to read, or for a report nothing labelled.
-        """
-        if report and not (Path(report).parent.is_dir() and Path(report).suffix in (".html", ".htm")):
-            raise self.Error(f"--report {report}: name an .html file in a folder that exists")
-        if align and not as_json:
-            raise self.Error("--align says where each letter was read in JSON alone: add --json")
-        paths = paths or [HOME / "dataset" / "test"]
-        files = [file for path in paths for file in _image_files(Path(path))]
-        if not files:
-            raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders that hold some")
-        self._say_model()  # first of all, so that a missing model is the only thing said
-        ocr = self._reader.ocr
-        labels = {file: label for path in paths for file, label in ocr._truths_of(Path(path)).items()}
-        if report and not labels:
-            raise self.Error("--report wants labelled images, and none of these is: see `train --help` for --labels")
-        labelled, confidences = [], []
-        for path, text, confidence, *letters, fault in self.recognise_files(files, align):
-            confidences += [confidence] * (not fault)
-            truth = labels.get(path)
-            if truth is not None and not fault:
-                labelled.append((path, truth, text, confidence))
-            if as_json:
-                print(json.dumps({"img_path": str(path), "error": fault} if fault else
-                                 {"img_path": str(path), **_reading(text, confidence, *letters)}))
-            elif fault:
-                print(fault, file=sys.stderr)
-            else:
-                verdict = "" if truth is None else f"  {truth} {'right' if text == truth else 'wrong'}"
-                print(f"{text:<{ocr.words_max_num}}  {confidence:.3f}  {_on_one_line(path)}{verdict}")
-        if labelled and not as_json:
-            print("\n" + describe(score(*zip(*(reading[1:3] for reading in labelled)))))
-        if labelled and report:
-            with self._writing(Path(report).parent):
-                _replace(Path(report), report_page(labelled, str(_shown(self._reader.folder))))
-        if sum(confidence < 0.5 for confidence in confidences) > len(confidences) / 2:
-            print(self._strange_images(), file=sys.stderr)
-        return 1 if len(confidences) < len(files) else 0
-
-    def _strange_images(self):
-        """The line that says what to do about images of which most are read with little confidence."""
-        learn = "label a few hundred of them, and `train --dataset FOLDER --start-from general`"
-        if self._reader.folder.stem != "general":
-            learn = f"try `--model general`, or {learn}"
-        return f"most of these do not look like what this model has learnt (confidence below 0.5): {learn}"
-
-    def _truths_of(self, path):
-        """The labels of a folder's files, by their paths, said on stderr; or of a file, if it is <i>_<LABEL>.png."""
-        if not path.is_dir():
-            named = LABELLED.fullmatch(path.name)
-            return {path: named[2]} if named and named[2] and set(named[2]) <= set(self.words) else {}
-        try:
-            labels = self._labels(path)
-        except self.Error as error:  # the images can be read all the same
-            print(error, file=sys.stderr)
-            return {}
-        if labels.way or self.labels:  # without labels it is just read
-            print(labels, file=sys.stderr)
-        return {path / name: label for name, label in labels.of.items()}
-
     # ------------------------------------------------------------------ training
+
+    @dataclasses.dataclass
+    class _Run:
+        """A training under way."""
+        place: object  # _Place
+        folder: Path  # of the model
+        net: object  # _Net
+        saver: object
+        images: object  # (n, H, W) uint8, to be indexed by rows
+        files: list  # (path, text) of each
+        held: np.ndarray  # rows that are validated on
+        rows: np.ndarray  # rows that are trained on
+        steps_per_epoch: int
+        last: int  # the step at which it ends
+        distorts: bool  # each image, whenever it is trained on
+        config: dict = dataclasses.field(default_factory=dict)  # what config.json will say; the chief's
+        writer: object = None  # of summaries; the chief's
+        session: object = None  # for any thread, and to save from; another one once a parameter server was lost
+        opened: int = 0  # how many sessions there were
+        stepping: object = None  # in a cluster, the thread that runs the steps
+        bar: object = None
+        step: int = 0
+        saved: int = 0  # the newest checkpoint's step
+        finished: bool = False  # the last step of all is done
+        losses: list = dataclasses.field(default_factory=list)  # of each step of this process
+        reported: tuple = ()  # monotonic time and step of the last report
+        begun: float = 0.0  # CPU seconds of this process at the first step
+        cpu_before: float = 0.0  # CPU minutes of earlier parts, less those of this process before its first step
+        idle: int = 0  # validations since the last that was better in accuracy or loss
+        validation: float = 0.0  # CPU seconds of the last validation
+        validating: float = 0.0  # and of all
+
+        @property
+        def trained_on(self):
+            """How many images all that train together train on."""
+            return len(self.rows) * self.place.workers
 
     def train(self):
         """Trains on the folder `dataset`, saves to the model folder and goes on from what is there.
@@ -1990,6 +1519,146 @@ class LstmCtcOcr:
                 raise self.Error(f"{folder} was trained with {_flag(name)} {known.get(name)}, not {config[name]}: give "
                                  "the same to go on with it, or another folder with --model")
         return known
+
+    @dataclasses.dataclass(frozen=True)
+    class _DecodedImages:
+        """Images in a file, to be indexed as an array (n, H, W) uint8 by a row or an array of rows.
+
+        Each is read when it is asked for, so that they are the system's to keep in memory or not. Mapping the file into
+        memory would be slower: of what is not there yet, it reads far more than is wanted.
+        """
+        file: object  # open: `DECODED_HEAD` bytes, then images (H, W) uint8
+        size: tuple  # H, W
+        rows: np.ndarray  # (n,) int64: which images of the file these are
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, rows):
+            rows = self.rows[rows]
+            images = np.empty((*rows.shape, *self.size), np.uint8)
+            for image, row in zip(images.reshape(-1, *self.size), rows.ravel().tolist()):
+                if _read_at(self.file, image, DECODED_HEAD + row * image.nbytes) < image.nbytes:
+                    raise LstmCtcOcr.Error(f"{self.file.name} has become shorter: run the same command again, and it "
+                                           "decodes what is missing")
+            return images
+
+    @dataclasses.dataclass(frozen=True)
+    class _DecodedFile:
+        """A file beside the images of a folder that holds them decoded, and its index.
+
+        Both begin with the same 8 random bytes: they belong together. In the index follows a stamp (8 bytes) for each
+        image that is whole. Images are only ever added, an image's stamp once it is on the disk; so whoever reads
+        meanwhile needs no lock, and what kill -9 or a power cut leaves without a stamp is written over.
+        """
+        folder: Path
+        key: str  # what the images depend on besides their files
+        size: tuple  # H, W
+
+        @property
+        def paths(self):
+            """(pixels, index)"""
+            return [self.folder / f".decoded-{self.key}.{kind}" for kind in ("pixels", "index")]
+
+        def _open(self):
+            """Returns the file of pixels and its images' stamps, (n,) uint64; None and none if they are no pair."""
+            with contextlib.suppress(FileNotFoundError):
+                file, index = open(self.paths[0], "rb"), np.fromfile(self.paths[1], "<u8")
+                if len(index) and file.read(8) == index[:1].tobytes():
+                    count = (os.fstat(file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
+                    return file, index[1:][:max(0, count)]
+            return None, np.empty(0, np.uint64)
+
+        def find(self, stamps):
+            """Returns the images of these stamps (n,) as `_DecodedImages`, whose row is -1 where there is none."""
+            file, known = self._open()
+            if not len(known):
+                return LstmCtcOcr._DecodedImages(file, self.size, np.full(len(stamps), -1))
+            order = np.argsort(known)
+            places = order[np.minimum(np.searchsorted(known, stamps, sorter=order), len(known) - 1)]
+            return LstmCtcOcr._DecodedImages(file, self.size, np.where(known[places] == stamps, places, -1))
+
+        @contextlib.contextmanager
+        def locked(self):
+            """Keeps other processes from adding images until it ends; waits for one that does."""
+            with open(self.folder / DECODED_LOCK, "w") as lock:
+                try:
+                    if fcntl:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"another process is decoding the images of {self.folder}: waiting for it", file=sys.stderr)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                except OSError:  # of a file system that has no locks
+                    pass
+                yield
+
+        def drop_stale(self):
+            """Begins a new pair of files if there is none, or if most of its images have left the folder."""
+            file, known = self._open()
+            stamps = _stamps(_image_files(self.folder), self.folder)
+            if file and (not len(known) or np.isin(known, stamps).mean() >= 0.5):
+                return
+            token = secrets.token_bytes(8)
+            for path, head in zip(self.paths, (token.ljust(DECODED_HEAD, b"\0"), token)):
+                path.unlink(missing_ok=True)  # another training may go on with the old one
+                path.write_bytes(head)
+
+        def add(self, stamps, images):
+            """Adds n images (H, W) uint8 of stamps (n,); only under `locked`."""
+            count = len(self._open()[1])
+            with open(self.paths[0], "r+b") as pixels, open(self.paths[1], "r+b") as index:
+                pixels.seek(DECODED_HEAD + count * math.prod(self.size))
+                pixels.write(b"".join(images))
+                pixels.flush()
+                os.fsync(pixels.fileno())
+                index.truncate(8 * (1 + count))  # a stamp that was only half written
+                index.seek(8 * (1 + count))
+                index.write(stamps.tobytes())
+
+    def load_images(self, files, folder=None):
+        """Decodes the images of one folder, (path, text) pairs: returns `_DecodedImages` and their pairs.
+
+        folder: where they, and subfolders that hold some of them, are; if not given where the first is.
+
+        Decoded images stay in a file of that folder, so that later only what is new or has changed is decoded. Files
+        that are no images are named on stderr and left out. Raises `Error` if that file cannot be written.
+        """
+        folder = Path(folder or Path(files[0][0]).parent)
+        decoded = self._DecodedFile(folder, self._preprocessing, (self.im_height, self.im_width))
+        stamps = _stamps((path for path, _ in files), folder)
+        images = decoded.find(stamps)
+        if (images.rows < 0).any():
+            with self._writing(folder), decoded.locked():
+                self._decode_missing(decoded, files, stamps)
+            images = decoded.find(stamps)
+        good = np.flatnonzero(images.rows >= 0)
+        return dataclasses.replace(images, rows=images.rows[good]), [files[row] for row in good]
+
+    @property
+    def _preprocessing(self):
+        """What decoded images depend on besides their files, as a part of a file's name."""
+        return f"{self.im_width}x{self.im_height}-{self.paper}-{PREPROCESSING}"
+
+    def _decode_missing(self, decoded, files, stamps):
+        """Adds to a file of decoded images those of `files` that it lacks; names on stderr what is no image."""
+        decoded.drop_stale()
+        missing, faults = np.flatnonzero(decoded.find(stamps).rows < 0), []
+
+        def load(row):
+            try:
+                return self.load_image(files[row][0])
+            except self.Error as error:
+                faults.append((row, error))
+
+        with ThreadPool(_cores()) as pool, tqdm(total=len(missing), unit="img", desc="decoding", disable=None) as bar:
+            for start in range(0, len(missing), DECODE_BATCH):  # OpenCV decodes outside the interpreter's lock
+                rows = missing[start:start + DECODE_BATCH]
+                images = pool.map(load, rows)
+                whole = [image is not None for image in images]
+                decoded.add(stamps[rows[whole]], [image for image in images if image is not None])
+                bar.update(len(rows))
+        for _, fault in sorted(faults, key=lambda fault: fault[0]):
+            print(f"left out: {fault}", file=sys.stderr)
 
     def _train_loop(self, run):
         """Steps, reports, saves, and stops: after the last step, or when told to."""
@@ -2237,7 +1906,285 @@ class LstmCtcOcr:
             if step < run.config.get("best_step", 0):
                 _forget_best(run.config)
 
+    # ------------------------------------------------------------------ reading
+
+    @dataclasses.dataclass(frozen=True)
+    class _Reader:
+        """A model that is ready to read."""
+        ocr: object  # LstmCtcOcr with the architecture of the model
+        folder: Path  # or ONNX file
+        config: dict  # as it was when the weights were loaded
+        known: object  # `Known` of texts, by the settings
+        logits: object  # function (images (B, H, w) uint8, alone=False) -> (T, B, C) float32, blank last, see `_opened`
+
+    @property
+    def _reader(self):
+        """The model that is read with, opened once, whichever thread asks first."""
+        if "_opened" not in self.__dict__:
+            with OPENING:
+                return self._opened
+        return self._opened
+
+    @functools.cached_property
+    def _opened(self):
+        """What reads: TensorFlow with a model folder, or ONNX Runtime with a file that `export FILE.onnx` has written.
+
+        Its `logits` use all cores, but `alone` only the calling thread: others then do the same on the other cores.
+        """
+        model = self._model_to_read()
+        return self._open_onnx(model) if model.suffix.lower() == ".onnx" else self._open_folder(model)
+
+    def _open_folder(self, folder):
+        tf, (ocr, config, weights) = _tensorflow(), self._load_model(folder)
+        with tf.Graph().as_default() as graph, _constants(weights, folder):
+            net = ocr._build_reading(ocr._build_input(), config.get("temperature", 1))
+            session = tf.Session(config=_session_config())
+            graph.finalize()  # nothing may be added to it per request
+        in_this_thread = tf.RunOptions(inter_op_thread_pool=-1)
+
+        def logits(images, alone=False):
+            return session.run(net.logits, {net.images: images}, in_this_thread if alone else None)
+
+        return self._Reader(ocr, folder, config, ocr.known(self.letters, self.length), logits)
+
+    def _open_onnx(self, path):
+        runtime = _package("onnxruntime", "read with an ONNX file")
+        try:
+            data = path.read_bytes()
+            session = _onnx_session(runtime, data, _cores())
+            config = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+        except OSError as error:
+            raise self.Error(f"no model in {path} ({error.strerror}): write it with `python lstm_ctc_ocr.py export "
+                             f"{path.name}`, or name another with --model") from None
+        except Exception as error:  # ONNX Runtime has many, and no class of them all
+            fault = str(error).splitlines()[0]
+            raise self.Error(f"{path} cannot be read ({fault}): export it anew, or name another with --model") from None
+        ocr = self._with_architecture(self._checked(config, path), path)
+        shape = session.get_inputs()[0].shape[2], session.get_outputs()[0].shape[2]
+        if shape != (ocr.im_height, len(ocr.words) * ocr.label_parts + 1):
+            raise self.Error(f"{path} says of itself what it is not: export it anew, or name another with --model")
+
+        in_this_thread = functools.cache(functools.partial(_onnx_session, runtime, data, 1))
+
+        def logits(images, alone=False):
+            ink = -1 - images[:, None].astype(np.float32)  # see `_export_onnx`
+            scores, = (in_this_thread() if alone else session).run(None, {"images": ink})
+            return np.roll(scores, -1, axis=2)
+
+        return self._Reader(ocr, path, config, ocr.known(self.letters, self.length), logits)
+
+    def _say_model(self):
+        """Says on stderr what is read with, and how well."""
+        config = self._reader.config
+        accuracy = ", not validated yet"
+        if "accuracy" in config:
+            accuracy = f", {config['accuracy']:.1%} of {config.get('validated_on', 0):,} held-out images"
+        print(f"reading with {_shown(self._reader.folder)} ({config['net']}{accuracy})", file=sys.stderr)
+
+    def _read(self, infer, images, known, colours):
+        """n images (H, w) uint8, what is `Known` of each, and their colours (H, w', .) -> what `texts` says of each.
+
+        infer: function from images (B, H, w) to logits (T, B, C); those of one width are read together.
+        """
+        alike, readings = collections.defaultdict(list), {}
+        for row, (image, each) in enumerate(zip(images, known)):
+            alike[image.shape[1], each].append(row)
+        for (_, each), rows in alike.items():
+            batch = np.stack([images[row] for row in rows])
+            looks = [] if self.net not in LOOKING_AGAIN else [
+                lambda places: infer(self._look_again(batch[places], self._from_afar)),
+                lambda places: infer(self._look_again(batch[places], self._from_near)),
+                lambda places: infer(np.stack([self._without_clutter(colours[rows[place]]) for place in places])[
+                    :, :, :batch.shape[2]])]
+            readings.update(zip(rows, self.texts(infer(batch), each, looks)))
+        return [readings[row] for row in range(len(images))]
+
+    def _look_again(self, images, look):
+        """Images (B, H, w) uint8 as a look shows each, their ink at full strength: (B, H, w'), in whole squares."""
+        seen = np.stack([cv2.normalize(look(image), None, 255, 0, cv2.NORM_INF) for image in images])
+        filled = np.zeros((*seen.shape[:2], self._read_width(*seen.shape[1:])), np.uint8)
+        filled[:, :, :seen.shape[2]] = seen
+        return filled
+
+    def _from_afar(self, image):
+        """Narrower and blurred, so that dots run together into strokes: (H, w) uint8 -> (H, 0.87 w)."""
+        height, width = image.shape
+        narrow = cv2.resize(image, (round(.87 * width), height), interpolation=cv2.INTER_AREA)
+        return cv2.GaussianBlur(narrow, (0, 0), 2)
+
+    def _from_near(self, image):
+        """Larger and thinner, so that small letters grow and those that touch part: (H, w) uint8 -> (H, 1.3 w).
+
+        To W at most; if the ink reaches further, it grows less in width.
+        """
+        height, width = image.shape
+        right = min(self.im_width, round(1.3 * width))
+        end = 1 + image.any(axis=0).nonzero()[0].max(initial=0)  # of the ink; behind it is paper alone
+        larger = np.array([[min(1.3, right / end), 0, 0], [0, 1.3, -.15 * height]])
+        return cv2.erode(cv2.warpAffine(image, larger, (right, height)), np.ones((2, 2), np.uint8))
+
+    def _without_clutter(self, colours):
+        """The ink but for that of the thinnest spread colour, as lines, grids and dots are: (H, w, 1 or 3) -> (H, W).
+
+        Of the strong ink's colours, in `COLOURS` groups, that is the one with the most rows and columns for its pixels.
+        What differs from the paper in its direction, by an angle whose sine is at most `ALIKE`, goes; of the rest pale
+        and dark ink become alike. All stays, see `_ink`, if it is of one colour.
+        """
+        away = colours - self._paper_of(colours)
+        ink, distance = abs(away).max(axis=2), np.linalg.norm(away, axis=2).clip(1e-6)
+        strong = (ink > ink.max() / 2).ravel().nonzero()[0]
+        rows, columns = np.divmod(strong[::1 + len(strong) // 1000], ink.shape[1])  # so many are enough
+        if len(rows) <= COLOURS or colours.shape[2] == 1:
+            return self._ink(colours)
+        cv2.setRNGSeed(0)  # of this thread
+        _, groups, centres = cv2.kmeans(away[rows, columns], COLOURS, None, (cv2.TERM_CRITERIA_COUNT, 10, 0), 1,
+                                        cv2.KMEANS_PP_CENTERS)
+        spread = [len(set(rows[here].tolist())) * len(set(columns[here].tolist())) / here.sum()
+                  for here in groups.T == np.arange(COLOURS)[:, None]]
+        thinnest = centres[np.argmax(spread)]
+        cosine = (away @ (thinnest / np.linalg.norm(thinnest)) / distance).clip(0, 1)
+        other = (np.sqrt(1 - cosine ** 2) / ALIKE - .5).clip(0, 1)
+        if other[rows, columns].mean() < LEAST_LEFT:
+            return self._ink(colours)
+        ink *= other
+        return self._filled(np.minimum(ink, np.median(ink[ink > ink.max() / 4])))
+
+    def _read_each(self, sources, known=(), alone=False):
+        """As `recognise`, but an image that cannot be read has its `Error` in its place.
+
+        known: what is `Known` of each; by default what the settings say. If that asks to align, a result's third is
+        [(letter, its confidence, [first, last) columns of the image)]. alone: see `_opened`.
+        """
+        reader, images, sizes, colours, rows, results = self._reader, [], [], [], [], []
+        for row, source in enumerate(sources):
+            try:
+                image, size, coloured = reader.ocr._load_sized(source)
+                images.append(image[:, :reader.ocr._read_width(*size)])
+                sizes.append(size)
+                colours.append(coloured)
+                rows.append(row)
+                results.append(None)
+            except self.Error as error:
+                results.append(error)
+        if images:
+            known = known or [reader.known] * len(sources)
+            infer = functools.partial(reader.logits, alone=alone)
+            readings = reader.ocr._read(infer, images, [known[row] for row in rows], colours)
+            for row, (height, width), (text, confidence, *aligned) in zip(rows, sizes, readings):
+                results[row] = (text, confidence, *(
+                    [(letter, sure, reader.ocr._columns(begin, end, height, width))
+                     for letter, sure, begin, end in letters] for letters in aligned))
+        return results
+
+    def recognise(self, sources, letters="", length=""):
+        """Reads images, each a path or the bytes of a file, as one batch; returns their (text, confidence) pairs.
+
+        letters, length: what is known of the texts, as the settings of these names, which hold where nothing is given.
+        The confidence is the probability that the network gives to the text, see `texts`. The model is loaded at the
+        first call. Raises `Error` if it cannot be, or cannot read such texts, or for the first image that cannot be
+        read.
+        """
+        known = self._reader.ocr.known(letters or self.letters, length or self.length)
+        readings = self._read_each(sources, [known] * len(sources))
+        for reading in readings:
+            if isinstance(reading, self.Error):
+                raise reading
+        return readings
+
+    def recognise_files(self, paths, align=False):
+        """Yields for each path, in order: (path, text, confidence, None), or (path, None, None, what is wrong).
+
+        Asked to align, it yields each letter's (letter, confidence, [first, last) columns) before the None.
+        """
+        known = dataclasses.replace(self._reader.known, align=align)  # the reader is built by this thread alone
+
+        def read(batch):
+            return [(path, None, None, str(reading)) if isinstance(reading, self.Error) else (path, *reading, None)
+                    for path, reading in zip(batch, self._read_each(batch, [known] * len(batch), len(batches) > 1))]
+
+        paths = list(paths)
+        batches = [paths[start:start + READ_BATCH] for start in range(0, len(paths), READ_BATCH)]
+        with ThreadPool(_cores()) as pool:
+            for rows in pool.imap(read, batches):
+                yield from rows
+
+    def test(self, paths=(), as_json=False, align=False, report=""):
+        """Reads files and folders and prints a line for each image, then how many labelled ones were read right.
+
+        report: an HTML file to write about that. Returns 0, or 1 if some images could not be read. Raises `Error` if
+        there is nothing to read, or for a report nothing labelled.
+        """
+        if report and not (Path(report).parent.is_dir() and Path(report).suffix in (".html", ".htm")):
+            raise self.Error(f"--report {report}: name an .html file in a folder that exists")
+        if align and not as_json:
+            raise self.Error("--align says where each letter was read in JSON alone: add --json")
+        paths = paths or [HOME / "dataset" / "test"]
+        files = [file for path in paths for file in _image_files(Path(path))]
+        if not files:
+            raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders that hold some")
+        self._say_model()  # first of all, so that a missing model is the only thing said
+        ocr = self._reader.ocr
+        labels = {file: label for path in paths for file, label in ocr._truths_of(Path(path)).items()}
+        if report and not labels:
+            raise self.Error("--report wants labelled images, and none of these is: see `train --help` for --labels")
+        labelled, confidences = [], []
+        for path, text, confidence, *letters, fault in self.recognise_files(files, align):
+            confidences += [confidence] * (not fault)
+            truth = labels.get(path)
+            if truth is not None and not fault:
+                labelled.append((path, truth, text, confidence))
+            if as_json:
+                print(json.dumps({"img_path": str(path), "error": fault} if fault else
+                                 {"img_path": str(path), **_reading(text, confidence, *letters)}))
+            elif fault:
+                print(fault, file=sys.stderr)
+            else:
+                verdict = "" if truth is None else f"  {truth} {'right' if text == truth else 'wrong'}"
+                print(f"{text:<{ocr.words_max_num}}  {confidence:.3f}  {_on_one_line(path)}{verdict}")
+        if labelled and not as_json:
+            print("\n" + describe(score(*zip(*(reading[1:3] for reading in labelled)))))
+        if labelled and report:
+            with self._writing(Path(report).parent):
+                _replace(Path(report), report_page(labelled, str(_shown(self._reader.folder))))
+        if sum(confidence < 0.5 for confidence in confidences) > len(confidences) / 2:
+            print(self._strange_images(), file=sys.stderr)
+        return 1 if len(confidences) < len(files) else 0
+
+    def _strange_images(self):
+        """The line that says what to do about images of which most are read with little confidence."""
+        learn = "label a few hundred of them, and `train --dataset FOLDER --start-from general`"
+        if self._reader.folder.stem != "general":
+            learn = f"try `--model general`, or {learn}"
+        return f"most of these do not look like what this model has learnt (confidence below 0.5): {learn}"
+
+    def _truths_of(self, path):
+        """The labels of a folder's files, by their paths, said on stderr; or of a file, if it is <i>_<LABEL>.png."""
+        if not path.is_dir():
+            named = LABELLED.fullmatch(path.name)
+            return {path: named[2]} if named and named[2] and set(named[2]) <= set(self.words) else {}
+        try:
+            labels = self._labels(path)
+        except self.Error as error:  # the images can be read all the same
+            print(error, file=sys.stderr)
+            return {}
+        if labels.way or self.labels:  # without labels it is just read
+            print(labels, file=sys.stderr)
+        return {path / name: label for name, label in labels.of.items()}
+
     # ------------------------------------------------------------------ training on several machines
+
+    @dataclasses.dataclass(frozen=True)
+    class _Place:
+        """A process's place among those that train together, see `_join_cluster`; by default it is alone."""
+        job: str = "chief"  # or worker, or ps: it serves parameters
+        index: int = 0  # among those of its job
+        chief: bool = True
+        number: int = 0  # among chief and workers
+        workers: int = 1  # the chief included
+        servers: int = 0
+        target: str = ""  # of its sessions
+        device: object = None  # where variables and operations go
+        sees: tuple = ()  # the tasks that it has to do with
 
     @staticmethod
     def _join_cluster():
@@ -2292,6 +2239,15 @@ class LstmCtcOcr:
         tf = _tensorflow()
         with tf.device(f"/job:ps/task:{server}"):
             return tf.FIFOQueue(workers, tf.bool, shapes=[], shared_name=f"finished_{server}")
+
+    def _build_agreement(self, steps_per_epoch, place, optimizer):
+        """What a `_Net` has in a cluster: by what the chief and the others tell each other how it goes."""
+        tf = _tensorflow()
+        plan = json.dumps({**self._plan(), "last": math.ceil(self.epoch_max * steps_per_epoch)})
+        return {"replicas": optimizer,
+                "plan": tf.get_variable("plan", initializer=plan, trainable=False, collections=[PLAN]),
+                "finished": tuple(self._finished_queue(server, place.workers).enqueue(True)
+                                  for server in range(place.servers))}
 
     def _require_agreement(self, plan):
         """Raises `Error` if the chief trains with other settings than this worker."""
@@ -2357,6 +2313,32 @@ class LstmCtcOcr:
             closing.join(5)  # it would wait for ever for a parameter server that has gone before
 
     # ------------------------------------------------------------------ service
+
+    @dataclasses.dataclass
+    class _Service:
+        """What the requests to an application share."""
+        reader: object  # _Reader
+        token: str  # what clients must show, if anything
+        folders: tuple  # where a relative path may start, all absolute; the image root last
+        model: dict  # what of config.json clients are told
+        labelling: object = None  # _Labelling, with --label
+        lock: object = dataclasses.field(default_factory=threading.Lock)  # held to count
+        jobs: object = dataclasses.field(default_factory=queue.SimpleQueue)  # (bytes, Known, Future), or None: the end
+        threads: list = dataclasses.field(default_factory=list)  # that read
+        waiting: int = 0  # images
+        images_read: int = 0
+        errors: int = 0  # requests for a reading that were answered by an error
+        others: int = 0  # requests that asked for no reading, or were refused before it
+        latencies: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=1000))
+        stopping: bool = False
+
+        def close(self):
+            """Ends the threads that read, once they have read what was asked for; no more is taken."""
+            self.stopping = True
+            for _ in self.threads:
+                self.jobs.put(None)
+            for thread in self.threads:
+                thread.join()
 
     def create_app(self):
         """Returns the Flask application, its model loaded and asked once.
@@ -2543,6 +2525,98 @@ class LstmCtcOcr:
                           for path in sorted((HOME / "dataset" / "test").glob("*.png"))[:3])
         return _page(PAGE, samples=samples, net=_service().model["net"])
 
+    def start(self):
+        """Serves until it is told to stop, and then finishes what is under way; returns 1 if the server failed."""
+        if not Path(self.image_root).is_dir():
+            raise self.Error(f"--image-root {self.image_root} is not a folder")
+        app, server = self._listen()
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        faults = []
+        serving = threading.Thread(target=_run_server, args=[server, faults], daemon=True)
+        with _deferred_stop() as stop:
+            serving.start()
+            print(f"http://{host}:{server.effective_port}/captchaOcr?img_path=./dataset/test/0_PIY.png",
+                  file=sys.stderr, flush=True)
+            self._say_model()
+            if self.label:
+                print(f"label {self.label} on http://{host}:{server.effective_port}/label", file=sys.stderr, flush=True)
+            while not stop and serving.is_alive():  # who waits for a lock misses a signal that comes as the wait begins
+                time.sleep(0.1)
+            if not stop:
+                print(f"lstm_ctc_ocr: the server has ended ({faults}): start it again", file=sys.stderr)
+                return 1
+            self._drain(server, app.extensions["lstm_ctc_ocr"])
+        return 0
+
+    def _listen(self):
+        """Returns the application and its server, ready to run; raises `Error` if the address cannot be had."""
+        try:
+            family, *_, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            listening = socket.create_server(address[:2], family=family, backlog=1024)
+        except (OSError, OverflowError, UnicodeError) as error:
+            raise self.Error(f"cannot serve on {self.host}:{self.port} ({error}); choose another --port or "
+                             "--host") from None
+        if not ipaddress.ip_address(address[0]).is_loopback:
+            label = f", and {self.label} can be seen and labelled" if self.label else ""
+            print(f"other machines can reach this: posted images are read, and every image under {self.image_root}"
+                  f"{label}; a token is {'' if self.token or os.environ.get(TOKEN_VARIABLE) else 'not '}asked for",
+                  file=sys.stderr)
+        waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
+        # More threads than may wait for an answer, so that there is always one to say that too many wait.
+        app = self.create_app()
+        return app, waitress.create_server(app, sockets=[listening], threads=QUEUE + 8, ident=None,
+                                           max_request_body_size=MAX_BUFFER, connection_limit=CONNECTIONS,
+                                           asyncore_use_poll=True)
+
+    def _drain(self, server, service):
+        """Takes no more connections, and waits until every request under way is answered, 4 seconds at most."""
+        service.stopping, server.accepting = True, False
+        server.del_channel()
+        server.socket.shutdown(socket.SHUT_RD)  # who comes now is refused, rather than cut off
+        deadline = time.monotonic() + 4
+        while time.monotonic() < deadline and any(
+                channel.requests or channel.total_outbufs_len for channel in list(server.active_channels.values())):
+            time.sleep(0.01)
+        service.close()
+
+    # ------------------------------------------------------------------ labelling page
+
+    @dataclasses.dataclass
+    class _Labelling:
+        """A folder whose images are labelled on the page /label; an image's name is its path from there on."""
+        folder: Path  # links resolved
+        images: tuple  # names of all, in the order of the folder
+        separator: str  # in a line of its file of labels
+        labels: dict  # by name, of those that have one
+        guesses: dict = dataclasses.field(default_factory=dict)  # (text, confidence) by name; None if it is unreadable
+        skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # how often, by name
+        lock: object = dataclasses.field(default_factory=threading.Lock)  # held to write
+
+        def left(self):
+            """Names of those that have no label, but for what could not be read."""
+            return [name for name in self.images if name not in self.labels and self.guesses.get(name, True)]
+
+        def next(self):
+            """Of those left and skipped the least often, the one that was read least surely; None: there is no more."""
+            return min(self.left(), key=lambda name: (self.skipped[name], (self.guesses.get(name) or ("", 2))[1]),
+                       default=None)
+
+        def write(self, name, label):
+            """Adds a line to the file of labels, whole or not at all; it is on the disk when this returns."""
+            path, line = self.folder / LABELS, io.StringIO()
+            csv.writer(line, delimiter=self.separator, lineterminator="\n").writerow([name, label])
+            with self.lock:
+                end = path.stat().st_size if path.exists() else 0
+                try:
+                    with open(path, "ab") as file:
+                        file.write(line.getvalue().encode())
+                    _to_disk(path, self.folder)
+                except OSError:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.truncate(path, end)
+                    raise
+                self.labels[name] = label
+
     def _open_labelling(self):
         """The folder to label, what labels it has and what images; raises `Error` if that is no such folder."""
         folder = Path(os.path.realpath(self.label))
@@ -2620,60 +2694,6 @@ class LstmCtcOcr:
                 "label": labelling.labels.get(name, ""), "labelled": len(labelling.labels),
                 "images": len(labelling.labels) + len(labelling.left())}
 
-    def start(self):
-        """Serves until it is told to stop, and then finishes what is under way; returns 1 if the server failed."""
-        if not Path(self.image_root).is_dir():
-            raise self.Error(f"--image-root {self.image_root} is not a folder")
-        app, server = self._listen()
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        faults = []
-        serving = threading.Thread(target=_run_server, args=[server, faults], daemon=True)
-        with _deferred_stop() as stop:
-            serving.start()
-            print(f"http://{host}:{server.effective_port}/captchaOcr?img_path=./dataset/test/0_PIY.png",
-                  file=sys.stderr, flush=True)
-            self._say_model()
-            if self.label:
-                print(f"label {self.label} on http://{host}:{server.effective_port}/label", file=sys.stderr, flush=True)
-            while not stop and serving.is_alive():  # who waits for a lock misses a signal that comes as the wait begins
-                time.sleep(0.1)
-            if not stop:
-                print(f"lstm_ctc_ocr: the server has ended ({faults}): start it again", file=sys.stderr)
-                return 1
-            self._drain(server, app.extensions["lstm_ctc_ocr"])
-        return 0
-
-    def _listen(self):
-        """Returns the application and its server, ready to run; raises `Error` if the address cannot be had."""
-        try:
-            family, *_, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
-            listening = socket.create_server(address[:2], family=family, backlog=1024)
-        except (OSError, OverflowError, UnicodeError) as error:
-            raise self.Error(f"cannot serve on {self.host}:{self.port} ({error}); choose another --port or "
-                             "--host") from None
-        if not ipaddress.ip_address(address[0]).is_loopback:
-            label = f", and {self.label} can be seen and labelled" if self.label else ""
-            print(f"other machines can reach this: posted images are read, and every image under {self.image_root}"
-                  f"{label}; a token is {'' if self.token or os.environ.get(TOKEN_VARIABLE) else 'not '}asked for",
-                  file=sys.stderr)
-        waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
-        # More threads than may wait for an answer, so that there is always one to say that too many wait.
-        app = self.create_app()
-        return app, waitress.create_server(app, sockets=[listening], threads=QUEUE + 8, ident=None,
-                                           max_request_body_size=MAX_BUFFER, connection_limit=CONNECTIONS,
-                                           asyncore_use_poll=True)
-
-    def _drain(self, server, service):
-        """Takes no more connections, and waits until every request under way is answered, 4 seconds at most."""
-        service.stopping, server.accepting = True, False
-        server.del_channel()
-        server.socket.shutdown(socket.SHUT_RD)  # who comes now is refused, rather than cut off
-        deadline = time.monotonic() + 4
-        while time.monotonic() < deadline and any(
-                channel.requests or channel.total_outbufs_len for channel in list(server.active_channels.values())):
-            time.sleep(0.01)
-        service.close()
-
     # ------------------------------------------------------------------ export
 
     def export(self, directory):
@@ -2703,7 +2723,89 @@ class LstmCtcOcr:
                 os.replace(f"{part}/model", directory)
         print(f"{directory} takes {{'images': [encoded, ...]}} and gives text and confidence", file=sys.stderr)
 
-    # -- to ONNX
+    def _texts_in_graph(self, sparse):
+        """`sequence_to_text` as TensorFlow operations: sparse sequences (B, .) -> (B,) string."""
+        tf = _tensorflow()
+        numbers = tf.sparse.to_dense(sparse, default_value=-1)  # (B, longest), which may be 0
+        letters, parts = numbers // self.label_parts, numbers % self.label_parts
+
+        def before(values):  # each step's predecessor
+            return tf.pad(values, [[0, 0], [1, 0]])[:, :-1]
+
+        goes_on = tf.equal(letters, before(letters + 1) - 1) & (parts > before(parts)) & (numbers >= 0)
+        # Of one part, each is a letter. Of three, a letter counts at its second: where one goes on that did not before.
+        counts = goes_on & ~before(goes_on) if self.label_parts > 1 else numbers >= 0
+        return tf.strings.reduce_join(tf.where(counts, tf.gather([*self.words], tf.maximum(letters, 0)),
+                                               tf.fill(tf.shape(letters), "")), axis=1)
+
+    def _load_in_graph(self, encoded):
+        """`load_image` as TensorFlow operations: the bytes of a file () string -> (H, W) uint8, its `_read_width`."""
+        tf = _tensorflow()
+        pixels = self._decode_in_graph(encoded)  # (h, w, channels)
+        channels = tf.shape(pixels)[2]
+        alpha = tf.cond(channels % 2 < 1, lambda: pixels[..., -1:], lambda: tf.ones_like(pixels[..., :1]))
+        colours = tf.cond(channels < 3, lambda: tf.tile(pixels[..., :1], [1, 1, 3]), lambda: pixels[..., :3])
+        colours = colours * alpha + 1 - alpha
+        if self.paper == "brightest":
+            colours = tf.tensordot(colours, [[0.299], [0.587], [0.114]], 1)
+        height, width = tf.shape(colours)[0], tf.shape(colours)[1]
+        fitted = tf.clip_by_value(tf.cast(tf.round(width * self.im_height / height), tf.int32), 1, self.im_width)
+        size = [self.im_height, fitted]
+        colours = tf.cond(height > self.im_height, lambda: tf.image.resize_area(colours[None], size)[0],
+                          lambda: tf.image.resize_bilinear(colours[None], size, half_pixel_centers=True)[0])
+        if self.paper == "brightest":
+            paper = tf.reduce_max(colours)
+        else:
+            edge = max(1, self.im_height // 16)
+            inside = tf.pad(tf.ones([self.im_height - 2 * edge, tf.maximum(0, fitted - 2 * edge)], tf.bool),
+                            [[edge, edge], [tf.minimum(edge, fitted), tf.maximum(0, tf.minimum(edge, fitted - edge))]])
+            along = tf.sort(tf.boolean_mask(colours, ~inside), axis=0)
+            paper = along[tf.shape(along)[0] // 2]
+        ink = tf.reduce_max(tf.abs(colours - paper), axis=2)
+        image = tf.round(ink * (255 / tf.maximum(tf.reduce_max(ink), MIN_CONTRAST)))
+        image = tf.pad(image, [[0, 0], [0, self.im_width - fitted]])
+        squares = (tf.maximum(fitted, self._least_steps * self._stride) + self.im_height - 1) // self.im_height
+        return (tf.ensure_shape(tf.cast(image, tf.uint8), [self.im_height, self.im_width]),
+                tf.minimum(self.im_width, squares * self.im_height))
+
+    @staticmethod
+    def _decode_in_graph(encoded):
+        """The bytes of a file () string -> (h, w, channels) float32, 1 white, the last of 2 or 4 channels alpha.
+
+        What TensorFlow would decode otherwise than OpenCV is refused.
+        """
+        tf = _tensorflow()
+
+        def holds(position, *values):
+            part = tf.strings.substr(encoded, position, len(values[0]))
+            return tf.reduce_any([tf.equal(part, value) for value in values])
+
+        def png():  # of red, green and blue only, a tRNS chunk is looked at when four channels are asked for
+            return tf.cast(tf.cond(holds(25, b"\2"), lambda: tf.io.decode_png(encoded, 4, tf.uint16),
+                                   lambda: tf.io.decode_png(encoded, 0, tf.uint16)), tf.float32) / 65535
+
+        def jpeg():
+            return tf.cast(tf.io.decode_jpeg(encoded, 3, dct_method="INTEGER_ACCURATE"), tf.float32) / 255
+
+        def gif():
+            with require(_is_plain_gif(encoded), "a GIF with transparency, or of frames that do not fill it"):
+                return tf.cast(tf.io.decode_image(encoded, 3, expand_animations=False), tf.float32) / 255
+
+        def bmp():
+            shades = b"".join(bytes([shade, shade, shade, 0]) for shade in range(256))
+            plain = holds(28, b"\x18\0", b"\x20\0") | holds(28, b"\x08\0") & holds(54, shades)
+            with require(plain & holds(30, bytes(4)), "a BMP of colours from a palette, or a compressed one"):
+                return tf.cast(tf.io.decode_bmp(encoded)[..., :3], tf.float32) / 255  # OpenCV ignores the fourth
+
+        def other():
+            with require(False, "what is no PNG, JPEG, GIF or BMP image"):
+                return tf.zeros([1, 1, 1])
+
+        def require(holds, fault):
+            return tf.control_dependencies([tf.debugging.Assert(holds, [f"cannot read {fault}: convert it to PNG"])])
+
+        return tf.case([(holds(0, b"\x89PNG"), png), (holds(0, b"\xff\xd8"), jpeg), (holds(0, b"GIF8"), gif),
+                        (holds(0, b"BM"), bmp)], other)
 
     @dataclasses.dataclass
     class _OnnxGraph:
@@ -2844,104 +2946,6 @@ class LstmCtcOcr:
             "TopK", [along, add("Add", add("Div", count, np.array([2])), np.array([1]))], [least, f"{least}_at"],
             largest=0))
         return add("Unsqueeze", add("Gather", least, np.array([-1]), axis=2), np.array([3]))
-
-    def _load_in_graph(self, encoded):
-        """`load_image` as TensorFlow operations: the bytes of a file () string -> (H, W) uint8, its `_read_width`."""
-        tf = _tensorflow()
-        pixels = self._decode_in_graph(encoded)  # (h, w, channels)
-        channels = tf.shape(pixels)[2]
-        alpha = tf.cond(channels % 2 < 1, lambda: pixels[..., -1:], lambda: tf.ones_like(pixels[..., :1]))
-        colours = tf.cond(channels < 3, lambda: tf.tile(pixels[..., :1], [1, 1, 3]), lambda: pixels[..., :3])
-        colours = colours * alpha + 1 - alpha
-        if self.paper == "brightest":
-            colours = tf.tensordot(colours, [[0.299], [0.587], [0.114]], 1)
-        height, width = tf.shape(colours)[0], tf.shape(colours)[1]
-        fitted = tf.clip_by_value(tf.cast(tf.round(width * self.im_height / height), tf.int32), 1, self.im_width)
-        size = [self.im_height, fitted]
-        colours = tf.cond(height > self.im_height, lambda: tf.image.resize_area(colours[None], size)[0],
-                          lambda: tf.image.resize_bilinear(colours[None], size, half_pixel_centers=True)[0])
-        if self.paper == "brightest":
-            paper = tf.reduce_max(colours)
-        else:
-            edge = max(1, self.im_height // 16)
-            inside = tf.pad(tf.ones([self.im_height - 2 * edge, tf.maximum(0, fitted - 2 * edge)], tf.bool),
-                            [[edge, edge], [tf.minimum(edge, fitted), tf.maximum(0, tf.minimum(edge, fitted - edge))]])
-            along = tf.sort(tf.boolean_mask(colours, ~inside), axis=0)
-            paper = along[tf.shape(along)[0] // 2]
-        ink = tf.reduce_max(tf.abs(colours - paper), axis=2)
-        image = tf.round(ink * (255 / tf.maximum(tf.reduce_max(ink), MIN_CONTRAST)))
-        image = tf.pad(image, [[0, 0], [0, self.im_width - fitted]])
-        squares = (tf.maximum(fitted, self._least_steps * self._stride) + self.im_height - 1) // self.im_height
-        return (tf.ensure_shape(tf.cast(image, tf.uint8), [self.im_height, self.im_width]),
-                tf.minimum(self.im_width, squares * self.im_height))
-
-    @staticmethod
-    def _decode_in_graph(encoded):
-        """The bytes of a file () string -> (h, w, channels) float32, 1 white, the last of 2 or 4 channels alpha.
-
-        What TensorFlow would decode otherwise than OpenCV is refused.
-        """
-        tf = _tensorflow()
-
-        def holds(position, *values):
-            part = tf.strings.substr(encoded, position, len(values[0]))
-            return tf.reduce_any([tf.equal(part, value) for value in values])
-
-        def png():  # of red, green and blue only, a tRNS chunk is looked at when four channels are asked for
-            return tf.cast(tf.cond(holds(25, b"\2"), lambda: tf.io.decode_png(encoded, 4, tf.uint16),
-                                   lambda: tf.io.decode_png(encoded, 0, tf.uint16)), tf.float32) / 65535
-
-        def jpeg():
-            return tf.cast(tf.io.decode_jpeg(encoded, 3, dct_method="INTEGER_ACCURATE"), tf.float32) / 255
-
-        def gif():
-            with require(_is_plain_gif(encoded), "a GIF with transparency, or of frames that do not fill it"):
-                return tf.cast(tf.io.decode_image(encoded, 3, expand_animations=False), tf.float32) / 255
-
-        def bmp():
-            shades = b"".join(bytes([shade, shade, shade, 0]) for shade in range(256))
-            plain = holds(28, b"\x18\0", b"\x20\0") | holds(28, b"\x08\0") & holds(54, shades)
-            with require(plain & holds(30, bytes(4)), "a BMP of colours from a palette, or a compressed one"):
-                return tf.cast(tf.io.decode_bmp(encoded)[..., :3], tf.float32) / 255  # OpenCV ignores the fourth
-
-        def other():
-            with require(False, "what is no PNG, JPEG, GIF or BMP image"):
-                return tf.zeros([1, 1, 1])
-
-        def require(holds, fault):
-            return tf.control_dependencies([tf.debugging.Assert(holds, [f"cannot read {fault}: convert it to PNG"])])
-
-        return tf.case([(holds(0, b"\x89PNG"), png), (holds(0, b"\xff\xd8"), jpeg), (holds(0, b"GIF8"), gif),
-                        (holds(0, b"BM"), bmp)], other)
-
-    def _texts_in_graph(self, sparse):
-        """`sequence_to_text` as TensorFlow operations: sparse sequences (B, .) -> (B,) string."""
-        tf = _tensorflow()
-        numbers = tf.sparse.to_dense(sparse, default_value=-1)  # (B, longest), which may be 0
-        letters, parts = numbers // self.label_parts, numbers % self.label_parts
-
-        def before(values):  # each step's predecessor
-            return tf.pad(values, [[0, 0], [1, 0]])[:, :-1]
-
-        goes_on = tf.equal(letters, before(letters + 1) - 1) & (parts > before(parts)) & (numbers >= 0)
-        # Of one part, each is a letter. Of three, a letter counts at its second: where one goes on that did not before.
-        counts = goes_on & ~before(goes_on) if self.label_parts > 1 else numbers >= 0
-        return tf.strings.reduce_join(tf.where(counts, tf.gather([*self.words], tf.maximum(letters, 0)),
-                                               tf.fill(tf.shape(letters), "")), axis=1)
-
-    @contextlib.contextmanager
-    def _writing(self, folder):
-        """Turns the faults of a disk into an `Error` that names the folder."""
-        tf = sys.modules.get("tensorflow")
-        try:
-            yield
-        except (OSError, *([tf.errors.OpError] if tf else [])) as error:
-            if _is_lost_server(error):
-                raise
-            text = getattr(error, "strerror", None) or str(error)
-            reason = re.search(r"(.+)\n\s*\[\[", text) or re.match(".*", text)  # TensorFlow puts a traceback around it
-            raise self.Error(f"cannot write to {folder} ({reason[reason.re.groups]}); run the same command again once "
-                             "that is mended") from None
 
 
 def _onnx_session(runtime, data, threads):
