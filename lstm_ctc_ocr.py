@@ -535,26 +535,20 @@ class LstmCtcOcr:
         return sparse, log_probability[:, 0]
 
     @dataclasses.dataclass(frozen=True)
-    class Known:
-        """What is known of a text before it is read: the settings `letters` and `length`, or a request's."""
-        letters: str = ""
-        length: str = ""
-        align: bool = False  # whether to say of each letter how sure it is and where it was read
+    class Restriction:
+        """What is known of a text before it is read: the settings `letters` and `length`, or those of a request."""
+        letters: str = ""  # the only letters that the text can hold; "": all that the model knows
+        length: str = ""  # "N" or "MIN-MAX": how many letters the text has; "": any number
 
-    def known(self, letters="", length="", align=""):
-        """Returns what is known of a text as `texts` takes it; raises `Error` where this model cannot read such.
-
-        align: 1 to have the alignment too, or 0.
-        """
+    def restrict(self, letters="", length=""):
+        """Makes a `Restriction` for `texts`; raises `Error` where this model cannot read such texts."""
         letters = "".join(dict.fromkeys(letters))
         for letter in letters:
             if not self._read_as(letter, letters):
                 raise self.Error(f"letters: this model does not know {letter!r}, it knows {self.words}")
         if length:
             self._bounds(length)
-        if align not in ("", "0", "1"):
-            raise self.Error(f"align must be 0 or 1, not {align!r}")
-        return self.Known(letters, length, align == "1")
+        return self.Restriction(letters, length)
 
     def _bounds(self, length):
         """The least and the most letters that "N" or "MIN-MAX" allows."""
@@ -569,23 +563,23 @@ class LstmCtcOcr:
         """The model's letters that are read as `letter` where only `letters` can be: it, and its other case."""
         return [word for word in self.words if word == letter or word.swapcase() == letter and word not in letters]
 
-    def texts(self, logits, known=Known(), looks=()):
-        """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs; asked to align, `_align` is the third.
+    def texts(self, logits, restriction=Restriction(), looks=()):
+        """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs.
 
         The confidence is the probability that the network gives to the text (with --label-parts, to the sequence of
-        parts), exp(-CTC loss). What is `known` does not raise it: it is low where the image holds something else. Where
+        parts), exp(-CTC loss). A restriction does not raise it: it is low where the image holds something else. Where
         only one case of a letter is allowed, the other one is read as it.
         looks: functions of rows to logits (T', rows, C) of a further look at these, of which each is asked about those
         whose confidence so far is at most its one of `DOUBTS`. Of their text and that which the best classes of the
         look spell (or if a length is known, its search finds), they get the one to which all looks so far give the most
         probability on average; that is its confidence.
         """
-        words, parts = known.letters or self.words, self.label_parts
-        folds = self._folds(words) if known.letters else None
+        words, parts = restriction.letters or self.words, self.label_parts
+        folds = self._folds(words) if restriction.letters else None
         probabilities = lambda logits: softmax(logits) if folds is None else softmax(logits) @ folds  # noqa: E731
-        low, high = self._bounds(known.length) if known.length else (0, self.words_max_num)
+        low, high = self._bounds(restriction.length) if restriction.length else (0, self.words_max_num)
         longest, fits, follows = high if parts == 1 else self.words_max_num * parts, None, None
-        if known.length:
+        if restriction.length:
             fits = lambda sequence: low <= len(self.sequence_to_text(sequence, words)) <= high  # noqa: E731
             follows = self._whole_letters(len(words)) if parts > 1 else None
         search = functools.partial(most_probable, beam_width=self.beam_width, longest=longest, fits=fits,
@@ -602,10 +596,7 @@ class LstmCtcOcr:
             spelled = [spelled[place] + [sequence] for place, sequence in zip(doubtful, spell(seen[-1]))]
             for b, agreed in zip(rows, likeliest(spelled, seen)):
                 found[b] = agreed
-        readings = [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
-        if known.align:
-            return [(*reading, self._align(reading[0], words, p[:, b])) for b, reading in enumerate(readings)]
-        return readings
+        return [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
 
     def _folds(self, letters):
         """The matrix that adds up the classes read as each of `letters`, and drops the others, the blank last."""
@@ -623,23 +614,6 @@ class LstmCtcOcr:
         begins, ends = classes % self.label_parts == 0, (classes + 1) % self.label_parts == 0
         ends[-1] = True
         return np.where(ends[:, None] & begins | ~ends[:, None] & (classes == classes[:, None] + 1), 0, -np.inf)
-
-    def _align(self, text, words, p):
-        """Each letter of a text that was read from p (T, C): (letter, confidence, its first step, that after its last).
-
-        The confidence is the share of this text's probability in that of all texts that differ from it in this letter
-        alone, another one being there, or none. The steps are those of the likeliest alignment.
-        """
-        parts = self.label_parts
-        letters = np.arange(len(words) * parts).reshape(-1, parts).tolist()  # the classes of each
-        sequence, aligned = sum((letters[words.index(letter)] for letter in text), []), []
-        spans = viterbi(sequence, p)
-        for place, letter in zip(range(0, len(sequence), parts), text):
-            others = [sequence[:place] + other + sequence[place + parts:] for other in [*letters, []]]
-            found = sequence_probabilities(others, p[:, None], np.zeros(len(others), int))
-            confidence = found[words.index(letter)] / max(found.sum(), TINY)
-            aligned.append((letter, float(confidence), spans[place][0], spans[place + parts - 1][1]))
-        return aligned
 
     @dataclasses.dataclass
     class _Beam:
@@ -848,12 +822,6 @@ class LstmCtcOcr:
         """How much of W the network is given of an image of that size: squares that hold it, and the longest text."""
         squares = -(-max(self._fitted(height, width), self._least_steps * self._stride) // self.im_height)
         return min(self.im_width, squares * self.im_height)
-
-    def _columns(self, begin, end, height, width):
-        """Steps [begin, end) of the network -> columns [first, last) of the image of that size, at least one."""
-        first, last = (round(step * self._stride * width / self._fitted(height, width)) for step in (begin, end))
-        first = min(first, width - 1)
-        return [first, min(max(last, first + 1), width)]
 
     # ------------------------------------------------------------------ rendering captchas
 
@@ -1914,7 +1882,7 @@ class LstmCtcOcr:
         ocr: object  # LstmCtcOcr with the architecture of the model
         folder: Path  # or ONNX file
         config: dict  # as it was when the weights were loaded
-        known: object  # `Known` of texts, by the settings
+        restriction: object  # `Restriction`, by the settings
         logits: object  # function (images (B, H, w) uint8, alone=False) -> (T, B, C) float32, blank last, see `_opened`
 
     @property
@@ -1945,7 +1913,7 @@ class LstmCtcOcr:
         def logits(images, alone=False):
             return session.run(net.logits, {net.images: images}, in_this_thread if alone else None)
 
-        return self._Reader(ocr, folder, config, ocr.known(self.letters, self.length), logits)
+        return self._Reader(ocr, folder, config, ocr.restrict(self.letters, self.length), logits)
 
     def _open_onnx(self, path):
         runtime = _package("onnxruntime", "read with an ONNX file")
@@ -1971,7 +1939,7 @@ class LstmCtcOcr:
             scores, = (in_this_thread() if alone else session).run(None, {"images": ink})
             return np.roll(scores, -1, axis=2)
 
-        return self._Reader(ocr, path, config, ocr.known(self.letters, self.length), logits)
+        return self._Reader(ocr, path, config, ocr.restrict(self.letters, self.length), logits)
 
     def _say_model(self):
         """Says on stderr what is read with, and how well."""
@@ -1981,13 +1949,13 @@ class LstmCtcOcr:
             accuracy = f", {config['accuracy']:.1%} of {config.get('validated_on', 0):,} held-out images"
         print(f"reading with {_shown(self._reader.folder)} ({config['net']}{accuracy})", file=sys.stderr)
 
-    def _read(self, infer, images, known, colours):
-        """n images (H, w) uint8, what is `Known` of each, and their colours (H, w', .) -> what `texts` says of each.
+    def _read(self, infer, images, restrictions, colours):
+        """n images (H, w) uint8, the `Restriction` of each, and their colours (H, w', .) -> what `texts` says of each.
 
         infer: function from images (B, H, w) to logits (T, B, C); those of one width are read together.
         """
         alike, readings = collections.defaultdict(list), {}
-        for row, (image, each) in enumerate(zip(images, known)):
+        for row, (image, each) in enumerate(zip(images, restrictions)):
             alike[image.shape[1], each].append(row)
         for (_, each), rows in alike.items():
             batch = np.stack([images[row] for row in rows])
@@ -2049,58 +2017,51 @@ class LstmCtcOcr:
         ink *= other
         return self._filled(np.minimum(ink, np.median(ink[ink > ink.max() / 4])))
 
-    def _read_each(self, sources, known=(), alone=False):
+    def _read_each(self, sources, restrictions=(), alone=False):
         """As `recognise`, but an image that cannot be read has its `Error` in its place.
 
-        known: what is `Known` of each; by default what the settings say. If that asks to align, a result's third is
-        [(letter, its confidence, [first, last) columns of the image)]. alone: see `_opened`.
+        restrictions: the `Restriction` of each; by default the one by the settings. alone: see `_opened`.
         """
-        reader, images, sizes, colours, rows, results = self._reader, [], [], [], [], []
+        reader, images, colours, rows, results = self._reader, [], [], [], []
         for row, source in enumerate(sources):
             try:
                 image, size, coloured = reader.ocr._load_sized(source)
                 images.append(image[:, :reader.ocr._read_width(*size)])
-                sizes.append(size)
                 colours.append(coloured)
                 rows.append(row)
                 results.append(None)
             except self.Error as error:
                 results.append(error)
         if images:
-            known = known or [reader.known] * len(sources)
+            restrictions = restrictions or [reader.restriction] * len(sources)
             infer = functools.partial(reader.logits, alone=alone)
-            readings = reader.ocr._read(infer, images, [known[row] for row in rows], colours)
-            for row, (height, width), (text, confidence, *aligned) in zip(rows, sizes, readings):
-                results[row] = (text, confidence, *(
-                    [(letter, sure, reader.ocr._columns(begin, end, height, width))
-                     for letter, sure, begin, end in letters] for letters in aligned))
+            readings = reader.ocr._read(infer, images, [restrictions[row] for row in rows], colours)
+            for row, reading in zip(rows, readings):
+                results[row] = reading
         return results
 
     def recognise(self, sources, letters="", length=""):
         """Reads images, each a path or the bytes of a file, as one batch; returns their (text, confidence) pairs.
 
-        letters, length: what is known of the texts, as the settings of these names, which hold where nothing is given.
+        letters, length: the restriction, as the settings of these names, which hold where nothing is given.
         The confidence is the probability that the network gives to the text, see `texts`. The model is loaded at the
         first call. Raises `Error` if it cannot be, or cannot read such texts, or for the first image that cannot be
         read.
         """
-        known = self._reader.ocr.known(letters or self.letters, length or self.length)
-        readings = self._read_each(sources, [known] * len(sources))
+        restriction = self._reader.ocr.restrict(letters or self.letters, length or self.length)
+        readings = self._read_each(sources, [restriction] * len(sources))
         for reading in readings:
             if isinstance(reading, self.Error):
                 raise reading
         return readings
 
-    def recognise_files(self, paths, align=False):
-        """Yields for each path, in order: (path, text, confidence, None), or (path, None, None, what is wrong).
-
-        Asked to align, it yields each letter's (letter, confidence, [first, last) columns) before the None.
-        """
-        known = dataclasses.replace(self._reader.known, align=align)  # the reader is built by this thread alone
+    def recognise_files(self, paths):
+        """Yields for each path, in order: (path, text, confidence, None), or (path, None, None, what is wrong)."""
+        self._reader  # the model is opened by this thread alone
 
         def read(batch):
             return [(path, None, None, str(reading)) if isinstance(reading, self.Error) else (path, *reading, None)
-                    for path, reading in zip(batch, self._read_each(batch, [known] * len(batch), len(batches) > 1))]
+                    for path, reading in zip(batch, self._read_each(batch, alone=len(batches) > 1))]
 
         paths = list(paths)
         batches = [paths[start:start + READ_BATCH] for start in range(0, len(paths), READ_BATCH)]
@@ -2108,7 +2069,7 @@ class LstmCtcOcr:
             for rows in pool.imap(read, batches):
                 yield from rows
 
-    def test(self, paths=(), as_json=False, align=False, report=""):
+    def test(self, paths=(), as_json=False, report=""):
         """Reads files and folders and prints a line for each image, then how many labelled ones were read right.
 
         report: an HTML file to write about that. Returns 0, or 1 if some images could not be read. Raises `Error` if
@@ -2116,8 +2077,6 @@ class LstmCtcOcr:
         """
         if report and not (Path(report).parent.is_dir() and Path(report).suffix in (".html", ".htm")):
             raise self.Error(f"--report {report}: name an .html file in a folder that exists")
-        if align and not as_json:
-            raise self.Error("--align says where each letter was read in JSON alone: add --json")
         paths = paths or [HOME / "dataset" / "test"]
         files = [file for path in paths for file in _image_files(Path(path))]
         if not files:
@@ -2128,14 +2087,14 @@ class LstmCtcOcr:
         if report and not labels:
             raise self.Error("--report wants labelled images, and none of these is: see `train --help` for --labels")
         labelled, confidences = [], []
-        for path, text, confidence, *letters, fault in self.recognise_files(files, align):
+        for path, text, confidence, fault in self.recognise_files(files):
             confidences += [confidence] * (not fault)
             truth = labels.get(path)
             if truth is not None and not fault:
                 labelled.append((path, truth, text, confidence))
             if as_json:
                 print(json.dumps({"img_path": str(path), "error": fault} if fault else
-                                 {"img_path": str(path), **_reading(text, confidence, *letters)}))
+                                 {"img_path": str(path), "ocr_ret": text, "confidence": confidence}))
             elif fault:
                 print(fault, file=sys.stderr)
             else:
@@ -2323,7 +2282,7 @@ class LstmCtcOcr:
         model: dict  # what of config.json clients are told
         labelling: object = None  # _Labelling, with --label
         lock: object = dataclasses.field(default_factory=threading.Lock)  # held to count
-        jobs: object = dataclasses.field(default_factory=queue.SimpleQueue)  # (bytes, Known, Future), or None: the end
+        jobs: object = dataclasses.field(default_factory=queue.SimpleQueue)  # (bytes, Restriction, Future), or None: the end
         threads: list = dataclasses.field(default_factory=list)  # that read
         waiting: int = 0  # images
         images_read: int = 0
@@ -2359,7 +2318,7 @@ class LstmCtcOcr:
             service.threads.append(threading.Thread(target=work, args=[service], daemon=True))
             service.threads[-1].start()
         blank = np.zeros((reader.ocr.im_height, reader.ocr.im_width), np.uint8)
-        self._read_in_batches(service, [cv2.imencode(".png", blank)[1].tobytes()], reader.known)
+        self._read_in_batches(service, [cv2.imencode(".png", blank)[1].tobytes()], reader.restriction)
         app = flask.Flask(__name__, static_folder=None)
         app.extensions["lstm_ctc_ocr"] = service
         app.json.sort_keys = False
@@ -2428,13 +2387,13 @@ class LstmCtcOcr:
 
     def _answer_post(self):
         """POST /captchaOcr: one image as the body, or as JSON, or one or several as a form's files."""
-        kind, known = flask.request.mimetype, flask.request.values
+        kind, asked = flask.request.mimetype, flask.request.values
         if kind == "multipart/form-data":
             datas = [file.read() for file in flask.request.files.getlist("image")]
         elif kind == "application/json":
             body = _json_body()
             datas = [_base64_image(body)]
-            known = {**known, **body}
+            asked = {**asked, **body}
         elif kind.startswith("image/"):
             datas = [flask.request.get_data()]
         else:
@@ -2442,19 +2401,19 @@ class LstmCtcOcr:
         if not 1 <= len(datas) <= MAX_IMAGES:
             flask.abort(400, f"send 1 to {MAX_IMAGES} images, as files named image, of at most {MAX_BODY:,} bytes "
                              "together")
-        answers = self._answer(datas, known)
+        answers = self._answer(datas, asked)
         return answers[0] if len(answers) == 1 else {"results": answers}
 
-    def _answer(self, datas, known):
+    def _answer(self, datas, asked):
         """Reads files' bytes; returns for each what the service says about it.
 
-        known: a mapping that may hold `letters`, `length` and `align`; where it does not, the settings do. Ends the
-        request with an error if no image can be read; where some can, the others have their error in their place.
+        asked: a mapping that may hold `letters` and `length`; where it does not, the settings do. Ends the request
+        with an error if no image can be read; where some can, the others have their error in their place.
         """
         service = _service()
         try:
-            known = service.reader.ocr.known(*(str(known.get(name) or getattr(self, name, ""))
-                                               for name in ("letters", "length", "align")))
+            restriction = service.reader.ocr.restrict(*(str(asked.get(name) or getattr(self, name))
+                                                        for name in ("letters", "length")))
         except self.Error as error:
             flask.abort(error.status, str(error))
         with service.lock:
@@ -2462,7 +2421,7 @@ class LstmCtcOcr:
                 raise ServiceUnavailable("too many images are waiting; try again soon", retry_after=1)
             service.waiting += len(datas)  # of a form all, so that it need not wait until there is room for all at once
         try:
-            readings = self._read_in_batches(service, datas, known)
+            readings = self._read_in_batches(service, datas, restriction)
         finally:
             with service.lock:
                 service.waiting -= len(datas)
@@ -2472,15 +2431,15 @@ class LstmCtcOcr:
         with service.lock:
             service.images_read += len(readings) - len(faults)
         return [{"error": str(reading)} if isinstance(reading, self.Error) else
-                _reading(*reading) for reading in readings]
+                dict(zip(("ocr_ret", "confidence"), reading)) for reading in readings]
 
-    def _read_in_batches(self, service, datas, known):
+    def _read_in_batches(self, service, datas, restriction):
         """As `_read_each`, for many threads at once: others read in batches what all of them have asked for."""
         futures = []
         for data in datas:
             futures.append(concurrent.futures.Future())
             if data.startswith(SIGNATURES):
-                service.jobs.put((data, known, futures[-1]))
+                service.jobs.put((data, restriction, futures[-1]))
             else:
                 futures[-1].set_result(self.Unknown("that is no PNG, JPEG, GIF, BMP, WebP or TIFF image"))
         return [future.result() for future in futures]
@@ -2501,9 +2460,9 @@ class LstmCtcOcr:
                         jobs.put(None)
                         break
                     batch.append(job)
-            datas, known, futures = zip(*batch)
+            datas, restrictions, futures = zip(*batch)
             try:
-                for future, reading in zip(futures, self._read_each(datas, known, alone=True)):
+                for future, reading in zip(futures, self._read_each(datas, restrictions, alone=True)):
                     future.set_result(reading)
             except Exception as error:  # whoever asked is told, and the next batch is read
                 for future in futures:
@@ -3638,27 +3597,6 @@ def _states(sequences, blank):
     return states, skips
 
 
-def viterbi(sequence, p):
-    """The likeliest alignment of a sequence with p (T, C), blank last: (first step, step after the last) of each class.
-
-    Where the steps are too few for the sequence, what has none is given an empty span.
-    """
-    (states,), (skips,) = _states([sequence], p.shape[1] - 1)
-    log_p = np.log(np.maximum(p[:, states], TINY))  # (T, S)
-    best = np.full(len(states) + 2, -np.inf)  # of the paths that end in each state, two impossible ones before
-    best[2:4] = log_p[0, :2]
-    back, barred = np.zeros(log_p.shape, int), np.where(skips > 0, 0, -np.inf)
-    for step in range(1, len(p)):
-        ways = np.stack([best[2:], best[1:-1], best[:-2] + barred])  # from the same state, the last, the one before it
-        back[step] = ways.argmax(axis=0)
-        best[2:] = ways.max(axis=0) + log_p[step]
-    path = [len(states) - 2 + int(best[-2:].argmax())]
-    for step in range(len(p) - 1, 0, -1):
-        path.append(path[-1] - back[step, path[-1]])
-    return [tuple(np.searchsorted(path[::-1], state, side).tolist() for side in ("left", "right"))
-            for state in range(1, len(states), 2)]
-
-
 def _without_sure_repeats(p):
     """p (T, B, C) without the steps that say for sure what the step before did for sure, mostly a blank.
 
@@ -3806,12 +3744,6 @@ def describe(scores):
 def _shares(table):
     """{length: (right, count)} as a line."""
     return "  ".join(f"{length}: {right / count:.1%}" for length, (right, count) in table.items())
-
-
-def _reading(text, confidence, letters=None):
-    """A reading as JSON has it; letters: (letter, confidence, columns) of each, where that was asked for."""
-    alignment = [dict(zip(("letter", "confidence", "columns"), letter)) for letter in letters or ()]
-    return {"ocr_ret": text, "confidence": confidence, **({} if letters is None else {"alignment": alignment})}
 
 
 def interval(right, count):
@@ -4183,9 +4115,8 @@ def describe_service():
     text, binary = {"type": "string"}, {"type": "string", "format": "binary"}
     letters = {**text, "description": "letters that alone can be read, such as ABC"}
     length = {**text, "pattern": f"^{LENGTH.pattern}$", "description": "letters of the text: N or MIN-MAX"}
-    align = {"type": "integer", "enum": [0, 1], "description": "1: each letter's own confidence, and its columns"}
-    restrictions = {"letters": letters, "length": length, "align": align}
-    known = [{"name": name, "in": "query", "schema": schema} for name, schema in restrictions.items()]
+    restrictions = {"letters": letters, "length": length}
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in restrictions.items()]
     return {
         "openapi": "3.1.0",
         "info": {"title": "lstm_ctc_ocr", "version": VERSION},
@@ -4195,11 +4126,11 @@ def describe_service():
                     "summary": "Reads an image under the image root",
                     "parameters": [
                         {"name": "img_path", "in": "query", "required": True, "schema": {**text, "minLength": 1}},
-                        *known],
+                        *parameters],
                     "responses": _answers("its text", "PathReading", 400, 404, 413, 415, 422)},
                 "post": {
                     "summary": "Reads one image, or several files of a form",
-                    "parameters": known,
+                    "parameters": parameters,
                     "requestBody": {"required": True, "content": {
                         "image/*": {"schema": binary},
                         "application/json": {"schema": {
@@ -4228,11 +4159,7 @@ def _describe_answers():
         "Error": _record(error=text),
         "ToLabel": _record(path=text, image=text, guess=text, confidence=number, label=text, labelled=number,
                            images=number),
-        "Letter": _record(letter=text, confidence=number, columns={
-            "type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2,
-            "description": "the first, and the one after the last"}),
-        "Reading": {**_record(ocr_ret=text, confidence=number), "properties": {
-            "ocr_ret": text, "confidence": number, "alignment": {"type": "array", "items": _schema("Letter")}}},
+        "Reading": _record(ocr_ret=text, confidence=number),
         "PathReading": {"allOf": [_record(img_path=text), _schema("Reading")]},
         "Readings": {"anyOf": [_schema("Reading"), _record(results={
             "type": "array", "items": {"anyOf": [_schema("Reading"), _schema("Error")]}})]},
@@ -4386,17 +4313,13 @@ PAGE = HEAD.replace("$title", "Captcha reader") + """\
     const begun = performance.now();
     try {
       const headers = {"Content-Type": blob.type.startsWith("image/") ? blob.type : "image/unknown"};
-      const response = await fetch("captchaOcr?align=1", {method: "POST", headers, body: blob});
+      const response = await fetch("captchaOcr", {method: "POST", headers, body: blob});
       const answer = await response.json();
       if (!response.ok) throw new Error(answer.error);
-      output.textContent = answer.ocr_ret ? "" : "(no letter)";
-      for (const {letter, confidence, columns: [first, last]} of answer.alignment) {
-        const span = document.createElement("span");
-        span.textContent = letter;
-        span.className = confidence < .5 ? "doubtful" : confidence < .95 ? "unsure" : "sure";
-        span.title = `confidence ${(100 * confidence).toFixed(1)} %, read in columns ${first} to ${last - 1}`;
-        output.append(span);
-      }
+      const text = document.createElement("span");
+      text.textContent = answer.ocr_ret || "(no letter)";
+      text.className = answer.confidence < .5 ? "doubtful" : answer.confidence < .95 ? "unsure" : "sure";
+      output.replaceChildren(text);
       const milliseconds = Math.round(performance.now() - begun);
       note.textContent = `confidence ${(100 * answer.confidence).toFixed(1)} %, ${milliseconds} ms`;
     } catch (error) {
@@ -4666,8 +4589,6 @@ def _parser():
             sub.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an image")
             sub.add_argument("--report", default="", metavar="FILE.html", help="of labelled images: write a page to "
                              "look at, what is read wrong, and whether the confidence is right")
-            sub.add_argument("--align", action="store_true", help="with --json: each letter's own confidence, and the "
-                             "columns of the image, [first, last), where it was read")
     return parser
 
 
@@ -4678,7 +4599,7 @@ def main(argv=None):
     with contextlib.suppress(AttributeError):  # not a stream of Python's own
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     arguments = {name: settings.pop(name) for name in settings.keys() & {
-        "paths", "as_json", "align", "report", "directory"}}
+        "paths", "as_json", "report", "directory"}}
     try:
         return getattr(LstmCtcOcr(**settings), command)(**arguments) or 0
     except KeyboardInterrupt as stop:

@@ -66,7 +66,7 @@ def test_what_is_known_gives_the_best_of_what_is_left(seed, scale, letters, leng
     ocr = LstmCtcOcr(words="AaB", words_max_num=5, im_width=9, beam_width=100)  # no text of 5 steps is longer
     read_as = [next((other for other in (word, word.swapcase()) if other in letters), None) for word in ocr.words]
     low, high = (int(length[0]), int(length[-1])) if length else (0, 5)
-    for image, (text, confidence) in enumerate(ocr.texts(logits, ocr.known(letters, length))):
+    for image, (text, confidence) in enumerate(ocr.texts(logits, ocr.restrict(letters, length))):
         every = enumerate_sequences(logits[:, image], read_as)
         fitting = {"".join(sequence): p for sequence, p in every.items() if low <= len(sequence) <= high}
         assert confidence == pytest.approx(fitting[text], rel=1e-5)
@@ -78,7 +78,7 @@ def test_what_is_known_gives_the_best_of_what_is_left(seed, scale, letters, leng
 def test_of_label_parts_the_best_sequence_of_parts_is_read(seed, scale, length):
     logits = random_logits(seed, 6, 1, 4, scale)
     ocr = LstmCtcOcr(words="A", words_max_num=2, im_width=6, label_parts=3, beam_width=100)
-    (text, confidence), = ocr.texts(logits, ocr.known(length=length))
+    (text, confidence), = ocr.texts(logits, ocr.restrict(length=length))
     every = {sequence: p for sequence, p in enumerate_sequences(logits[:, 0]).items()
              if not length or len(ocr.sequence_to_text(sequence)) == 1}
     best = max(every, key=every.get)
@@ -109,7 +109,7 @@ def test_looks_at_a_doubtful_image_agree_on_what_is_likeliest_on_average(seed, s
     """A further look proposes what its best classes spell, or, of texts of a known length, its most probable."""
     first, *further = (random_logits(seed + look, steps, 3, 3, scale) for look, steps in enumerate((5, 4, 6)))
     ocr, asked = LstmCtcOcr(words="AB", words_max_num=5, im_width=11, beam_width=100), [set(), set()]
-    readings = ocr.texts(first, ocr.known(length=length), [
+    readings = ocr.texts(first, ocr.restrict(length=length), [
         lambda rows, look=look: asked[look].update(rows) or further[look][:, rows] for look in (0, 1)])
 
     def fitting(logits):
@@ -139,7 +139,7 @@ def test_a_text_of_every_length_that_the_steps_allow_is_found(words, beam_width,
     logits = np.zeros((7, 1, len(words) * label_parts + 1), np.float32)
     logits[..., -1] = 200
     for wanted in range(1, length + 1):
-        (text, confidence), = ocr.texts(logits, ocr.known(length=str(wanted)))
+        (text, confidence), = ocr.texts(logits, ocr.restrict(length=str(wanted)))
         assert len(text) == wanted and 0 <= confidence < 1e-80
     assert ocr.texts(logits) == [("", 1)]
 
@@ -183,13 +183,13 @@ def test_on_real_sizes_it_is_at_least_as_good_as_tensorflows_beam(steps, letters
     ("", "٣", "length must be")])
 def test_what_the_model_cannot_read_is_refused_in_one_line(ocr, letters, length, complaint):
     with pytest.raises(LstmCtcOcr.Error, match=complaint) as caught:
-        ocr.known(letters, length)
+        ocr.restrict(letters, length)
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_of_capitals_reads_small_letters_where_those_are_asked_for(ocr):
     logits = 20 * np.eye(3, dtype=np.float32)[[0, 2, 1]][:, None]  # A-X
-    texts = [ocr.texts(logits, ocr.known(letters))[0][0] for letters in ("", "ax", "aX", "Xa")]
+    texts = [ocr.texts(logits, ocr.restrict(letters))[0][0] for letters in ("", "ax", "aX", "Xa")]
     assert texts == ["AX", "ax", "aX", "aX"]
 
 
@@ -197,7 +197,7 @@ def test_a_beam_of_one_does_not_take_a_long_letter_for_two():
     """AA would need a blank, which this image surely has not; AX and XA need one step of an X."""
     logits = np.log(np.float32([[[0.99, 0.01, 1e-6]]] * 5))
     ocr = LstmCtcOcr(words="AX", words_max_num=3, im_width=5, beam_width=1)
-    assert ocr.texts(logits, ocr.known(length="2"))[0][0] in ("AX", "XA")
+    assert ocr.texts(logits, ocr.restrict(length="2"))[0][0] in ("AX", "XA")
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])

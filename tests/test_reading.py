@@ -123,7 +123,7 @@ def test_only_the_net_that_knows_many_looks_looks_again(net, looks):
         seen.append(images)
         return np.zeros((12, len(images), len(ocr.words) + 1))  # every class as likely as any other
 
-    ocr._read(infer, [np.zeros((64, 256), np.uint8)], [ocr.known()], [np.ones((64, 256, 3), np.float32)])
+    ocr._read(infer, [np.zeros((64, 256), np.uint8)], [ocr.restrict()], [np.ones((64, 256, 3), np.float32)])
     assert len(seen) == looks
 
 
@@ -163,9 +163,9 @@ def test_images_of_many_widths_are_read_as_each_alone(engine):
     random.seed(0)  # captcha draws from there
     images = [ImageCaptcha(width, 64).generate(text).read() for text in ("PIY", "X7", "ABCD") for width in
               (256, 120, 190)]
-    known = [ocr._reader.ocr.known(length="3")] * 3 + [ocr._reader.known] * 6
-    together = ocr._read_each(images, known)
-    for image, each, (text, confidence) in zip(images, known, together):
+    restrictions = [ocr._reader.ocr.restrict(length="3")] * 3 + [ocr._reader.restriction] * 6
+    together = ocr._read_each(images, restrictions)
+    for image, each, (text, confidence) in zip(images, restrictions, together):
         (expected, sure), = ocr._read_each([image], [each])
         assert text == expected and confidence == pytest.approx(sure, abs=.02)
     assert {text.upper() for text, _ in together} >= {"PIY", "ABCD"}
