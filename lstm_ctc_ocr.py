@@ -1192,16 +1192,6 @@ class LstmCtcOcr:
         self._restore(load, folder, config.get("best_step", config.get("step")))
         return ocr, config, weights
 
-    @staticmethod
-    def _save_weights(weights, folder, step):
-        """Writes such weights as the checkpoint of a step; returns its path."""
-        tf = _tensorflow()
-        with tf.Graph().as_default(), tf.Session() as session:
-            saver = tf.train.Saver({name + AVERAGE: tf.Variable(value) for name, value in weights.items()},
-                                   save_relative_paths=True)
-            session.run(tf.global_variables_initializer())
-            return saver.save(session, str(folder / "LstmCtcOcr"), step, write_meta_graph=False)
-
     def _restore(self, load, folder, step=None):
         """Loads the checkpoint of `step`, or the newest; where that is torn the newest whole one, and says so.
 
@@ -1257,22 +1247,6 @@ class LstmCtcOcr:
             reason = re.search(r"(.+)\n\s*\[\[", text) or re.match(".*", text)  # TensorFlow puts a traceback around it
             raise self.Error(f"cannot write to {folder} ({reason[reason.re.groups]}); run the same command again once "
                              "that is mended") from None
-
-    def publish(self, folder):
-        """Copies the model that this object reads with into `folder`, without what only training needs."""
-        (_, config, weights), folder = self._load_model(self._model_to_read()), Path(folder)
-        for name in ("curve", "idle"):
-            config.pop(name, None)
-        step = config.get("best_step", config["step"])
-        share = step / config["step"] if config["step"] else 1
-        config.update(step=step, images_seen=round(config["images_seen"] * share),
-                      epoch=round(config["epoch"] * share, 3))
-        with self._alone_in(folder), self._writing(folder):
-            prefix = self._save_weights(weights, folder, step)
-            for path in folder.glob("LstmCtcOcr-*"):
-                if path.stem != Path(prefix).name:
-                    path.unlink()
-            self._save_config(folder, config)
 
     # ------------------------------------------------------------------ training
 
@@ -2655,116 +2629,55 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ export
 
-    def export(self, directory):
-        """Writes a SavedModel for TensorFlow Serving: encoded images (B,) string -> text (B,), confidence (B,).
+    def export(self, target):
+        """Writes the model in a form that needs nothing of this project.
 
-        PNG, JPEG, GIF and BMP of any size, prepared as by `load_image`. Raises `Error` if the folder is there already.
-        A name that ends in .onnx gets an ONNX file instead, see `_export_onnx`.
+        target: a new folder, which becomes a SavedModel, or a new file FILE.onnx, see `_export_onnx`.
+        Raises `Error` if it is there already.
         """
-        directory = Path(directory)
-        onnx = directory.suffix.lower() == ".onnx"
-        for path in (directory, directory.with_suffix(".json"))[:1 + onnx]:
+        target = Path(target)
+        is_onnx = target.suffix.lower() == ".onnx"
+        for path in (target, target.with_suffix(".json")) if is_onnx else (target,):
             if path.exists():
                 raise self.Error(f"{path} is there already: name a new folder or file")
-        if onnx:
-            return self._export_onnx(directory)
+        write = self._export_onnx if is_onnx else self._export_saved_model
+        write(target)
+
+    def _export_saved_model(self, directory):
+        """Writes a SavedModel: ink (B, H, W) uint8 -> text (B,) string, confidence (B,) float32.
+
+        The ink is that of `load_image`. Any number of columns is read. It reads each image once,
+        with TensorFlow's beam search.
+        """
         tf, folder = _tensorflow(), self._model_to_read()
         ocr, config, weights = self._load_model(folder)
-        with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, self._writing(directory), \
-                _constants(weights, folder):
-            encoded = tf.placeholder(tf.string, [None], "images")
-            images, widths = tf.map_fn(ocr._load_in_graph, encoded, (tf.uint8, tf.int32))
-            net = ocr._build_reading(images[..., :tf.reduce_max(widths)], config.get("temperature", 1))
+        with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, \
+                self._writing(directory), _constants(weights, folder):
+            net = ocr._build_reading(ocr._build_input(), config.get("temperature", 1))
+            outputs = {"text": ocr._texts_in_graph(net.sparse), "confidence": net.confidence}
             directory.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".", dir=directory.parent) as part:  # whole or not there
-                tf.saved_model.simple_save(session, f"{part}/model", {"images": encoded},
-                                           {"text": ocr._texts_in_graph(net.sparse), "confidence": net.confidence})
+            # The folder appears whole or not at all.
+            with tempfile.TemporaryDirectory(prefix=".", dir=directory.parent) as part:
+                tf.saved_model.simple_save(session, f"{part}/model", {"ink": net.images}, outputs)
                 os.replace(f"{part}/model", directory)
-        print(f"{directory} takes {{'images': [encoded, ...]}} and gives text and confidence", file=sys.stderr)
+        print(f"{directory} takes ink (images, {ocr.im_height}, columns) uint8, and gives text and "
+              "confidence", file=sys.stderr)
 
     def _texts_in_graph(self, sparse):
-        """`sequence_to_text` as TensorFlow operations: sparse sequences (B, .) -> (B,) string."""
+        """`sequence_to_text` as TensorFlow operations: sequences (B, .) sparse -> (B,) string."""
         tf = _tensorflow()
+
+        def previous(values, first):
+            return tf.pad(values, [[0, 0], [1, 0]], constant_values=first)[:, :-1]
+
         numbers = tf.sparse.to_dense(sparse, default_value=-1)  # (B, longest), which may be 0
-        letters, parts = numbers // self.label_parts, numbers % self.label_parts
-
-        def before(values):  # each step's predecessor
-            return tf.pad(values, [[0, 0], [1, 0]])[:, :-1]
-
-        goes_on = tf.equal(letters, before(letters + 1) - 1) & (parts > before(parts)) & (numbers >= 0)
-        # Of one part, each is a letter. Of three, a letter counts at its second: where one goes on that did not before.
-        counts = goes_on & ~before(goes_on) if self.label_parts > 1 else numbers >= 0
-        return tf.strings.reduce_join(tf.where(counts, tf.gather([*self.words], tf.maximum(letters, 0)),
-                                               tf.fill(tf.shape(letters), "")), axis=1)
-
-    def _load_in_graph(self, encoded):
-        """`load_image` as TensorFlow operations: the bytes of a file () string -> (H, W) uint8, its `_read_width`."""
-        tf = _tensorflow()
-        pixels = self._decode_in_graph(encoded)  # (h, w, channels)
-        channels = tf.shape(pixels)[2]
-        alpha = tf.cond(channels % 2 < 1, lambda: pixels[..., -1:], lambda: tf.ones_like(pixels[..., :1]))
-        colours = tf.cond(channels < 3, lambda: tf.tile(pixels[..., :1], [1, 1, 3]), lambda: pixels[..., :3])
-        colours = colours * alpha + 1 - alpha
-        if self.paper == "brightest":
-            colours = tf.tensordot(colours, [[0.299], [0.587], [0.114]], 1)
-        height, width = tf.shape(colours)[0], tf.shape(colours)[1]
-        fitted = tf.clip_by_value(tf.cast(tf.round(width * self.im_height / height), tf.int32), 1, self.im_width)
-        size = [self.im_height, fitted]
-        colours = tf.cond(height > self.im_height, lambda: tf.image.resize_area(colours[None], size)[0],
-                          lambda: tf.image.resize_bilinear(colours[None], size, half_pixel_centers=True)[0])
-        if self.paper == "brightest":
-            paper = tf.reduce_max(colours)
-        else:
-            edge = max(1, self.im_height // 16)
-            inside = tf.pad(tf.ones([self.im_height - 2 * edge, tf.maximum(0, fitted - 2 * edge)], tf.bool),
-                            [[edge, edge], [tf.minimum(edge, fitted), tf.maximum(0, tf.minimum(edge, fitted - edge))]])
-            along = tf.sort(tf.boolean_mask(colours, ~inside), axis=0)
-            paper = along[tf.shape(along)[0] // 2]
-        ink = tf.reduce_max(tf.abs(colours - paper), axis=2)
-        image = tf.round(ink * (255 / tf.maximum(tf.reduce_max(ink), MIN_CONTRAST)))
-        image = tf.pad(image, [[0, 0], [0, self.im_width - fitted]])
-        squares = (tf.maximum(fitted, self._least_steps * self._stride) + self.im_height - 1) // self.im_height
-        return (tf.ensure_shape(tf.cast(image, tf.uint8), [self.im_height, self.im_width]),
-                tf.minimum(self.im_width, squares * self.im_height))
-
-    @staticmethod
-    def _decode_in_graph(encoded):
-        """The bytes of a file () string -> (h, w, channels) float32, 1 white, the last of 2 or 4 channels alpha.
-
-        What TensorFlow would decode otherwise than OpenCV is refused.
-        """
-        tf = _tensorflow()
-
-        def holds(position, *values):
-            part = tf.strings.substr(encoded, position, len(values[0]))
-            return tf.reduce_any([tf.equal(part, value) for value in values])
-
-        def png():  # of red, green and blue only, a tRNS chunk is looked at when four channels are asked for
-            return tf.cast(tf.cond(holds(25, b"\2"), lambda: tf.io.decode_png(encoded, 4, tf.uint16),
-                                   lambda: tf.io.decode_png(encoded, 0, tf.uint16)), tf.float32) / 65535
-
-        def jpeg():
-            return tf.cast(tf.io.decode_jpeg(encoded, 3, dct_method="INTEGER_ACCURATE"), tf.float32) / 255
-
-        def gif():
-            with require(_is_plain_gif(encoded), "a GIF with transparency, or of frames that do not fill it"):
-                return tf.cast(tf.io.decode_image(encoded, 3, expand_animations=False), tf.float32) / 255
-
-        def bmp():
-            shades = b"".join(bytes([shade, shade, shade, 0]) for shade in range(256))
-            plain = holds(28, b"\x18\0", b"\x20\0") | holds(28, b"\x08\0") & holds(54, shades)
-            with require(plain & holds(30, bytes(4)), "a BMP of colours from a palette, or a compressed one"):
-                return tf.cast(tf.io.decode_bmp(encoded)[..., :3], tf.float32) / 255  # OpenCV ignores the fourth
-
-        def other():
-            with require(False, "what is no PNG, JPEG, GIF or BMP image"):
-                return tf.zeros([1, 1, 1])
-
-        def require(holds, fault):
-            return tf.control_dependencies([tf.debugging.Assert(holds, [f"cannot read {fault}: convert it to PNG"])])
-
-        return tf.case([(holds(0, b"\x89PNG"), png), (holds(0, b"\xff\xd8"), jpeg), (holds(0, b"GIF8"), gif),
-                        (holds(0, b"BM"), bmp)], other)
+        letters, before = numbers // self.label_parts, previous(numbers, -1)
+        counts = numbers >= 0
+        if self.label_parts > 1:  # a letter counts at the second of its parts that is there
+            goes_on = tf.equal(letters, before // self.label_parts) & (numbers > before)
+            counts = goes_on & ~previous(goes_on, False)
+        letters = tf.where_v2(counts, letters, len(self.words))
+        return tf.strings.reduce_join(tf.gather([*self.words, ""], letters), axis=1)
 
     @dataclasses.dataclass
     class _OnnxGraph:
@@ -2923,18 +2836,6 @@ def _onnx_lstm(kernel, bias):
     inputs = len(kernel) - len(bias) // 4
     bias = np.concatenate([ordered[:, -1], np.zeros_like(bias)])
     return ordered[:, :inputs], ordered[:, inputs:-1], bias
-
-
-def _is_plain_gif(encoded):
-    """Whether a GIF's bytes () string begin with a frame of the whole size and no transparent colour; () bool."""
-    tf = _tensorflow()
-    data = tf.io.decode_raw(encoded, tf.uint8)
-    ahead = [data[offset:tf.size(data) - 8 + offset] for offset in range(9)]  # at each place, the 9 bytes from there
-    control = tf.reduce_all([tf.equal(ahead[i], value) for i, value in ((0, 0x21), (1, 0xF9), (2, 4), (7, 0))], 0)
-    transparent = control & tf.equal(tf.bitwise.bitwise_and(ahead[3], tf.constant(1, tf.uint8)), 1)
-    size = [tf.equal(ahead[5 + i], data[6 + i]) for i in range(4)]
-    frame = tf.reduce_all([tf.equal(ahead[0], 0x2C), *(tf.equal(ahead[i], 0) for i in range(1, 5)), *size], 0)
-    return tf.reduce_any(frame) & ~tf.reduce_any(transparent[:tf.argmax(tf.cast(frame, tf.uint8))])
 
 
 # ---------------------------------------------------------------------- captchas of every look
@@ -4582,7 +4483,7 @@ def _parser():
             sub.add_argument(_flag(field.name), **{"type": field.type, "metavar": field.type.__name__, **several},
                              default=field.default, help=field.metadata["help"] + shown)
         if command == "export":
-            sub.add_argument("directory", metavar="DIR|FILE.onnx",
+            sub.add_argument("target", metavar="DIR|FILE.onnx",
                              help="a new folder; TensorFlow Serving wants <name>/<number>; or a new ONNX file")
         if command == "test":
             sub.add_argument("paths", nargs="*", metavar="PATH", help="images and folders of images (dataset/test)")
@@ -4599,7 +4500,7 @@ def main(argv=None):
     with contextlib.suppress(AttributeError):  # not a stream of Python's own
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     arguments = {name: settings.pop(name) for name in settings.keys() & {
-        "paths", "as_json", "report", "directory"}}
+        "paths", "as_json", "report", "target"}}
     try:
         return getattr(LstmCtcOcr(**settings), command)(**arguments) or 0
     except KeyboardInterrupt as stop:

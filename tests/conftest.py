@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "lstm_ctc_ocr.py"
 PRETRAINED = ROOT / "my-model" / "pretrained"
 SHIPPED = PRETRAINED / "cnn_lstm"  # what reads by default
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # as the program sets it, which some tests come before
 
 import lstm_ctc_ocr  # noqa: E402

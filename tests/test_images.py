@@ -1,6 +1,5 @@
 """Rendering, and the one way in which images are loaded."""
 
-import io
 import json
 import os
 import re
@@ -264,68 +263,6 @@ def test_too_many_pixels_are_refused_from_the_header_whatever_was_imported_befor
         assert len(lines) == 6 and process.stderr == ""
         assert all("more than 4,000,000 pixels" in line for line in lines[:4])
         assert all(("not a whole image" if order == "before" else "more than 4,000,000") in line for line in lines[4:])
-
-
-# ---- the same in the graph that `export` writes
-
-def saved(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def exported_kinds(colour):
-    """Files of a coloured picture by the name of their kind."""
-    rgb = Image.fromarray(colour[..., ::-1])
-    grey, palette = rgb.convert("L"), rgb.quantize(16)
-    blue = tuple(int(value) for value in colour[(colour != 255).all(axis=2)].min(axis=0)[::-1])
-    faint = rgb.convert("RGBA")
-    faint.putalpha(grey.point(lambda value: 255 - value))
-    below = Image.fromarray(np.where(np.array(grey)[..., None] < 255, np.array(faint), [0, 0, 0, 0]).astype(np.uint8))
-    other = palette.copy()
-    other.paste(1, (0, 0, 256, 20))
-    return {
-        "grey": saved(grey, "PNG"), "RGB": saved(rgb, "PNG"), "palette": saved(palette, "PNG"),
-        "palette tRNS": saved(other, "PNG", transparency=1), "RGB tRNS": saved(rgb, "PNG", transparency=blue),
-        "grey tRNS": saved(grey, "PNG", transparency=255), "LA": saved(faint.convert("LA"), "PNG"),
-        "RGBA": saved(below, "PNG"), "1 bit": saved(grey.convert("1"), "PNG"),
-        "16 bit": png(np.array(grey).astype(np.uint16) * 250 + 77), "RGB 16 bit": png(colour.astype(np.uint16) * 255),
-        "RGBA 16 bit": png(np.array(below).astype(np.uint16) * 255), "JPEG": saved(rgb, "JPEG"),
-        "grey JPEG": saved(grey, "JPEG"), "CMYK JPEG": saved(rgb.convert("CMYK"), "JPEG"),
-        "GIF": saved(palette, "GIF"), "animated GIF": saved(palette, "GIF", save_all=True, append_images=[other]),
-        "BMP": saved(rgb, "BMP"), "grey BMP": saved(grey, "BMP"), "RGBA BMP": saved(below, "BMP"),
-        "transparent GIF": saved(other, "GIF", transparency=1), "palette BMP": saved(palette, "BMP"),
-        "1 bit BMP": saved(grey.convert("1"), "BMP"), "WebP": saved(rgb, "WEBP"), "text": b"hello", "empty": b"",
-    }
-
-
-REFUSED = {"transparent GIF": "a GIF with transparency", "palette BMP": "a BMP of colours from a palette",
-           "1 bit BMP": "a BMP", "WebP": "no PNG, JPEG, GIF or BMP", "text": "no PNG", "empty": "no PNG"}
-
-
-@pytest.fixture(scope="module")
-def load_in_graph():
-    import tensorflow.compat.v1 as tf
-    with tf.Graph().as_default(), tf.Session() as session:
-        encoded = tf.placeholder(tf.string, [])
-        loaded = LstmCtcOcr()._load_in_graph(encoded)
-        yield lambda data: session.run(loaded, {encoded: data})
-
-
-@pytest.mark.parametrize("size, width", [((64, 256), 256), ((40, 120), 192), ((100, 300), 192)], ids=str)
-@pytest.mark.parametrize("kind", sorted(exported_kinds(np.zeros((64, 256, 3), np.uint8)).keys() - REFUSED.keys()))
-def test_the_export_loads_as_load_image_does(colour, kind, size, width, load_in_graph):
-    data = exported_kinds(cv2.resize(colour, size[::-1]))[kind]
-    here, (there, read) = LstmCtcOcr().load_image(data).astype(int), load_in_graph(data)
-    assert here.max() == 255 and read == width
-    assert np.abs(here - there).max() <= (3 if kind == "CMYK JPEG" else 1)  # converted by other formulas
-
-
-@pytest.mark.parametrize("kind", sorted(REFUSED))
-def test_what_the_export_would_misread_it_refuses_by_name(colour, kind, load_in_graph):
-    import tensorflow.compat.v1 as tf
-    with pytest.raises(tf.errors.InvalidArgumentError, match=f"cannot read .*{REFUSED[kind]}"):
-        load_in_graph(exported_kinds(colour)[kind])
 
 
 # ---- decoded once

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from captcha.image import ImageCaptcha
 from conftest import PRETRAINED, ROOT, SCRIPT, SHIPPED, flags
+from train_general import save_weights
 
 import lstm_ctc_ocr
 from lstm_ctc_ocr import LstmCtcOcr, main
@@ -36,8 +37,8 @@ def untrained(folder, **settings):
         session.run(tf.global_variables_initializer())
         weights = {variable.op.name: variable.eval() for variable in tf.global_variables()}
     folder.mkdir()
-    ocr._save_weights({name: generator.uniform(0.5, 1.5, value.shape).astype(np.float32) if value.ndim == 1 else value
-                       for name, value in weights.items()}, folder, 1)
+    save_weights({name: generator.uniform(0.5, 1.5, value.shape).astype(np.float32) if value.ndim == 1 else value
+                  for name, value in weights.items()}, folder, 1)
     config = {name: getattr(ocr, name) for name in lstm_ctc_ocr.ARCHITECTURE}
     (folder / "config.json").write_text(json.dumps({"format": 1, **config, "best_step": 1}))
     return folder

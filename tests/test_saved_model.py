@@ -1,75 +1,64 @@
-"""The SavedModel that `export DIR` writes: read by others it must give the texts and confidences that we read."""
+"""The SavedModel that `export DIR` writes must read what this program reads."""
 
-import importlib.util
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+import shutil
 
-import cv2
 import numpy as np
 import pytest
+import tensorflow as tensorflow2
 import tensorflow.compat.v1 as tf
 from conftest import ROOT, SHIPPED
 
 from lstm_ctc_ocr import LstmCtcOcr, main
 
-SAMPLES = {path.stem.split("_")[1]: path.read_bytes() for path in (ROOT / "dataset" / "test").glob("*.png")}
+SAMPLES = {path.stem.split("_")[1]: path for path in sorted((ROOT / "dataset" / "test").glob("*.png"))}
 
 
-def by_the_command_line(folder, paths, tmp_path):
-    """What TensorFlow's own saved_model_cli says of images: texts and confidences."""
-    np.save(tmp_path / "images.npy", np.array([Path(path).read_bytes() for path in paths]))
-    run_python("-m", "tensorflow.python.tools.saved_model_cli", "run", "--dir", folder, "--tag_set", "serve",
-               "--signature_def", "serving_default", "--inputs", f"images={tmp_path / 'images.npy'}",
-               "--outdir", tmp_path, "--overwrite")
-    texts, confidences = (np.load(tmp_path / f"{name}.npy", allow_pickle=True) for name in ("text", "confidence"))
-    return [text.decode() for text in texts], confidences.tolist()
+def saved(model, folder):
+    """Exports a model folder; returns a function: ink (B, H, W) uint8 -> texts, confidences. It needs TensorFlow alone."""
+    assert main(["export", str(folder), "--model", str(model)]) == 0
+    loaded = tensorflow2.saved_model.load(str(folder))
+    read = loaded.signatures["serving_default"]
+
+    def texts_and_confidences(ink, _=loaded):  # the loaded model must live as long as this
+        outputs = read(ink=tensorflow2.constant(ink))
+        assert outputs["confidence"].dtype == tf.float32
+        return [text.decode() for text in outputs["text"].numpy()], outputs["confidence"].numpy()
+
+    return texts_and_confidences
 
 
-def by_the_c_api(folder, paths, tmp_path):
-    """The same by the library in TensorFlow's wheel, which TensorFlow Serving runs too."""
-    shown = run_python("-m", "tensorflow.python.tools.saved_model_cli", "show", "--dir", folder, "--tag_set", "serve",
-                       "--signature_def", "serving_default")
-    names = [re.search(rf"\['{name}'\].*?name: (\S+):0", shown, re.DOTALL)[1]
-             for name in ("images", "text", "confidence")]
-    library = Path(importlib.util.find_spec("tensorflow").origin).with_name("libtensorflow_cc.so.2")
-    if not library.exists():
-        pytest.skip(f"this wheel of TensorFlow has no {library.name}")
-    return json.loads(run_python(Path(__file__).with_name("c_api.py"), library, folder, *names, *paths))
-
-
-def run_python(*arguments):
-    """Runs Python away from this project, and returns what it prints."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=tempfile.gettempdir(), text=True,
-                          capture_output=True, check=True).stdout
-
-
-@pytest.mark.parametrize("read", [by_the_command_line, by_the_c_api])
-def test_the_export_reads_without_this_project(read, tmp_path):
-    """Image bytes in, the same texts and confidences out."""
-    images = {**{f"{text}.png": data for text, data in SAMPLES.items()}}
-    grey = cv2.imdecode(np.frombuffer(SAMPLES["PIY"], np.uint8), cv2.IMREAD_GRAYSCALE)
-    faded = np.dstack([np.zeros_like(grey)] * 3 + [255 - grey])  # black ink on nothing
-    for name, pixels in {"large.png": cv2.resize(grey, (512, 128)), "small.bmp": cv2.resize(grey, (128, 32)),
-                         "grey.jpg": grey, "faded.png": faded, "narrow.png": grey[:, :100]}.items():
-        images[name] = cv2.imencode(os.path.splitext(name)[1], pixels)[1].tobytes()
-    for name, data in images.items():
-        (tmp_path / name).write_bytes(data)
-    assert main(["export", str(tmp_path / "exported"), "--model", str(SHIPPED)]) == 0
-    paths = [str(tmp_path / name) for name in images]
-    texts, confidences = read(tmp_path / "exported", paths, tmp_path)
-    ours = LstmCtcOcr(model=str(SHIPPED)).recognise(paths)
-    assert texts == [text for text, _ in ours] and texts[:3] == [*SAMPLES]
+def test_it_reads_what_recognise_reads(tmp_path, capsys):
+    """Samples, repeats, and a blank image, alone and among others."""
+    LstmCtcOcr(dataset=str(tmp_path / "repeats"), words="AX", im_total_num=12, seed=2).create_dataset()
+    blank = tmp_path / "blank.png"
+    blank.write_bytes(tensorflow2.io.encode_png(np.full((64, 256, 3), 200, np.uint8)).numpy())
+    paths = [blank, *SAMPLES.values(), *sorted((tmp_path / "repeats").glob("*.png"))]
+    ocr, read = LstmCtcOcr(model=str(SHIPPED)), saved(SHIPPED, tmp_path / "exported")
+    ours = ocr.recognise(paths)
+    ink = np.stack([ocr.load_image(path) for path in paths])
+    texts, confidences = read(ink)
+    assert texts == [text for text, _ in ours] and texts[1:4] == [*SAMPLES]
     assert confidences == pytest.approx([confidence for _, confidence in ours], abs=0.02)
-    assert main(["export", str(tmp_path / "exported")]) == 2  # nothing is overwritten
+    assert read(ink[:1])[0] == [""] and read(ink[1:2, :, :192])[0] == ["PIY"]
+    assert main(["export", str(tmp_path / "exported"), "--model", str(SHIPPED)]) == 2  # nothing is overwritten
+    assert "is there already" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_models_temperature_lowers_its_confidence(tmp_path):
+    shutil.copytree(SHIPPED, tmp_path / "model")
+    config = json.loads((SHIPPED / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "temperature": 3.0}))
+    ocr = LstmCtcOcr(model=str(tmp_path / "model"))
+    texts, confidences = saved(tmp_path / "model", tmp_path / "exported")(
+        np.stack([ocr.load_image(path) for path in SAMPLES.values()]))
+    ours = ocr.recognise(list(SAMPLES.values()))
+    assert texts == [*SAMPLES] and max(confidences) < 0.95
+    assert confidences == pytest.approx([confidence for _, confidence in ours], abs=0.05)  # float32, not bfloat16
 
 
 @pytest.mark.parametrize("label_parts", [1, 3])
-def test_the_exports_texts_are_those_of_the_sequences(label_parts):
+def test_its_texts_are_those_of_the_sequences(label_parts):
     """A batch without any letter among them, and letters of which a part is missing."""
     ocr = LstmCtcOcr(words="ABC", words_max_num=4, label_parts=label_parts)
     sequences = [[], [0], [0, 1, 2, 3, 4, 5], [1, 2, 0], [0, 2, 0, 1], [8, 8, 7], [0, 1, 2] * 3]

@@ -1,10 +1,11 @@
 """Trains the shipped `general` further: on a GPU, by PyTorch, while all cores but one render varied captchas for it.
 
-    python tests/train_general.py unpack general start.npz                          (needs TensorFlow)
-    python tests/train_general.py train start.npz end.npz --seconds 760             (needs PyTorch, and a GPU)
-    python tests/train_general.py pack end.npz my-model/general --held FOLDER       (needs TensorFlow)
+    python tests/tools/train_general.py unpack general start.npz                     (needs TensorFlow)
+    python tests/tools/train_general.py train start.npz end.npz --seconds 760        (needs PyTorch, and a GPU)
+    python tests/tools/train_general.py pack end.npz my-model/general --held FOLDER  (needs TensorFlow)
+    python tests/tools/train_general.py publish my-model/lstm my-model/pretrained/lstm
 
-The second command needs of this project's packages only what renders. Its network is a twin of `wide_cnn_lstm`: cuDNN
+The last one makes a model that `train` wrote ready to ship: it leaves out what only training needs. The second command needs of this project's packages only what renders. Its network is a twin of `wide_cnn_lstm`: cuDNN
 has no BlockLSTM. It ends by the clock, so another machine takes another number of steps. `--students 0111` trains a
 network with a residual block less beside it, on what it says.
 
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import lstm_ctc_ocr  # noqa: E402
 from lstm_ctc_ocr import CAPITALS, CONVOLUTIONS, DIGITS, MAX_GRADIENT_NORM, PROJECTION, LstmCtcOcr  # noqa: E402
@@ -362,6 +363,32 @@ def train(arguments):
 
 # ---------------------------------------------------------------------- from and to a model folder
 
+def save_weights(weights, folder, step):
+    """Writes {name: array} as the checkpoint of a step, the only one in the folder."""
+    tf = lstm_ctc_ocr._tensorflow()
+    with tf.Graph().as_default(), tf.Session() as session:
+        variables = {name + lstm_ctc_ocr.AVERAGE: tf.Variable(value) for name, value in weights.items()}
+        session.run(tf.global_variables_initializer())
+        prefix = tf.train.Saver(variables, save_relative_paths=True).save(
+            session, str(folder / "LstmCtcOcr"), step, write_meta_graph=False)
+    for path in folder.glob("LstmCtcOcr-*"):
+        if path.stem != Path(prefix).name:
+            path.unlink()
+
+
+def publish(model, folder):
+    """Copies the best weights of a model folder into another one, without what only training needs."""
+    ocr, config, weights = LstmCtcOcr()._load_model(lstm_ctc_ocr._model_folder(model))
+    config = {name: value for name, value in config.items() if name not in ("curve", "idle")}
+    step, folder = config.get("best_step", config["step"]), Path(folder)
+    share = step / max(1, config["step"])
+    config.update(step=step, images_seen=round(config["images_seen"] * share),
+                  epoch=round(config["epoch"] * share, 3))
+    with ocr._alone_in(folder):
+        save_weights(weights, folder, step)
+        ocr._save_config(folder, config)
+
+
 def unpack(arguments):
     """Writes the weights of a model folder as an .npz file."""
     _, _, weights = LstmCtcOcr()._load_model(lstm_ctc_ocr._model_folder(arguments.model))
@@ -380,7 +407,7 @@ def pack(arguments):
     config.update(step=step, best_step=step, images_seen=config["images_seen"] + counts["images_seen"],
                   images=config["images"] + counts["images"], validated_on=len(paths))
     folder.mkdir(parents=True, exist_ok=True)
-    ocr._save_weights(arrays, folder, step)
+    save_weights(arrays, folder, step)
 
     def trial(temperature):  # whether each is read right, and the confidences
         ocr._save_config(folder, config | {"temperature": temperature})
@@ -420,6 +447,10 @@ def main():
     command.add_argument("model")
     command.add_argument("--held", type=Path, required=True, help="a folder of varied captchas not trained on")
     command.set_defaults(run=pack)
+    command = commands.add_parser("publish")
+    command.add_argument("model", help="a model folder that `train` wrote")
+    command.add_argument("folder", help="where to write what ships of it")
+    command.set_defaults(run=lambda arguments: publish(arguments.model, arguments.folder))
     arguments = parser.parse_args()
     arguments.run(arguments)
 

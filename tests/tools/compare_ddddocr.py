@@ -1,7 +1,7 @@
 """Reads labelled captchas with this project's models and with ddddocr, what one would pick from PyPI instead, in turns.
 
     pip install ddddocr==1.6.1     (it is no requirement of this project)
-    python tests/compare_ddddocr.py dataset/unseen dataset/django dataset/wheezy --wrong wrong.png
+    python tests/tools/compare_ddddocr.py dataset/unseen dataset/django dataset/wheezy --wrong wrong.png
 
 prints a Markdown table for each folder and one of them all. The images are <i>_<LABEL>.<suffix>, of any kind that
 OpenCV reads. Each of them counts for each reader: also where its label has letters that a model does not know, and as
@@ -42,7 +42,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-HOME = Path(__file__).resolve().parent.parent
+HOME = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(HOME))
 
 from lstm_ctc_ocr import LABELLED, LstmCtcOcr, score  # noqa: E402

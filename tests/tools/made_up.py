@@ -1,6 +1,6 @@
 """Draws captchas of nine kinds to measure `general` on, never to train: what its own renderer does not draw just so.
 
-    python tests/made_up.py OUT [--count 500] [--seed 7]        OUT/hollow/<i>_<LABEL>.png and so on; wants fonts-dejavu
+    python tests/tools/made_up.py OUT [--count 500] [--seed 7]        writes OUT/hollow/<i>_<LABEL>.png and so on
 
 They stand in for generators that nobody here may look at, of which no more than a line each is known.
 """
