@@ -64,24 +64,20 @@ from pathlib import Path, PurePosixPath
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported ends it without a traceback
 
-MAX_PIXELS = 4_000_000  # of an image file; OpenCV takes this from the environment when it is first imported
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
-
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-import cv2  # noqa: E402
+import cv2
 import flask
 import numpy as np
 import waitress
-from PIL import Image, ImageFont
+from PIL import Image, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import HTTPException, ServiceUnavailable, Unauthorized
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # `load_image` says what is wrong with an image
 warnings.filterwarnings("ignore", module=r"PIL\.")  # nor does it matter what Pillow thinks of a header
 
 VERSION = "1.0.0"
@@ -102,8 +98,9 @@ MIN_PART = 8  # images of a batch that a core works on: of fewer, batch normalis
 AVERAGE = "/ExponentialMovingAverage"  # TensorFlow's ending of the name of a weight's moving average
 STATISTICS = "statistics"  # the graph's collection of batch normalisation's (variable, value of it in a batch)
 PLAN = "plan"  # the collection of a variable by which the chief tells the workers how it trains; never saved
-HEADERS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # kinds of which Pillow is asked for the size
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+# The kinds of images that are read, as Pillow calls them, and the suffixes of their files.
+IMAGE_KINDS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "GIF": (".gif",), "BMP": (".bmp",),
+               "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
 # How labels stand in the names of a folder, as --labels says it: a regular expression of the name before the suffix.
 NAMED = {"LABEL": "LABEL", "LABEL_*": "LABEL(?:_.*)?", "*_LABEL": r"\d+_LABEL"}
@@ -172,7 +169,6 @@ QUEUE = 64  # images that wait, from which on the next request, be it of one or 
 SERVE_BATCH = 8  # the most images that a thread of the service reads at once; more cost hardly less an image
 ENOUGH_LABELS = 200  # to begin with, says that page
 LONGEST_LABEL = 100  # letters that it takes: a line of a list cannot be as long as one likes
-SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of what is served
 
 
 def setting(default, text, otherwise=None):
@@ -255,7 +251,7 @@ class LstmCtcOcr:
         status = 422  # of the service's answer
 
     class TooLarge(Error):
-        """An image of more pixels than `MAX_PIXELS`."""
+        """An image of too many pixels."""
         status = 413
 
     class Unknown(Error):
@@ -730,97 +726,92 @@ class LstmCtcOcr:
     # ------------------------------------------------------------------ images
 
     def load_image(self, source):
-        """Loads an image as the network sees it; the only preprocessing there is.
+        """Loads an image as the network sees it. This is the only preprocessing there is.
 
-        source: a path, or the bytes of an image file; any size, mode and depth that OpenCV reads.
-        Returns (H, W) uint8, how much ink there is: 0 for the paper, 255 for the strongest stroke, or less where the
-        contrast is below `MIN_CONTRAST`. An image of another height is scaled to H; one that is then wider than W is
-        squeezed into it, as the renderer does with long texts, and a narrower one has paper added on its right.
-        Raises `Error`, which names the file and the fault.
+        source: a path, or the bytes of an image file of one of `IMAGE_KINDS`, of any size, mode and depth.
+        Returns (H, W) uint8, as `ink_of` describes it. Raises `Error`, which names the file and the fault.
         """
-        return self._load_sized(source)[0]
+        return self.ink_of(self.load_colours(source))
 
-    def _load_sized(self, source):
-        """As `load_image`, the height and width that the image had in its file, and its colours as `_resized`."""
+    MAX_PIXELS = 4_000_000  # a file of a few bytes can unpack to gigabytes
+
+    def load_colours(self, source):
+        """Decodes an image and scales it to the network's height.
+
+        source: as for `load_image`. Returns (H, w, 1 or 3) float32, grey or RGB from 0 to 1, 1 is white; what is
+        transparent is white. An image that would be wider than W is squeezed into it, as the captcha package does
+        with long texts. Of an animation only the first frame is used. Raises `Error`, which names the file.
+        """
         name = "the image" if isinstance(source, bytes) else _on_one_line(source)
-        if not isinstance(source, bytes) and Path(source).is_fifo() and not str(source).startswith("/dev/"):
-            raise self.Error(f"{name}: a pipe, not a file")  # to read it would wait for ever
+        data = source if isinstance(source, bytes) else self._read_file(source, name)
+        kinds = ", ".join(IMAGE_KINDS)
         try:
-            data = source if isinstance(source, bytes) else Path(source).read_bytes()
-            count = math.prod(_size_of(io.BytesIO(data)))
-            decodable = 0 < count <= MAX_PIXELS or not count and data and _opencv_has_limit()
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if decodable else None
+            with Image.open(io.BytesIO(data), formats=tuple(IMAGE_KINDS)) as image:
+                if math.prod(image.size) > self.MAX_PIXELS:  # known from the header, before anything is decoded
+                    raise Image.DecompressionBombError
+                ImageOps.exif_transpose(image, in_place=True)  # as the camera was held
+                return self._resized(_colours_of(image))
+        except Image.DecompressionBombError:
+            raise self.TooLarge(f"{name}: more than {self.MAX_PIXELS:,} pixels") from None
+        except UnidentifiedImageError:
+            raise self.Unknown(f"{name}: not a whole image of a kind that is read ({kinds})") from None
+        except Exception as error:  # a damaged file can fail in many ways
+            raise self.Error(f"{name}: not a whole image ({_quoted(str(error))})") from None
+
+    def _read_file(self, path, name):
+        """Returns the bytes of a file. Raises `Error` with the name."""
+        try:
+            # A pipe among a folder's images would wait for ever; /dev/stdin is one that the user names.
+            if Path(path).is_fifo() and not str(path).startswith("/dev/"):
+                raise self.Error(f"{name}: a pipe, not a file")
+            return Path(path).read_bytes()
         except OSError as error:
             raise self.Error(f"{name}: {error.strerror}") from None
-        except cv2.error as error:
-            if "IMAGE_PIXELS" in str(error):
-                raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels") from None
-            raise self.Error(f"{name}: {error.err or error}") from None
         except ValueError as error:  # a NUL in the path
             raise self.Error(f"{name}: {error}") from None
-        if count > MAX_PIXELS:
-            raise self.TooLarge(f"{name}: more than {MAX_PIXELS:,} pixels")
-        if pixels is None:
-            raise self.Error(f"{name}: not a whole image of a kind that OpenCV reads")
-        colours = self._resized(self._colours(pixels))
-        return self._ink(colours), pixels.shape[:2], colours
-
-    @staticmethod
-    def _colours(pixels):
-        """Pixels (h, w) or (h, w, channels) as OpenCV decodes them -> (h, w, 1 or 3) float32, 1 white.
-
-        What is transparent is white.
-        """
-        whole = pixels.dtype in (np.uint8, np.uint16)
-        if not whole:  # of 32 bits or more, whose largest is white
-            pixels = np.nan_to_num(pixels.astype(np.float32), posinf=0, neginf=0)
-        white = np.iinfo(pixels.dtype).max if whole else max(pixels.max(), 1e-9)
-        pixels = (pixels.astype(np.float32) / np.float32(white)).reshape(*pixels.shape[:2], -1)
-        if pixels.shape[2] in (2, 4):
-            colour, alpha = pixels[..., :-1], pixels[..., -1:]
-            pixels = colour * alpha + (1 - alpha)
-        return pixels if pixels.shape[2] == 3 else pixels[..., :1]
 
     def _resized(self, colours):
-        """Colours (h, w, 1 or 3) float32 as large as the network sees them: (H, w', 1 or 3), w' as `_fitted` says."""
-        if self.paper == "brightest" and colours.shape[2] == 3:
-            colours = cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY)[..., None]
+        """Scales colours (h, w, 1 or 3) float32 to the network's height H, at most W wide."""
         height, width, channels = colours.shape
-        fitted = self._fitted(height, width)
-        if (height, width) != (self.im_height, fitted):
-            method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
-            colours = cv2.resize(colours, (fitted, self.im_height), interpolation=method).reshape(-1, fitted, channels)
-        return colours
+        fitted = min(self.im_width, max(1, round(width * self.im_height / height)))
+        if (height, width) == (self.im_height, fitted):
+            return colours
+        method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
+        resized = cv2.resize(colours, (fitted, self.im_height), interpolation=method)
+        return resized.reshape(self.im_height, fitted, channels)  # OpenCV drops a single channel
 
-    def _paper_of(self, colours):
-        """The paper's colour, (channels,) float32: the median along the edge, or the brightest."""
-        if self.paper == "brightest":
-            return colours.max(axis=(0, 1))
-        edge = max(1, self.im_height // 16)
-        middle = colours[edge:-edge]
-        parts = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, edge:][:, -edge:]
-        along = np.concatenate([part.reshape(-1, colours.shape[2]) for part in parts])
-        return np.sort(along, axis=0)[len(along) // 2]  # NumPy's partition takes 4 to 8 times as long
+    def ink_of(self, colours):
+        """Measures how far each pixel's colour is from that of the paper.
 
-    def _ink(self, colours):
-        """Ink by how far its colour is from that of the paper: (H, w, 1 or 3) float32 -> (H, W) uint8."""
-        paper = (*self._paper_of(colours).tolist(), 0, 0, 0)[:4]  # of four numbers it makes a colour
+        colours: (H, w, 1 or 3) float32, as `load_colours` gives them.
+        Returns (H, W) uint8: 0 for the paper, 255 for the strongest stroke, or less where the contrast is below
+        `MIN_CONTRAST`. A narrower image has paper added on its right.
+        """
+        paper = (*self._paper_of(colours).tolist(), 0, 0, 0)[:4]  # OpenCV takes a colour as four numbers
         away = cv2.absdiff(colours, paper)
         return self._filled(functools.reduce(cv2.max, cv2.split(away)))  # NumPy takes three times as long
 
+    def _paper_of(self, colours):
+        """Returns the paper's colour, (channels,) float32: the median of the pixels along the border."""
+        edge = max(1, self.im_height // 16)
+        middle = colours[edge:-edge]
+        parts = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, edge:][:, -edge:]
+        border = np.concatenate([part.reshape(-1, colours.shape[2]) for part in parts])
+        return np.sort(border, axis=0)[len(border) // 2]  # NumPy's partition takes 4 to 8 times as long
+
     def _filled(self, ink):
-        """Ink (H, w) float32 at its full strength, paper on its right: (H, W) uint8."""
+        """Brings ink (H, w) float32 to its full strength, and adds paper on its right: (H, W) uint8."""
         image = np.zeros((self.im_height, self.im_width), np.uint8)
         image[:, :ink.shape[1]] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
         return image
 
-    def _fitted(self, height, width):
-        """The width that an image of that size is brought to; what is left of W is paper."""
-        return min(self.im_width, max(1, round(width * self.im_height / height)))
+    def _read_width(self, width):
+        """Returns how many of W columns the network is given of an image `width` wide, as `load_colours` gives it.
 
-    def _read_width(self, height, width):
-        """How much of W the network is given of an image of that size: squares that hold it, and the longest text."""
-        squares = -(-max(self._fitted(height, width), self._least_steps * self._stride) // self.im_height)
+        It is a multiple of H, so that images of nearly the same width are read together, and leaves enough time
+        steps for the longest text.
+        """
+        squares = math.ceil(max(width, self._least_steps * self._stride) / self.im_height)
         return min(self.im_width, squares * self.im_height)
 
     # ------------------------------------------------------------------ rendering captchas
@@ -1944,7 +1935,7 @@ class LstmCtcOcr:
     def _look_again(self, images, look):
         """Images (B, H, w) uint8 as a look shows each, their ink at full strength: (B, H, w'), in whole squares."""
         seen = np.stack([cv2.normalize(look(image), None, 255, 0, cv2.NORM_INF) for image in images])
-        filled = np.zeros((*seen.shape[:2], self._read_width(*seen.shape[1:])), np.uint8)
+        filled = np.zeros((*seen.shape[:2], self._read_width(seen.shape[2])), np.uint8)
         filled[:, :, :seen.shape[2]] = seen
         return filled
 
@@ -1970,14 +1961,14 @@ class LstmCtcOcr:
 
         Of the strong ink's colours, in `COLOURS` groups, that is the one with the most rows and columns for its pixels.
         What differs from the paper in its direction, by an angle whose sine is at most `ALIKE`, goes; of the rest pale
-        and dark ink become alike. All stays, see `_ink`, if it is of one colour.
+        and dark ink become alike. All stays, see `ink_of`, if it is of one colour.
         """
         away = colours - self._paper_of(colours)
         ink, distance = abs(away).max(axis=2), np.linalg.norm(away, axis=2).clip(1e-6)
         strong = (ink > ink.max() / 2).ravel().nonzero()[0]
         rows, columns = np.divmod(strong[::1 + len(strong) // 1000], ink.shape[1])  # so many are enough
         if len(rows) <= COLOURS or colours.shape[2] == 1:
-            return self._ink(colours)
+            return self.ink_of(colours)
         cv2.setRNGSeed(0)  # of this thread
         _, groups, centres = cv2.kmeans(away[rows, columns], COLOURS, None, (cv2.TERM_CRITERIA_COUNT, 10, 0), 1,
                                         cv2.KMEANS_PP_CENTERS)
@@ -1987,7 +1978,7 @@ class LstmCtcOcr:
         cosine = (away @ (thinnest / np.linalg.norm(thinnest)) / distance).clip(0, 1)
         other = (np.sqrt(1 - cosine ** 2) / ALIKE - .5).clip(0, 1)
         if other[rows, columns].mean() < LEAST_LEFT:
-            return self._ink(colours)
+            return self.ink_of(colours)
         ink *= other
         return self._filled(np.minimum(ink, np.median(ink[ink > ink.max() / 4])))
 
@@ -1999,9 +1990,9 @@ class LstmCtcOcr:
         reader, images, colours, rows, results = self._reader, [], [], [], []
         for row, source in enumerate(sources):
             try:
-                image, size, coloured = reader.ocr._load_sized(source)
-                images.append(image[:, :reader.ocr._read_width(*size)])
-                colours.append(coloured)
+                colours.append(reader.ocr.load_colours(source))
+                width = reader.ocr._read_width(colours[-1].shape[1])
+                images.append(reader.ocr.ink_of(colours[-1])[:, :width])
                 rows.append(row)
                 results.append(None)
             except self.Error as error:
@@ -2412,10 +2403,7 @@ class LstmCtcOcr:
         futures = []
         for data in datas:
             futures.append(concurrent.futures.Future())
-            if data.startswith(SIGNATURES):
-                service.jobs.put((data, restriction, futures[-1]))
-            else:
-                futures[-1].set_result(self.Unknown("that is no PNG, JPEG, GIF, BMP, WebP or TIFF image"))
+            service.jobs.put((data, restriction, futures[-1]))
         return [future.result() for future in futures]
 
     def _read_jobs(self, service):
@@ -2773,7 +2761,7 @@ class LstmCtcOcr:
         return add("Relu", add("Conv", x, kernel.transpose(2, 1, 0)[..., None], weights["projection/bias"]))
 
     def _onnx_ink(self, add):
-        """`_ink` as ONNX operations: "images" (B, channels, H, any width) -> (B, 1, H, w) float32 of 0 to 255.
+        """`ink_of` as ONNX operations: "images" (B, channels, H, any width) -> (B, 1, H, w) float32 of 0 to 255.
 
         w is the `_read_width` of that width.
         """
@@ -3751,25 +3739,26 @@ def _stopped(run):
 
 # ---------------------------------------------------------------------- images and files
 
-def _size_of(file):
-    """Width and height of an image, a path or an open file, by its header; zeros where Pillow makes nothing of that."""
+def _colours_of(image):
+    """Decodes a Pillow image: (h, w, 1 or 3) float32 from 0 to 1, grey or RGB; what is transparent is white."""
+    if image.mode.startswith(("I", "F")):  # 16 bits, or 32 whose largest value is white
+        pixels = np.nan_to_num(np.float32(image), posinf=0, neginf=0)
+        white = 65535 if image.mode.startswith("I;16") else max(pixels.max(), 1e-9)
+        return pixels[..., None] / np.float32(white)
+    if image.has_transparency_data:
+        pixels = np.float32(image.convert("RGBA")) / np.float32(255)
+        return pixels[..., :3] * pixels[..., 3:] + (1 - pixels[..., 3:])
+    pixels = np.float32(image.convert("L" if image.mode in ("1", "L") else "RGB")) / np.float32(255)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _size_of(path):
+    """Returns the width and height of an image file by its header, or zeros if it is none."""
     try:
-        with Image.open(file, formats=HEADERS) as image:
+        with Image.open(path, formats=tuple(IMAGE_KINDS)) as image:
             return image.size
-    except Image.DecompressionBombError:
-        return math.inf, 1
     except Exception:  # a header can be wrong in many ways
         return 0, 0
-
-
-@functools.cache
-def _opencv_has_limit():
-    """Whether OpenCV itself refuses more than `MAX_PIXELS`: not if it was imported before this script set them."""
-    try:
-        cv2.imdecode(np.frombuffer(b"P4 2000 %d\n" % (MAX_PIXELS // 2000 + 1), np.uint8), cv2.IMREAD_UNCHANGED)
-        return False
-    except cv2.error:
-        return True
 
 
 def _stamps(paths, folder):
@@ -3833,7 +3822,9 @@ def _on_one_line(path):
 
 
 def _is_image_name(name):
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    """Whether a file's name is that of an image that is read and not hidden."""
+    suffix = os.path.splitext(name)[1].lower()
+    return any(suffix in suffixes for suffixes in IMAGE_KINDS.values()) and not name.startswith(".")
 
 
 def _gap(labels):
@@ -3996,10 +3987,11 @@ def _page(page, **values):
 
 
 def _data_url(data):
-    """An image file for a page, which finds out the kind by itself; a TIFF, which browsers do not show, as PNG."""
-    if data.startswith((b"II*\0", b"MM\0*")):
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # or floats would give nothing
-        data = cv2.imencode(".png", 255 * LstmCtcOcr._colours(pixels))[1].tobytes()
+    """Returns an image file as a data URL, of which browsers find out the kind; a TIFF as PNG, for they show none."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format == "TIFF":
+            pixels = np.uint8(255 * _colours_of(image).repeat(3, axis=2)[..., -3:])
+            data = cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()
     return "data:image;base64," + base64.b64encode(data).decode()
 
 
