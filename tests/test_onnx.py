@@ -85,7 +85,7 @@ def test_scores_and_texts_equal_those_of_tensorflow(kind, pictures, exported, tm
     datas = [cv2.imencode(".png", picture)[1].tobytes() for picture in pictures]
     ocr = tensorflow._reader.ocr
     for picture, data in zip(pictures, datas):
-        image = ocr.load_image(data)[None, :, :ocr._read_width(*picture.shape[:2])]
+        image = ocr.load_image(data)[None, :, :ocr._read_width(picture.shape[1])]
         logits = tensorflow._reader.logits(image).astype(np.float64)
         expected = logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
         foreign, = session.run(None, as_a_client(ocr, picture))

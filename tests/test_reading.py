@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
@@ -82,11 +83,15 @@ def test_lines_figures_and_order(trained, dataset, engine, capfd):
 
 @pytest.mark.parametrize("net, width", [("lstm", 64), ("cnn_lstm", 128)])  # 19 steps take 19 and 76 columns
 def test_the_network_is_given_no_more_paper_than_fills_a_square(net, width):
+    def read_width(ocr, size):
+        data = cv2.imencode(".png", np.zeros(size, np.uint8))[1].tobytes()
+        return ocr._read_width(ocr.load_colours(data).shape[1])
+
     ocr = LstmCtcOcr(net=net)
     sizes = {(64, 10): width, (64, 128): 128, (64, 129): 192, (60, 160): 192, (90, 180): 128, (64, 256): 256,
              (40, 400): 256}
-    assert {size: ocr._read_width(*size) for size in sizes} == sizes
-    assert LstmCtcOcr(net=net, im_width=100)._read_width(64, 90) == 100
+    assert {size: read_width(ocr, size) for size in sizes} == sizes
+    assert read_width(LstmCtcOcr(net=net, im_width=100), (64, 90)) == 100
 
 
 @pytest.mark.parametrize("width, afar, near", [(128, 111, 166), (192, 167, 250), (256, 223, 256)])
@@ -139,7 +144,7 @@ def test_without_clutter_a_grid_of_another_colour_goes_and_pale_letters_stay(pap
     colours[:, 64:][letters[:, 64:]] = .4 * np.array(paper) + .6 * np.array(letter)  # the second is paler
     ocr = LstmCtcOcr(net="wide_cnn_lstm")
     np.testing.assert_array_equal(ocr._without_clutter(colours)[:, :128] > 127, letters)
-    assert (ocr._ink(colours)[:, :128] > 127).sum() > 2 * letters.sum()
+    assert (ocr.ink_of(colours)[:, :128] > 127).sum() > 2 * letters.sum()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -148,7 +153,7 @@ def test_without_clutter_ink_of_one_colour_stays(channels):
     colours[10:50, 20:28] = colours[30, :] = .2
     colours[10:50, 60:68] = .5
     ocr = LstmCtcOcr(net="wide_cnn_lstm")
-    np.testing.assert_array_equal(ocr._without_clutter(colours), ocr._ink(colours))
+    np.testing.assert_array_equal(ocr._without_clutter(colours), ocr.ink_of(colours))
 
 
 def test_blank_paper_stays_blank_however_it_is_looked_at():
