@@ -795,7 +795,7 @@ class LstmCtcOcr:
         """Returns the paper's colour, (channels,) float32: the median of the pixels along the border."""
         edge = max(1, self.im_height // 16)
         middle = colours[edge:-edge]
-        parts = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, edge:][:, -edge:]
+        parts = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, -edge:]
         border = np.concatenate([part.reshape(-1, colours.shape[2]) for part in parts])
         return np.sort(border, axis=0)[len(border) // 2]  # NumPy's partition takes 4 to 8 times as long
 
@@ -1900,7 +1900,7 @@ class LstmCtcOcr:
         in_this_thread = functools.cache(functools.partial(_onnx_session, runtime, data, 1))
 
         def logits(images, alone=False):
-            ink = -1 - images[:, None].astype(np.float32)  # see `_export_onnx`
+            ink = -images[:, None].astype(np.float32)  # see `_export_onnx`
             scores, = (in_this_thread() if alone else session).run(None, {"images": ink})
             return np.roll(scores, -1, axis=2)
 
@@ -2669,59 +2669,68 @@ class LstmCtcOcr:
 
     @dataclasses.dataclass
     class _OnnxGraph:
-        """An ONNX graph in the making: call it to add an operation."""
+        """An ONNX graph in the making: calling it adds an operation."""
         onnx: object  # the package
         nodes: list = dataclasses.field(default_factory=list)
         constants: list = dataclasses.field(default_factory=list)
 
         def __call__(self, kind, *inputs, name=None, **attributes):
-            """Adds an operation; its inputs are names of outputs, or arrays. Returns the name of its output."""
+            """Adds an operation and returns the name of its first output.
+
+            inputs: names of other operations' outputs, or arrays. attributes: as ONNX defines them.
+            """
             name = name or f"{kind}_{len(self.nodes)}"
-            inputs = [each if isinstance(each, str) else self._constant(each) for each in inputs]
-            self.nodes.append(self.onnx.helper.make_node(kind, inputs, [name], name, **attributes))
+            inputs = [each if isinstance(each, str) else self.constant(each) for each in inputs]
+            outputs = [name, f"{name}_places"] if kind == "TopK" else [name]
+            self.nodes.append(self.onnx.helper.make_node(kind, inputs, outputs, name, **attributes))
             return name
 
-        def _constant(self, array):
+        def constant(self, array):
+            """Adds a constant and returns its name."""
             name = f"constant_{len(self.constants)}"
             self.constants.append(self.onnx.numpy_helper.from_array(np.asarray(array), name))
             return name
 
     def _export_onnx(self, path):
-        """Writes an ONNX file of standard operators, and beside it the .json with which ddddocr uses it.
+        """Writes an ONNX file of standard operators, and beside it the .json that ddddocr needs.
 
-        images (B, channels, H, any width) float32, 0 to 1, scaled to the height H -> scores (T, B, C) float32, the
-        logarithms of probabilities, blank first; the steps T are those of the `_read_width`. Paper "brightest" takes
-        one channel, grey; "border" one or three. Images wider than W are squeezed, as `load_image` does; only, it
-        scales those of another height but once. Instead it takes the ink that `load_image` gives, (B, 1, H, that
-        width): 1 added, and negative.
+        Its input: images (B, 1 or 3 channels, H, any width) float32, 0 to 1, already scaled to the
+        height H. Those wider than W are squeezed, as in `load_image`. Negative numbers, 0 to -255,
+        are ink that `load_image` has prepared.
+        Its output: scores (T, B, C) float32, the logarithms of probabilities, the blank first.
         """
-        onnx, (ocr, config, weights) = _package("onnx", "write ONNX files"), self._load_model(self._model_to_read())
+        onnx = _package("onnx", "write ONNX files")
+        ocr, config, weights = self._load_model(self._model_to_read())
         graph = self._OnnxGraph(onnx)
         ocr._onnx_network(graph, weights, config.get("temperature", 1))
-        values, real = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
-        channels = 1 if ocr.paper == "brightest" else "channels"
+        value, real = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+        inputs = [value("images", real, ["batch", "channels", ocr.im_height, "width"])]
+        classes = len(ocr.words) * ocr.label_parts + 1
+        outputs = [value("scores", real, ["steps", "batch", classes])]
         model = onnx.helper.make_model(
-            onnx.helper.make_graph(graph.nodes, "lstm_ctc_ocr",
-                                   [values("images", real, ["batch", channels, ocr.im_height, "width"])],
-                                   [values("scores", real, ["steps", "batch", len(ocr.words) * ocr.label_parts + 1])],
-                                   graph.constants),
-            opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8, producer_name="lstm_ctc_ocr",
-            producer_version=VERSION)
-        known = {name: config[name] for name in ("format", *ARCHITECTURE, *NUMBERS) if name in config}
-        onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in known.items()})
+            onnx.helper.make_graph(graph.nodes, "lstm_ctc_ocr", inputs, outputs, graph.constants),
+            opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8,
+            producer_name="lstm_ctc_ocr", producer_version=VERSION)
+        kept = {name: config[name] for name in ("format", *ARCHITECTURE, *NUMBERS) if name in config}
+        onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in kept.items()})
         onnx.checker.check_model(model)
+        settings = path.with_suffix(".json")
         with self._writing(path.parent):
             _replace(path, model.SerializeToString())
-            _replace(path.with_suffix(".json"), json.dumps(ocr._ddddocr_settings()) + "\n")
-        print(f"{path} takes images ({channels} x {ocr.im_height} x any width, 0 to 1) and gives scores; "
-              f"{path.with_suffix('.json')} is for ddddocr", file=sys.stderr)
+            _replace(settings, json.dumps(ocr._ddddocr_settings()) + "\n")
+        print(f"{path} takes images (1 or 3 channels, {ocr.im_height} rows, any width, 0 to 1) and "
+              f"gives scores; {settings} is for ddddocr", file=sys.stderr)
 
     def _ddddocr_settings(self):
-        """What ddddocr wants to know of a model; it drops repeats, and joins what the charset has for the rest."""
-        charset = [letter if part == self.label_parts // 2 else ""  # of a letter's parts, the middle one writes it
+        """Returns what ddddocr asks of a model's .json file.
+
+        ddddocr drops repeated classes, then joins the charset's strings of the others. Of a letter
+        in several parts only the middle one writes the letter.
+        """
+        charset = [letter if part == self.label_parts // 2 else ""
                    for letter in self.words for part in range(self.label_parts)]
         return {"charset": ["", *charset], "word": False, "image": [-1, self.im_height],
-                "channel": 1 if self.paper == "brightest" else 3}
+                "channel": 3}
 
     def _onnx_network(self, add, weights, temperature):
         """`_logits` as ONNX operations, blank first, from "images" to "scores"."""
@@ -2761,51 +2770,37 @@ class LstmCtcOcr:
         return add("Relu", add("Conv", x, kernel.transpose(2, 1, 0)[..., None], weights["projection/bias"]))
 
     def _onnx_ink(self, add):
-        """`ink_of` as ONNX operations: "images" (B, channels, H, any width) -> (B, 1, H, w) float32 of 0 to 255.
-
-        w is the `_read_width` of that width.
-        """
-        def strongest_of_channels(x):
-            return x if self.paper == "brightest" else add("ReduceMax", x, axes=[1])  # that has one alone
-
-        fitted = add("Min", add("Shape", "images", start=3), np.array([self.im_width]))
+        """`ink_of` as ONNX operations: "images" -> ink (B, 1, H, `_read_width`) of 0 to 255."""
+        height, most = [self.im_height], [self.im_width]
+        fitted = add("Min", add("Shape", "images", start=3), most)
         size = add("Concat", add("Shape", "images", end=3), fitted, axis=0)
-        given = add("Resize", "images", "", "", size, mode="linear", coordinate_transformation_mode="half_pixel")
-        colours = add("Relu", given)  # of ink that is given nothing is left
-        if self.paper == "brightest":
-            paper = add("ReduceMax", colours, axes=[1, 2, 3])
-        else:
-            paper = self._onnx_edge(add, colours)
-        ink = strongest_of_channels(add("Abs", add("Sub", colours, paper)))
+        given = add("Resize", "images", "", "", size, mode="linear",
+                    coordinate_transformation_mode="half_pixel")
+        prepared = add("ReduceMax", add("Relu", add("Neg", given)), axes=[1])  # 0 for colours
+        colours = add("Relu", given)  # 0 for prepared ink
+        away = add("Abs", add("Sub", colours, self._onnx_paper(add, colours)))
+        ink = add("ReduceMax", away, axes=[1])
         strongest = add("Max", add("ReduceMax", ink, axes=[2, 3]), np.float32(MIN_CONTRAST))
         ink = add("Round", add("Mul", ink, add("Div", np.float32(255), strongest)))
-        ink = add("Add", ink, strongest_of_channels(add("Relu", add("Sub", np.float32(-1), given))))
-        wanted = add("Max", fitted, np.array([self._least_steps * self._stride]))
-        squares = add("Div", add("Add", wanted, np.array([self.im_height - 1])), np.array([self.im_height]))
-        width = add("Min", add("Mul", squares, np.array([self.im_height])), np.array([self.im_width]))
-        missing = add("Sub", width, fitted)
-        return add("Pad", ink, add("Concat", np.zeros(7, np.int64), missing, axis=0))
+        ink = add("Add", ink, prepared)
+        needed = add("Max", fitted, [self._least_steps * self._stride])
+        squares = add("Div", add("Add", needed, [self.im_height - 1]), height)
+        width = add("Min", add("Mul", squares, height), most)
+        return add("Pad", ink, add("Concat", [0] * 7, add("Sub", width, fitted), axis=0))
 
-    def _onnx_edge(self, add, colours):
-        """The median along the edge: (B, channels, H, width) -> (B, channels, 1, 1)."""
-        edge, last = max(1, self.im_height // 16), np.iinfo(np.int64).max
+    def _onnx_paper(self, add, colours):
+        """`_paper_of` as ONNX operations: (B, channels, H, w) -> (B, channels, 1, 1)."""
+        edge, end = max(1, self.im_height // 16), np.iinfo(np.int64).max
 
-        def part(x, axis, start, end):
-            return add("Slice", x, np.array([start]), np.array([end]), np.array([axis]))
+        def part(top, bottom, left, right):
+            x = add("Slice", colours, [top, left], [bottom, right], [2, 3])
+            return add("Reshape", x, [0, 0, -1, 1])
 
-        def row(x):
-            return add("Reshape", x, np.array([0, 0, -1]))
-
-        middle = part(colours, 2, edge, -edge)
-        right = part(part(middle, 3, edge, last), 3, -edge, last)  # nothing that the left side has, in a narrow image
-        along = add("Concat", *map(row, (part(colours, 2, 0, edge), part(colours, 2, -edge, last),
-                                         part(middle, 3, 0, edge), right)), axis=2)
-        count = add("Shape", along, start=2)
-        least = f"{along}_least"
-        add.nodes.append(add.onnx.helper.make_node(
-            "TopK", [along, add("Add", add("Div", count, np.array([2])), np.array([1]))], [least, f"{least}_at"],
-            largest=0))
-        return add("Unsqueeze", add("Gather", least, np.array([-1]), axis=2), np.array([3]))
+        along = add("Concat", part(0, edge, 0, end), part(-edge, end, 0, end),
+                    part(edge, -edge, 0, edge), part(edge, -edge, -edge, end), axis=2)
+        half = add("Div", add("Shape", along, start=2, end=3), [2])
+        lower_half = add("TopK", along, add("Add", half, [1]), axis=2, largest=0)
+        return add("ReduceMax", lower_half, axes=[2])  # the median
 
 
 def _onnx_session(runtime, data, threads):

@@ -67,12 +67,9 @@ def pictures(tmp_path_factory):
     return [*plain, *(255 - image for image in plain[:6]), *varied, *noise, np.full((64, 90, 3), 130, np.uint8)]
 
 
-def as_a_client(ocr, picture):
-    """What the file is given: (1, channels, H, w) float32."""
-    colours = picture.astype(np.float32) / 255
-    if ocr.paper == "brightest":
-        colours = cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY)[..., None]
-    return {"images": colours.transpose(2, 0, 1)[None]}
+def as_a_client(picture):
+    """What the file is given: (1, 3, H, w) float32."""
+    return {"images": picture.transpose(2, 0, 1)[None] / np.float32(255)}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -88,7 +85,7 @@ def test_scores_and_texts_equal_those_of_tensorflow(kind, pictures, exported, tm
         image = ocr.load_image(data)[None, :, :ocr._read_width(picture.shape[1])]
         logits = tensorflow._reader.logits(image).astype(np.float64)
         expected = logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
-        foreign, = session.run(None, as_a_client(ocr, picture))
+        foreign, = session.run(None, as_a_client(picture))
         for scores in np.roll(foreign, -1, axis=2), ours._reader.logits(image), ours._reader.logits(image, alone=True):
             # They go down to -80; and lstm takes 256 steps one after the other, each of which rounds.
             np.testing.assert_allclose(scores, expected, atol=1e-2 if kind == "lstm" else 1e-3, rtol=1e-4)
@@ -102,7 +99,7 @@ def test_wide_images_are_squeezed(exported):
     random.seed(0)
     for width in 257, 300, 400, 500:
         captcha = ImageCaptcha(width, 64).generate("HELLO").read()
-        scores, = session.run(None, as_a_client(ocr._reader.ocr, cv2.imdecode(np.frombuffer(captcha, np.uint8), 1)))
+        scores, = session.run(None, as_a_client(cv2.imdecode(np.frombuffer(captcha, np.uint8), 1)))
         (text, confidence), = ocr._reader.ocr.texts(np.roll(scores, -1, axis=2))
         (expected, sure), = ocr.recognise([captcha])
         assert text == expected and confidence == pytest.approx(sure, abs=0.01)
