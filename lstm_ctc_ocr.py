@@ -1256,7 +1256,6 @@ class LstmCtcOcr:
         last: int  # the step at which it ends
         distorts: bool  # each image, whenever it is trained on
         config: dict = dataclasses.field(default_factory=dict)  # what config.json will say; the chief's
-        writer: object = None  # of summaries; the chief's
         session: object = None  # for any thread, and to save from; another one once a parameter server was lost
         opened: int = 0  # how many sessions there were
         stepping: object = None  # in a cluster, the thread that runs the steps
@@ -1319,8 +1318,6 @@ class LstmCtcOcr:
                     ocr._note_held_out(run, share)
                 run.config.update(ocr._origin_of(ocr.dataset))
                 ocr._save_config(folder, run.config)
-                with ocr._writing(folder):
-                    run.writer = tf.summary.FileWriter(str(folder / "events"))
             return ocr._train_loop(run)
 
     def _folder_to_train(self):
@@ -1710,7 +1707,7 @@ class LstmCtcOcr:
         return len(run.held) and run.validating + cost <= VALIDATION_SHARE * elapsed
 
     def _report(self, run, feeds):
-        """Validates on the held-out images; prints the article's figures and writes them for TensorBoard."""
+        """Validates on the held-out images; prints the article's figures and redraws the learning curve."""
         begun, now, (last_time, last_step) = time.process_time(), time.monotonic(), run.reported
         epoch, batch = divmod(run.step, run.steps_per_epoch)
         speed = (run.step - last_step) * self.batch_size / (now - last_time)
@@ -1726,24 +1723,19 @@ class LstmCtcOcr:
         run.idle = run.idle + 1 if run.distorts and loss >= least and held["accuracy"] <= most else 0
         run.config.update(least_loss=min(least, loss), idle=run.idle)
         wrong = [row for row, truth in enumerate(truths) if readings[row] != truth]
-        figures = {"lr": self._learning_rate((run.step - 1) / run.steps_per_epoch), "images_per_second": speed,
-                   "train/loss": float(np.mean(run.losses[last_step - run.step:])), "train/edit_distance": train["cer"],
-                   "validation/loss": loss, "validation/edit_distance": held["cer"],
-                   "validation/accuracy": held["accuracy"], "cpu_minutes": self._cpu_minutes(run)}
-        lines = [f"epoch {epoch}  batch {batch} of {run.steps_per_epoch}  step {run.step}  lr {figures['lr']:.2e}  "
+        train_loss = float(np.mean(run.losses[last_step - run.step:]))
+        lr = self._learning_rate((run.step - 1) / run.steps_per_epoch)
+        lines = [f"epoch {epoch}  batch {batch} of {run.steps_per_epoch}  step {run.step}  lr {lr:.2e}  "
                  f"{speed:.0f} images/s",
-                 f"train       loss {figures['train/loss']:.3f}  edit distance {train['cer']:.4f}",
+                 f"train       loss {train_loss:.3f}  edit distance {train['cer']:.4f}",
                  f"validation  loss {loss:.3f}  edit distance {held['cer']:.4f}  accuracy {held['accuracy']:.2%}",
                  "accuracy by length  " + _shares(held["by_length"])]
         lines += [f"True [{', '.join(truths[row])}] <====> [{', '.join(readings[row])}]" for row in (wrong + [0])[:3]]
         tqdm.write("\n".join(lines) + "\n", file=sys.stderr)
-        self._write_summaries(run, figures, [(run.images[run.held[row]], truths[row], readings[row])
-                                             for row in wrong[:8]])
         if best:
             run.config.update(accuracy=held["accuracy"], validated_on=len(truths), best_step=run.step,
                               temperature=temperature)
-        run.config["curve"] = _thinned([*run.config.get("curve", []),
-                                        (run.step, figures["train/loss"], held["accuracy"])])
+        run.config["curve"] = _thinned([*run.config.get("curve", []), (run.step, train_loss, held["accuracy"])])
         with self._writing(run.folder):
             _replace(run.folder / "curve.svg", draw_curve(run.config["curve"]))
         run.reported = time.monotonic(), run.step
@@ -1776,24 +1768,6 @@ class LstmCtcOcr:
             temperature = fit_temperature(np.concatenate(right)[held], np.concatenate(confidences, axis=1)[:, held])
         return ([run.files[row][1] for row in run.held], [text for batch in readings for text in batch][held],
                 float(np.concatenate(losses)[held].mean()), temperature)
-
-    @staticmethod
-    def _write_summaries(run, figures, wrong):
-        """Writes figures {tag: value} and wrong readings [(image (H, W), truth, reading)] as a TensorBoard event."""
-        tf = _tensorflow()
-        values = [tf.Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
-        if wrong:
-            rows = []
-            for image, truth, reading in wrong:
-                caption = np.full((16, image.shape[1]), 255, np.uint8)
-                cv2.putText(caption, f"{truth} -> {reading}", (2, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, 0)
-                rows += [255 - image, caption]
-            picture = np.vstack(rows)
-            values.append(tf.Summary.Value(tag="validation/wrong", image=tf.Summary.Image(
-                height=picture.shape[0], width=picture.shape[1], colorspace=1,
-                encoded_image_string=cv2.imencode(".png", picture)[1].tobytes())))
-        run.writer.add_summary(tf.Summary(value=values), run.step)
-        run.writer.flush()
 
     def _save(self, run):
         """Writes the checkpoint of this step, then config.json, and then removes what is no longer needed.
