@@ -756,7 +756,7 @@ class LstmCtcOcr:
         except UnidentifiedImageError:
             raise self.Unknown(f"{name}: not a whole image of a kind that is read ({kinds})") from None
         except Exception as error:  # a damaged file can fail in many ways
-            raise self.Error(f"{name}: not a whole image ({_quoted(str(error))})") from None
+            raise self.Error(f"{name}: not a whole image ({_on_one_line(error)})") from None
 
     def _read_file(self, path, name):
         """Returns the bytes of a file. Raises `Error` with the name."""
@@ -787,9 +787,9 @@ class LstmCtcOcr:
         Returns (H, W) uint8: 0 for the paper, 255 for the strongest stroke, or less where the contrast is below
         `MIN_CONTRAST`. A narrower image has paper added on its right.
         """
-        paper = (*self._paper_of(colours).tolist(), 0, 0, 0)[:4]  # OpenCV takes a colour as four numbers
-        away = cv2.absdiff(colours, paper)
-        return self._filled(functools.reduce(cv2.max, cv2.split(away)))  # NumPy takes three times as long
+        paper = self._paper_of(colours)[:, None, None]
+        channels = np.ascontiguousarray(colours.transpose(2, 0, 1))  # three times as fast in this order
+        return self._filled(np.abs(channels - paper).max(axis=0))
 
     def _paper_of(self, colours):
         """Returns the paper's colour, (channels,) float32: the median of the pixels along the border."""
@@ -802,7 +802,7 @@ class LstmCtcOcr:
     def _filled(self, ink):
         """Brings ink (H, w) float32 to its full strength, and adds paper on its right: (H, W) uint8."""
         image = np.zeros((self.im_height, self.im_width), np.uint8)
-        image[:, :ink.shape[1]] = np.rint(ink * (255 / max(ink.max(), MIN_CONTRAST)))
+        image[:, :ink.shape[1]] = cv2.convertScaleAbs(ink, alpha=255 / max(ink.max(), MIN_CONTRAST))
         return image
 
     def _read_width(self, width):
@@ -3717,7 +3717,9 @@ def _colours_of(image):
     if image.has_transparency_data:
         pixels = np.float32(image.convert("RGBA")) / np.float32(255)
         return pixels[..., :3] * pixels[..., 3:] + (1 - pixels[..., 3:])
-    pixels = np.float32(image.convert("L" if image.mode in ("1", "L") else "RGB")) / np.float32(255)
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    pixels = np.float32(image) / np.float32(255)
     return pixels.reshape(*pixels.shape[:2], -1)
 
 

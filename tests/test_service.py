@@ -208,7 +208,7 @@ def root(tmp_path_factory):
     root = parent / "root"
     root.mkdir()
     (root / "good.png").write_bytes(SAMPLES["PIY"])
-    (root / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n not really")
+    (root / "broken.png").write_bytes(SAMPLES["PIY"][:3000])
     (root / "secret.txt").write_text("nothing to see")
     (root / "large.png").write_bytes(SAMPLES["PIY"] + bytes(lstm_ctc_ocr.MAX_BODY))
     (parent / "outside.png").write_bytes(SAMPLES["PIY"])
