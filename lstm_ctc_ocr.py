@@ -45,7 +45,6 @@ import json
 import math
 import multiprocessing
 import os
-import queue
 import random
 import re
 import secrets
@@ -161,14 +160,6 @@ REPORT_STEPS = 100  # between reports, as in the article
 VALIDATION_SHARE = 0.05  # the most of training's CPU time that validating may take; a report waits until it fits in
 
 TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
-MAX_BODY = 2_500_000  # bytes of a request, all files of a form together, and of a file that it names
-MAX_BUFFER = 2_900_000  # bytes of a request; between the two, the sender is not cut off before it hears what is wrong
-CONNECTIONS = 100  # at once: strangers can fill 290 MB, for waitress takes whole bodies before the token is looked at
-MAX_IMAGES = 64  # in a request
-QUEUE = 64  # images that wait, from which on the next request, be it of one or of 64, is told to come again
-SERVE_BATCH = 8  # the most images that a thread of the service reads at once; more cost hardly less an image
-ENOUGH_LABELS = 200  # to begin with, says that page
-LONGEST_LABEL = 100  # letters that it takes: a line of a list cannot be as long as one likes
 
 
 def setting(default, text, otherwise=None):
@@ -2212,382 +2203,401 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ service
 
+    MAX_BODY = 2_500_000  # bytes of a request, or of a file that it names
+    MAX_IMAGES = 64  # in a request
+    QUEUE = 64  # images that may wait before a further request is told to come again
+    SERVE_BATCH = 8  # images that a thread reads at once; more cost hardly less an image
+
+    @dataclasses.dataclass
+    class _Counts:
+        """Counters that /healthz shows."""
+        waiting: int = 0  # images that wait, or are being read
+        images_read: int = 0
+        errors: int = 0  # requests for a reading that were answered with an error
+        other_requests: int = 0  # requests that asked for no reading, or were refused before it
+
     @dataclasses.dataclass
     class _Service:
-        """What the requests to an application share."""
-        reader: object  # _Reader
-        token: str  # what clients must show, if anything
-        folders: tuple  # where a relative path may start, all absolute; the image root last
-        model: dict  # what of config.json clients are told
-        labelling: object = None  # _Labelling, with --label
-        lock: object = dataclasses.field(default_factory=threading.Lock)  # held to count
-        jobs: object = dataclasses.field(default_factory=queue.SimpleQueue)  # (bytes, Restriction, Future), or None: the end
-        threads: list = dataclasses.field(default_factory=list)  # that read
-        waiting: int = 0  # images
-        images_read: int = 0
-        errors: int = 0  # requests for a reading that were answered by an error
-        others: int = 0  # requests that asked for no reading, or were refused before it
-        latencies: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=1000))
+        """State that the requests to an application share."""
+        labelling: object  # _Labelling, with --label
+        counts: object  # _Counts
+        latencies: collections.deque  # seconds, of the last requests for a reading
+        pool: object  # threads that read, one a core; the first job starts them
+        jobs: list = dataclasses.field(default_factory=list)  # waiting (bytes, Restriction, Future)
         stopping: bool = False
+        lock: object = dataclasses.field(default_factory=threading.Lock)  # held to change the above
 
         def close(self):
-            """Ends the threads that read, once they have read what was asked for; no more is taken."""
-            self.stopping = True
-            for _ in self.threads:
-                self.jobs.put(None)
-            for thread in self.threads:
-                thread.join()
+            """Refuses new jobs, waits until those that wait are done, and ends the threads."""
+            with self.lock:
+                self.stopping = True
+            self.pool.shutdown()
 
     def create_app(self):
-        """Returns the Flask application, its model loaded and asked once.
+        """Returns the Flask application, with its model loaded and run once.
 
-        What its requests share is `app.extensions["lstm_ctc_ocr"]`, whose `close` ends the threads that read.
+        Its routes are those of the OpenAPI description: an operation's `operationId` names the
+        method that answers it. `app.extensions["lstm_ctc_ocr"]` is the state that requests share;
+        its `close` ends the threads. Raises `Error` if there is no model, or no image to label.
         """
         labelling = self._open_labelling() if self.label else None
-        reader, root = self._reader, Path(os.path.realpath(self.image_root))
-        try:
-            folders = Path.cwd(), root.parent, root
-        except FileNotFoundError:  # the working directory was deleted
-            folders = root.parent, root
-        service = self._Service(
-            reader, self.token or os.environ.get(TOKEN_VARIABLE, ""), folders,
-            {name: reader.config[name] for name in ("net", "words", "words_max_num", "step", "accuracy")
-             if name in reader.config}, labelling)
-        for work in [self._read_jobs] * _cores() + [self._guess_all] * bool(labelling):
-            service.threads.append(threading.Thread(target=work, args=[service], daemon=True))
-            service.threads[-1].start()
-        blank = np.zeros((reader.ocr.im_height, reader.ocr.im_width), np.uint8)
-        self._read_in_batches(service, [cv2.imencode(".png", blank)[1].tobytes()], reader.restriction)
+        ocr = self._reader.ocr
+        blank = np.zeros((1, ocr.im_height, ocr.im_width), np.uint8)
+        self._reader.logits(blank, alone=True)  # the first run takes long
+        service = self._Service(labelling, self._Counts(), collections.deque(maxlen=1000),
+                                concurrent.futures.ThreadPoolExecutor(_cores()))
+        if labelling:
+            service.pool.submit(self._guess_all, service, iter(labelling.left()))
         app = flask.Flask(__name__, static_folder=None)
         app.extensions["lstm_ctc_ocr"] = service
         app.json.sort_keys = False
-        app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-        app.before_request(self._admit)
-        app.after_request(self._account)
-        app.register_error_handler(HTTPException, _json_error)
-        routes = [("/captchaOcr", "GET", self._answer_path), ("/captchaOcr", "POST", self._answer_post),
-                  ("/healthz", "GET", self._answer_health), ("/", "GET", self._answer_page),
-                  ("/openapi.json", "GET", describe_service)]
-        if labelling:
-            routes += [("/label", "GET", self._answer_label_page), ("/label", "POST", self._answer_label),
-                       ("/label/image", "GET", self._answer_image_to_label)]
-        for path, method, answer in routes:
-            app.add_url_rule(path, answer.__name__, answer, methods=[method], provide_automatic_options=False)
+        app.config["MAX_CONTENT_LENGTH"] = self.MAX_BODY
+        app.before_request(functools.partial(self._admit, service))
+        app.after_request(functools.partial(self._account, service))
+        for error in (HTTPException, self.Error, OSError):
+            app.register_error_handler(error, _json_error)
+        for path, operations in describe_service(self.label)["paths"].items():
+            for method, operation in operations.items():
+                name = operation["operationId"]
+                answer = functools.partial(getattr(self, f"_{name}"), service)
+                app.add_url_rule(path, name, answer, methods=[method],
+                                 provide_automatic_options=False)
         return app
 
-    def _admit(self):
-        """Refuses strangers, and whoever comes when the service is about to stop."""
-        flask.g.begun, service = time.perf_counter(), _service()
-        basic, header = flask.request.authorization, flask.request.headers.get("Authorization", "")
-        shown = basic.password if basic and basic.type == "basic" else header.partition(" ")[2]
-        if service.token and flask.request.path != "/healthz" and not hmac.compare_digest(
-                (shown or "").encode("utf-8" if basic and basic.type == "basic" else "latin-1", "replace"),
-                service.token.encode()):
-            raise Unauthorized("this service wants its token", www_authenticate=WWWAuthenticate("basic", {
-                "realm": "lstm_ctc_ocr"}))
-        if service.stopping:
-            raise ServiceUnavailable("the service is stopping", retry_after=1)
+    def _admit(self, service):
+        """Refuses a request without the token, which only /healthz does not need."""
+        flask.g.begun = time.perf_counter()
+        basic = flask.request.authorization
+        if basic and basic.type == "basic":  # as a browser sends what its user types
+            sent = basic.password.encode()
+        else:
+            header = flask.request.headers.get("Authorization", "")  # bytes in Latin-1, by WSGI
+            sent = header.partition(" ")[2].encode("latin-1")
+        token = os.fsencode(self.token or os.environ.get(TOKEN_VARIABLE, ""))
+        guarded = token and flask.request.path != "/healthz"
+        if guarded and not hmac.compare_digest(sent, token):
+            raise Unauthorized("this service wants its token", www_authenticate=WWWAuthenticate(
+                "basic", {"realm": "lstm_ctc_ocr"}))
 
-    def _account(self, response):
+    HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+               "X-Frame-Options": "DENY", "Cache-Control": "no-store"}
+
+    def _account(self, service, response):
         """Counts and logs a request; sets the headers that every answer has."""
+        request, status = flask.request, response.status_code
         seconds = time.perf_counter() - flask.g.begun
-        service, status = _service(), response.status_code
         with service.lock:
-            if flask.request.path == "/captchaOcr" and status not in (401, 404, 405):
-                service.errors += status >= 400
+            if request.path == "/captchaOcr" and status not in (401, 404, 405):
+                service.counts.errors += status >= 400
                 service.latencies.append(seconds)
             else:
-                service.others += 1
-        response.headers.update({"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                                 "X-Frame-Options": "DENY", "Cache-Control": "no-store"})
+                service.counts.other_requests += 1
+        response.headers.update(self.HEADERS)
         response.headers.setdefault("Content-Security-Policy", "default-src 'none'")
-        target = ascii(flask.request.full_path.rstrip("?"))[1:-1]
+        target = ascii(request.full_path.rstrip("?"))[1:-1]  # no control characters in a log
         with contextlib.suppress(OSError):  # nobody may be reading the log
-            print(f'{flask.request.remote_addr} "{flask.request.method} {target}" {status} '
+            print(f'{request.remote_addr} "{request.method} {target}" {status} '
                   f"{seconds * 1e3:.1f} ms", file=sys.stderr, flush=True)
         return response
 
-    def _answer_path(self):
-        """GET /captchaOcr?img_path="""
+    def _answer_path(self, service):
+        """GET /captchaOcr?img_path=P: reads an image file under the image root."""
         img_path = flask.request.args.get("img_path")
         if not img_path:
             flask.abort(400, "say which image: /captchaOcr?img_path=./dataset/test/0_PIY.png")
-        folders = _service().folders  # a relative path may start at each of them
-        path = next(filter(None, (_file_under(folders[-1], folder / img_path) for folder in folders)), None)
         try:
-            data = path and path.stat().st_size <= MAX_BODY and path.read_bytes()
-        except OSError:
-            path = None
-        if not path:
+            root = Path(os.path.realpath(self.image_root))
+            starts = Path(), root.parent, root  # where a relative path may start
+            paths = [_file_under(root, start / img_path) for start in starts]
+            with open(next(filter(None, paths)), "rb") as file:
+                data = file.read(self.MAX_BODY + 1)
+        except (StopIteration, OSError):  # the same answer, so that nobody learns what exists
             flask.abort(404, "no such image under the image root")
-        if data is False:
-            flask.abort(413, f"the file has more than {MAX_BODY:,} bytes")
-        return {"img_path": img_path, **self._answer([data], flask.request.args)[0]}
+        if len(data) > self.MAX_BODY:
+            flask.abort(413, f"the file has more than {self.MAX_BODY:,} bytes")
+        return {"img_path": img_path, **self._answer(service, [data])[0]}
 
-    def _answer_post(self):
-        """POST /captchaOcr: one image as the body, or as JSON, or one or several as a form's files."""
-        kind, asked = flask.request.mimetype, flask.request.values
+    def _answer_post(self, service):
+        """POST /captchaOcr: reads an image, sent as the body or in JSON, or files of a form."""
+        request, kind = flask.request, flask.request.mimetype
         if kind == "multipart/form-data":
-            datas = [file.read() for file in flask.request.files.getlist("image")]
+            datas = [file.read() for file in request.files.getlist("image")]
         elif kind == "application/json":
-            body = _json_body()
-            datas = [_base64_image(body)]
-            asked = {**asked, **body}
+            datas = [_base64_image(_json_body())]
         elif kind.startswith("image/"):
-            datas = [flask.request.get_data()]
+            datas = [request.get_data()]
         else:
-            flask.abort(415, "send an image/* body, JSON with the image as base64, or a form with files named image")
-        if not 1 <= len(datas) <= MAX_IMAGES:
-            flask.abort(400, f"send 1 to {MAX_IMAGES} images, as files named image, of at most {MAX_BODY:,} bytes "
-                             "together")
-        answers = self._answer(datas, asked)
+            flask.abort(415, "send an image/* body, JSON with the image as base64, or a form with "
+                             "files named image")
+        if not 1 <= len(datas) <= self.MAX_IMAGES:
+            flask.abort(400, f"send 1 to {self.MAX_IMAGES} images, as files named image, of "
+                             f"{self.MAX_BODY:,} bytes together at most")
+        answers = self._answer(service, datas)
         return answers[0] if len(answers) == 1 else {"results": answers}
 
-    def _answer(self, datas, asked):
-        """Reads files' bytes; returns for each what the service says about it.
+    def _answer(self, service, datas):
+        """Reads the bytes of image files; returns the part of the answer that is about each.
 
-        asked: a mapping that may hold `letters` and `length`; where it does not, the settings do. Ends the request
-        with an error if no image can be read; where some can, the others have their error in their place.
+        `letters` and `length` are taken from the query, the form or the JSON body, else from the
+        settings. An image that cannot be read has its error in its place; if no image can be
+        read, the first error is raised.
         """
-        service = _service()
-        try:
-            restriction = service.reader.ocr.restrict(*(str(asked.get(name) or getattr(self, name))
-                                                        for name in ("letters", "length")))
-        except self.Error as error:
-            flask.abort(error.status, str(error))
+        given, counts = {**flask.request.values, **_json_body()}, service.counts
+        restriction = self._reader.ocr.restrict(str(given.get("letters") or self.letters),
+                                                str(given.get("length") or self.length))
+        jobs = [(data, restriction, concurrent.futures.Future()) for data in datas]
         with service.lock:
-            if service.waiting >= QUEUE:
-                raise ServiceUnavailable("too many images are waiting; try again soon", retry_after=1)
-            service.waiting += len(datas)  # of a form all, so that it need not wait until there is room for all at once
+            if service.stopping or counts.waiting >= self.QUEUE:
+                raise ServiceUnavailable("too many images are waiting, or the service is stopping; "
+                                         "try again soon", retry_after=1)
+            counts.waiting += len(jobs)  # of a form all, or under load it would never fit
+            service.jobs += jobs
+            for _ in jobs:
+                service.pool.submit(self._read_jobs, service)
         try:
-            readings = self._read_in_batches(service, datas, restriction)
+            readings = [future.result() for _, _, future in jobs]
         finally:
             with service.lock:
-                service.waiting -= len(datas)
-        faults = [reading for reading in readings if isinstance(reading, self.Error)]
-        if len(faults) == len(readings):
-            flask.abort(faults[0].status, str(faults[0]))
+                counts.waiting -= len(jobs)
+        errors = [reading for reading in readings if isinstance(reading, self.Error)]
+        if len(errors) == len(readings):
+            raise errors[0]
         with service.lock:
-            service.images_read += len(readings) - len(faults)
+            counts.images_read += len(readings) - len(errors)
         return [{"error": str(reading)} if isinstance(reading, self.Error) else
                 dict(zip(("ocr_ret", "confidence"), reading)) for reading in readings]
 
-    def _read_in_batches(self, service, datas, restriction):
-        """As `_read_each`, for many threads at once: others read in batches what all of them have asked for."""
-        futures = []
-        for data in datas:
-            futures.append(concurrent.futures.Future())
-            service.jobs.put((data, restriction, futures[-1]))
-        return [future.result() for future in futures]
-
     def _read_jobs(self, service):
-        """Reads until the service is closed; while a batch is read the next one fills up, so nobody waits for others.
+        """Reads a batch of the images that wait, if others have left any.
 
-        The batch is decoded and read in this thread, on one core, and there is such a thread for each: in paired runs a
-        sixth to a fifth more requests a second than one thread whose operations all cores share.
+        While the threads are busy the next batch fills up, so no image waits for others to come.
+        A batch is decoded and read on one core: in paired runs this answered a sixth to a fifth
+        more requests a second than reading one batch at a time on all cores.
         """
-        jobs = service.jobs
-        while job := jobs.get():
-            batch = [job]
-            with contextlib.suppress(queue.Empty):
-                while len(batch) < SERVE_BATCH:
-                    job = jobs.get_nowait()
-                    if job is None:  # is for another thread, or for this one next time
-                        jobs.put(None)
-                        break
-                    batch.append(job)
-            datas, restrictions, futures = zip(*batch)
-            try:
-                for future, reading in zip(futures, self._read_each(datas, restrictions, alone=True)):
-                    future.set_result(reading)
-            except Exception as error:  # whoever asked is told, and the next batch is read
-                for future in futures:
-                    future.set_exception(error)
+        with service.lock:
+            batch, rest = service.jobs[:self.SERVE_BATCH], service.jobs[self.SERVE_BATCH:]
+            service.jobs = rest
+        if not batch:
+            return
+        datas, restrictions, futures = zip(*batch)
+        try:
+            readings = self._read_each(datas, restrictions, alone=True)
+            for future, reading in zip(futures, readings):
+                future.set_result(reading)
+        except Exception as error:  # whoever asked is told
+            for future in futures:
+                future.set_exception(error)
 
-    def _answer_health(self):
-        """GET /healthz"""
-        service = _service()
+    def _answer_health(self, service):
+        """GET /healthz: says which model reads, and counts."""
+        config = self._reader.config
+        told = ("net", "words", "words_max_num", "step", "accuracy")
         with service.lock:
             milliseconds = np.array(service.latencies or [0]) * 1e3
-            read, errors, others = service.images_read, service.errors, service.others
-        return {"status": "stopping" if service.stopping else "ok", "version": VERSION, "model": service.model,
-                "waiting": service.waiting, "images_read": read, "errors": errors, "other_requests": others,
-                "latency_ms": {f"p{p}": round(float(np.percentile(milliseconds, p)), 2) for p in (50, 95, 99)}}
+            counts = dataclasses.asdict(service.counts)
+        return {"status": "stopping" if service.stopping else "ok", "version": VERSION,
+                "model": {name: config[name] for name in told if name in config}, **counts,
+                "latency_ms": {f"p{percent}": round(float(np.percentile(milliseconds, percent)), 2)
+                               for percent in (50, 95, 99)}}
 
-    def _answer_page(self):
-        """GET /"""
-        samples = "".join(SAMPLE.format(name=html.escape(path.stem), data=_data_url(path.read_bytes()))
-                          for path in sorted((HOME / "dataset" / "test").glob("*.png"))[:3])
-        return _page(PAGE, samples=samples, net=_service().model["net"])
+    def _answer_description(self, service):
+        """GET /openapi.json"""
+        return describe_service(self.label)
+
+    def _answer_page(self, service):
+        """GET /: a page that reads what is dropped on it, with the first three images to try."""
+        paths = sorted((HOME / "dataset" / "test").glob("*.png"))[:3]
+        samples = [SAMPLE.format(name=html.escape(path.stem), data=_data_url(path.read_bytes()))
+                   for path in paths]
+        return _page(PAGE, samples="".join(samples), net=self._reader.config["net"])
+
+    MAX_BUFFER = 2_900_000  # bytes of a request; above `MAX_BODY`, so that senders hear of that
+    CONNECTIONS = 100  # at once; waitress takes whole bodies, so strangers can fill 290 MB
 
     def start(self):
-        """Serves until it is told to stop, and then finishes what is under way; returns 1 if the server failed."""
+        """Serves until Ctrl-C or SIGTERM, then finishes the requests under way.
+
+        Raises `Error` for settings that cannot be served.
+        """
         if not Path(self.image_root).is_dir():
             raise self.Error(f"--image-root {self.image_root} is not a folder")
-        app, server = self._listen()
+        listening = self._listen()
+        app = self.create_app()
+        server = waitress.create_server(
+            app, sockets=[listening], ident=None, max_request_body_size=self.MAX_BUFFER,
+            threads=self.QUEUE + 8,  # one is always free to say that too many images wait
+            connection_limit=self.CONNECTIONS)
+        waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
         host = f"[{self.host}]" if ":" in self.host else self.host
-        faults = []
-        serving = threading.Thread(target=_run_server, args=[server, faults], daemon=True)
+        address = f"http://{host}:{server.effective_port}"
         with _deferred_stop() as stop:
-            serving.start()
-            print(f"http://{host}:{server.effective_port}/captchaOcr?img_path=./dataset/test/0_PIY.png",
-                  file=sys.stderr, flush=True)
+            print(f"{address}/captchaOcr?img_path=./dataset/test/0_PIY.png", file=sys.stderr,
+                  flush=True)
             self._say_model()
             if self.label:
-                print(f"label {self.label} on http://{host}:{server.effective_port}/label", file=sys.stderr, flush=True)
-            while not stop and serving.is_alive():  # who waits for a lock misses a signal that comes as the wait begins
-                time.sleep(0.1)
-            if not stop:
-                print(f"lstm_ctc_ocr: the server has ended ({faults}): start it again", file=sys.stderr)
-                return 1
+                print(f"label {self.label} on {address}/label", file=sys.stderr, flush=True)
+            while not stop:
+                self._serve(server)
             self._drain(server, app.extensions["lstm_ctc_ocr"])
-        return 0
+
+    def _serve(self, server):
+        """Receives and sends what can be at this moment; waits 0.1 seconds for it at most."""
+        server.asyncore.loop(0.1, use_poll=True, map=server._map, count=1)
 
     def _listen(self):
-        """Returns the application and its server, ready to run; raises `Error` if the address cannot be had."""
+        """Returns a socket that listens; raises `Error` if the address cannot be had."""
         try:
-            family, *_, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            family, *_, address = socket.getaddrinfo(self.host, self.port,
+                                                     type=socket.SOCK_STREAM)[0]
             listening = socket.create_server(address[:2], family=family, backlog=1024)
-        except (OSError, OverflowError, UnicodeError) as error:
-            raise self.Error(f"cannot serve on {self.host}:{self.port} ({error}); choose another --port or "
-                             "--host") from None
+        except (OSError, UnicodeError) as error:
+            raise self.Error(f"cannot serve on {self.host}:{self.port} ({error}); choose another "
+                             "--port or --host") from None
         if not ipaddress.ip_address(address[0]).is_loopback:
-            label = f", and {self.label} can be seen and labelled" if self.label else ""
-            print(f"other machines can reach this: posted images are read, and every image under {self.image_root}"
-                  f"{label}; a token is {'' if self.token or os.environ.get(TOKEN_VARIABLE) else 'not '}asked for",
+            print("other machines can reach this service, the images under "
+                  f"{self.image_root} and those to label; --token keeps strangers out",
                   file=sys.stderr)
-        waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
-        # More threads than may wait for an answer, so that there is always one to say that too many wait.
-        app = self.create_app()
-        return app, waitress.create_server(app, sockets=[listening], threads=QUEUE + 8, ident=None,
-                                           max_request_body_size=MAX_BUFFER, connection_limit=CONNECTIONS,
-                                           asyncore_use_poll=True)
+        return listening
 
     def _drain(self, server, service):
-        """Takes no more connections, and waits until every request under way is answered, 4 seconds at most."""
+        """Takes no more connections, and answers the requests under way, for 4 seconds at most."""
         service.stopping, server.accepting = True, False
         server.del_channel()
         server.socket.shutdown(socket.SHUT_RD)  # who comes now is refused, rather than cut off
         deadline = time.monotonic() + 4
         while time.monotonic() < deadline and any(
-                channel.requests or channel.total_outbufs_len for channel in list(server.active_channels.values())):
-            time.sleep(0.01)
+                channel.requests or channel.total_outbufs_len
+                for channel in server.active_channels.values()):
+            self._serve(server)
         service.close()
 
     # ------------------------------------------------------------------ labelling page
 
     @dataclasses.dataclass
     class _Labelling:
-        """A folder whose images are labelled on the page /label; an image's name is its path from there on."""
+        """Images of a folder that are labelled on the page /label; a name is a path in there."""
         folder: Path  # links resolved
-        images: tuple  # names of all, in the order of the folder
-        separator: str  # in a line of its file of labels
-        labels: dict  # by name, of those that have one
-        guesses: dict = dataclasses.field(default_factory=dict)  # (text, confidence) by name; None if it is unreadable
-        skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # how often, by name
+        separator: str  # between the columns of the list of labels
+        labels: dict  # by name
+        guesses: dict  # by name (text, confidence), None before it is read; without unreadable ones
+        read: object  # function from paths to readings, see `_read_each`
+        skipped: collections.Counter = dataclasses.field(  # how often, by name
+            default_factory=collections.Counter)
         lock: object = dataclasses.field(default_factory=threading.Lock)  # held to write
 
         def left(self):
-            """Names of those that have no label, but for what could not be read."""
-            return [name for name in self.images if name not in self.labels and self.guesses.get(name, True)]
+            """Returns the names of the images that have no label."""
+            return [name for name in list(self.guesses) if name not in self.labels]
 
-        def next(self):
-            """Of those left and skipped the least often, the one that was read least surely; None: there is no more."""
-            return min(self.left(), key=lambda name: (self.skipped[name], (self.guesses.get(name) or ("", 2))[1]),
-                       default=None)
+        def guess(self, name):
+            """Reads an image; drops one that has gone or cannot be read, and names it on stderr."""
+            path = _file_under(self.folder, self.folder / name)
+            gone = LstmCtcOcr.Error(f"{name} has gone")
+            reading, = self.read([path]) if path else [gone]
+            if isinstance(reading, LstmCtcOcr.Error):
+                print(reading, file=sys.stderr)
+                self.guesses.pop(name, None)
+            else:
+                self.guesses[name] = reading
+
+        def show(self, name):
+            """Returns what the page shows of an image, or None if it cannot be read any more."""
+            if name in self.guesses:
+                self.guess(name)
+            if name not in self.guesses:
+                return None
+            guess, confidence = self.guesses[name]
+            image = _data_url((self.folder / name).read_bytes())
+            return {"path": name, "image": image, "guess": guess, "confidence": confidence,
+                    "label": self.labels.get(name, "")}
+
+        def show_next(self):
+            """Shows the image that was skipped least often, and of those the least surely read.
+
+            When all images have a label, it returns an empty path.
+            """
+            def rank(name):
+                _, confidence = self.guesses.get(name) or ("", 2)  # not read yet: last
+                return self.skipped[name], confidence
+
+            while left := self.left():
+                if shown := self.show(min(left, key=rank)):
+                    return shown
+            return {"path": ""}
 
         def write(self, name, label):
-            """Adds a line to the file of labels, whole or not at all; it is on the disk when this returns."""
+            """Adds a line to the list of labels, whole or not at all; it is then on the disk."""
             path, line = self.folder / LABELS, io.StringIO()
             csv.writer(line, delimiter=self.separator, lineterminator="\n").writerow([name, label])
             with self.lock:
-                end = path.stat().st_size if path.exists() else 0
+                path.touch()
+                end = path.stat().st_size
                 try:
                     with open(path, "ab") as file:
                         file.write(line.getvalue().encode())
                     _to_disk(path, self.folder)
                 except OSError:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.truncate(path, end)
+                    os.truncate(path, end)
                     raise
                 self.labels[name] = label
 
     def _open_labelling(self):
-        """The folder to label, what labels it has and what images; raises `Error` if that is no such folder."""
+        """Returns the state of labelling the folder `label`; raises `Error` if it has no images."""
         folder = Path(os.path.realpath(self.label))
-        if not folder.is_dir():
-            raise self.Error(f"--label {self.label} is not a folder")
-        names, others = _files_in(folder)  # of the images those that are in there for real, and can be shown by name
-        images = tuple(name for name in names if name.isprintable() and _file_under(folder, folder / name))
-        if not images:
-            raise self.Error(f"no images in {self.label}: --label takes the folder of those that you want to label")
+        names, others = _files_in(folder)  # only images that really are in there can be shown
+        guesses = {name: None for name in names
+                   if name.isprintable() and _file_under(folder, folder / name)}
+        if not guesses:
+            raise self.Error(f"no images in {self.label}: --label takes the folder of those that "
+                             "you want to label")
         separator = _separator(_whole_lines(folder / LABELS))
         _, labels, _ = self._listed(folder, names, others)
-        return self._Labelling(folder, images, separator, {name: labels[name] for name in images if name in labels})
+        return self._Labelling(folder, separator, labels, guesses, self._read_each)
 
-    def _guess_all(self, service):
-        """Reads the images that are to be labelled, until the service is closed."""
-        names = service.labelling.left()
-        for start in range(0, len(names), SERVE_BATCH):
-            if service.stopping:
-                break
-            self._guess(service.labelling, names[start:start + SERVE_BATCH])
+    def _guess_all(self, service, names):
+        """Reads the next image to label, then lets requests be read, and goes on with the others.
 
-    def _guess(self, labelling, names):
-        """Reads images that are to be labelled; names on stderr those that cannot be read, which are left out."""
-        for name, reading in zip(names, self._read_each([labelling.folder / name for name in names])):
-            if isinstance(reading, self.Error):
-                reading = print(reading, file=sys.stderr)
-            labelling.guesses[name] = reading
+        names: an iterator.
+        """
+        if name := next(names, None):
+            service.labelling.guess(name)
+            service.pool.submit(self._guess_all, service, names)  # refused once the pool is closed
 
-    def _answer_label_page(self):
-        """GET /label"""
-        return _page(LABEL_PAGE, enough=str(ENOUGH_LABELS))
+    def _answer_label_page(self, service):
+        """GET /label: the page to label images on."""
+        return _page(LABEL_PAGE)
 
-    def _answer_label(self):
-        """POST /label: writes an image's label, or puts the image off if there is none; answers with the next."""
-        request, labelling = flask.request, _service().labelling
-        origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "same-origin")
-        if site != "same-origin" or origin is not None and origin.partition("://")[2] != request.host:
-            flask.abort(403, "labels are taken from this service's own page, and from no other site's")
-        if request.mimetype != "application/json":
-            flask.abort(415, 'send JSON: {"path": the image\'s, "label": what it says}')
+    LONGEST_LABEL = 100  # letters; a line of a list cannot be as long as a client likes
+
+    def _answer_label(self, service):
+        """POST /label: writes an image's label, or skips it without one; answers with the next."""
+        request, labelling = flask.request, service.labelling
+        site = request.headers.get("Sec-Fetch-Site", "same-origin")
+        origin = request.headers.get("Origin", f"://{request.host}")
+        if site != "same-origin" or origin.partition("://")[2] != request.host:
+            flask.abort(403, "labels are taken from this service's own page, and from no other")
         body = _json_body()
-        if not isinstance(body, dict) or not isinstance(body.get("path"), str):
-            flask.abort(400, 'send {"path": the image\'s, "label": what it says}')
-        name, label = body["path"], body.get("label")
-        if name not in labelling.images:
-            flask.abort(404, "no such image in the folder to label")
+        name, label = str(body.get("path")), body.get("label")
+        if name not in labelling.guesses:
+            flask.abort(400, 'send JSON: {"path": an image of the folder, "label": its text}')
         if label is None:
             labelling.skipped[name] += 1
-            return self._answer_image_to_label()
+            return self._answer_image_to_label(service)
         label = label.strip() if isinstance(label, str) else ""
-        if not label or not label.isprintable() or len(label) > LONGEST_LABEL:
-            flask.abort(400, f"a label is 1 to {LONGEST_LABEL} letters, and holds no control characters")
-        try:
-            labelling.write(name, label)
-        except OSError as error:
-            raise ServiceUnavailable(f"{LABELS} cannot be written: {error.strerror}") from None
-        return self._answer_image_to_label()
+        if not label.isprintable() or not 1 <= len(label) <= self.LONGEST_LABEL:
+            flask.abort(400, f"a label is 1 to {self.LONGEST_LABEL} letters, and holds no control "
+                             "characters")
+        labelling.write(name, label)
+        return self._answer_image_to_label(service)
 
-    def _answer_image_to_label(self):
-        """GET /label/image: the image that `path` names, or the next, as after POST; no path if all have a label."""
-        labelling, data = _service().labelling, b""
-        asked = flask.request.args.get("path") if flask.request.method == "GET" else None
-        while name := asked or labelling.next():
-            path = name in labelling.images and _file_under(labelling.folder, labelling.folder / name)
-            if path and name not in labelling.guesses:
-                self._guess(labelling, [name])
-            if path and labelling.guesses[name]:
-                data = path.read_bytes()
-                break
-            if asked:
-                flask.abort(404, "no such image in the folder to label")
-            labelling.guesses[name] = None  # it has gone since
-        guess, confidence = labelling.guesses[name] if name else ("", 0)
-        return {"path": name or "", "image": _data_url(data), "guess": guess, "confidence": confidence,
-                "label": labelling.labels.get(name, ""), "labelled": len(labelling.labels),
-                "images": len(labelling.labels) + len(labelling.left())}
+    def _answer_image_to_label(self, service):
+        """GET /label/image?path=P: shows the image P, or without it the next one to label."""
+        labelling, asked = service.labelling, flask.request.args.get("path")
+        shown = labelling.show(asked) if asked else labelling.show_next()
+        if not shown:
+            flask.abort(404, "no such image in the folder to label")
+        labelled, left = len(labelling.labels), len(labelling.left())
+        return {**shown, "labelled": labelled, "images": labelled + left}
 
     # ------------------------------------------------------------------ export
 
@@ -3908,12 +3918,16 @@ def _renderer(width, height):
 # ---------------------------------------------------------------------- HTTP
 
 def create_app(**settings):
-    """The application for other WSGI servers: gunicorn 'lstm_ctc_ocr:create_app()'."""
+    """Returns the application for other WSGI servers: gunicorn 'lstm_ctc_ocr:create_app()'."""
     return LstmCtcOcr(**settings).create_app()
 
 
 def _json_error(error):
-    """Turns an HTTP error into JSON; headers such as Allow and Retry-After stay."""
+    """Answers an error as JSON; an HTTP error keeps its headers, such as Retry-After."""
+    if isinstance(error, LstmCtcOcr.Error):
+        return {"error": str(error)}, error.status
+    if isinstance(error, OSError):
+        return {"error": f"files cannot be read or written: {error.strerror}"}, 503
     response = error.get_response()
     response.data = json.dumps({"error": error.description})
     response.content_type = "application/json"
@@ -3921,148 +3935,206 @@ def _json_error(error):
 
 
 def _json_parse_error(error, ident=None):
-    """The same for what waitress refuses by itself, such as a request that is no HTTP; logs it."""
+    """Logs what waitress refuses by itself, such as a request that is no HTTP; answers in JSON."""
     with contextlib.suppress(OSError):
         print(f'- "{error.reason}" {error.code}', file=sys.stderr, flush=True)
     return (f"{error.code} {error.reason}", [("Content-Type", "application/json")],
             json.dumps({"error": f"{error.reason}: {error.body}"}).encode())
 
 
-def _service():
-    """What the requests to this application share."""
-    return flask.current_app.extensions["lstm_ctc_ocr"]
-
-
-def _run_server(server, faults):
-    """Serves, and adds to a list what ends that."""
-    try:
-        server.run()
-    except BaseException as error:
-        faults.append(error)
-
-
 def _json_body():
-    """The request's JSON, or None if that is none."""
-    try:
-        return flask.request.get_json(silent=True)
-    except RecursionError:
-        return None
-
-
-def _page(page, **values):
-    """A page, its $names filled in, and the policy that no script or style but its own runs."""
-    nonce = secrets.token_urlsafe(16)
-    return string.Template(page).safe_substitute(values, nonce=nonce), {
-        "Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-        "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
-
-
-def _data_url(data):
-    """Returns an image file as a data URL, of which browsers find out the kind; a TIFF as PNG, for they show none."""
-    with Image.open(io.BytesIO(data)) as image:
-        if image.format == "TIFF":
-            pixels = np.uint8(255 * _colours_of(image).repeat(3, axis=2)[..., -3:])
-            data = cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()
-    return "data:image;base64," + base64.b64encode(data).decode()
+    """Returns the object in the request's JSON body, or {} if there is none."""
+    body = None
+    with contextlib.suppress(RecursionError):  # brackets in brackets
+        body = flask.request.get_json(silent=True)
+    return body if isinstance(body, dict) else {}
 
 
 def _base64_image(body):
-    """The image in the JSON body {"image": base64}, which may be a data URL."""
+    """Returns the bytes of the image in a JSON body {"image": base64}, which may be a data URL."""
     try:
         return base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", body["image"]), validate=True)
     except (KeyError, TypeError, ValueError):
         flask.abort(400, 'send {"image": base64 of the file}')
 
 
-def describe_service():
-    """The service's OpenAPI description."""
-    text, binary = {"type": "string"}, {"type": "string", "format": "binary"}
-    letters = {**text, "description": "letters that alone can be read, such as ABC"}
-    length = {**text, "pattern": f"^{LENGTH.pattern}$", "description": "letters of the text: N or MIN-MAX"}
-    restrictions = {"letters": letters, "length": length}
-    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in restrictions.items()]
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "lstm_ctc_ocr", "version": VERSION},
-        "paths": {
-            "/captchaOcr": {
-                "get": {
-                    "summary": "Reads an image under the image root",
-                    "parameters": [
-                        {"name": "img_path", "in": "query", "required": True, "schema": {**text, "minLength": 1}},
-                        *parameters],
-                    "responses": _answers("its text", "PathReading", 400, 404, 413, 415, 422)},
-                "post": {
-                    "summary": "Reads one image, or several files of a form",
-                    "parameters": parameters,
-                    "requestBody": {"required": True, "content": {
-                        "image/*": {"schema": binary},
-                        "application/json": {"schema": {
-                            "type": "object", "required": ["image"], "properties": {
-                                "image": {**text, "format": "byte"}, **restrictions}}},
-                        "multipart/form-data": {"schema": {
-                            "type": "object", "required": ["image"], "properties": {
-                                "image": {"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": binary},
-                                **restrictions}}}}},
-                    "responses": _answers("its text; of several, their texts in order, or what is wrong with one",
-                                          "Readings", 400, 413, 415, 422)}},
-            "/healthz": {"get": {"summary": "Model, version, counters, latency of readings",
-                                 "responses": _answers("it is up", "Health")}},
-            "/openapi.json": {"get": {"summary": "This description", "responses": _answers("OpenAPI", "Any")}},
-            "/": {"get": {"summary": "The page", "responses": _answers("HTML", "Text", kind="text/html")}},
-            **(_describe_labelling() if _service().labelling else {})},
-        "components": {"schemas": _describe_answers()}}
+def _page(page, **values):
+    """Fills in the $names of a page; its policy lets no script and no style run but its own."""
+    nonce = secrets.token_urlsafe(16)
+    return string.Template(page).safe_substitute(values, nonce=nonce), {
+        "Content-Security-Policy":
+        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+        "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"}
 
 
-def _describe_answers():
-    """The schemas of what the service answers."""
-    text, number = {"type": "string"}, {"type": "number", "minimum": 0}
-    return {
-        "Any": {"type": "object"},
-        "Text": text,
-        "Error": _record(error=text),
-        "ToLabel": _record(path=text, image=text, guess=text, confidence=number, label=text, labelled=number,
-                           images=number),
-        "Reading": _record(ocr_ret=text, confidence=number),
-        "PathReading": {"allOf": [_record(img_path=text), _schema("Reading")]},
-        "Readings": {"anyOf": [_schema("Reading"), _record(results={
-            "type": "array", "items": {"anyOf": [_schema("Reading"), _schema("Error")]}})]},
-        "Health": _record(status=text, version=text, model={"type": "object"}, waiting=number, images_read=number,
-                          errors=number, other_requests=number, latency_ms=_record(
-                              p50=number, p95=number, p99=number))}
+def _data_url(data):
+    """Returns an image file as a data URL, whose kind browsers find out; a TIFF as PNG."""
+    if data.startswith((b"II*\0", b"MM\0*")):  # which browsers do not show
+        colours = LstmCtcOcr().load_colours(data)
+        data = cv2.imencode(".png", 255 * colours[..., ::-1])[1].tobytes()
+    return "data:image;base64," + base64.b64encode(data).decode()
 
 
-def _describe_labelling():
-    """The paths that --label adds to the description."""
-    text, name = {"type": "string"}, {"type": "string", "minLength": 1}
-    return {
-        "/label": {
-            "get": {"summary": "The page to label images on",
-                    "responses": _answers("HTML", "Text", kind="text/html")},
-            "post": {
-                "summary": "Writes an image's label, or puts it off if there is none",
-                "requestBody": {"required": True, "content": {"application/json": {"schema": {
-                    "type": "object", "required": ["path"], "properties": {"path": name, "label": text}}}}},
-                "responses": _answers("the next image to label", "ToLabel", 400, 403, 404, 413, 415)}},
-        "/label/image": {"get": {
-            "summary": "The image to label next, or one that is named",
-            "parameters": [{"name": "path", "in": "query", "schema": name}],
-            "responses": _answers("the image, and what it may say", "ToLabel", 404)}}}
+# An operation is answered by the method that its operationId names, see `LstmCtcOcr.create_app`.
+DESCRIPTION = """{
+"openapi": "3.1.0",
+"info": {"title": "lstm_ctc_ocr", "version": "$version"},
+"paths": {
+  "/captchaOcr": {
+    "get": {
+      "operationId": "answer_path",
+      "summary": "Reads an image under the image root",
+      "parameters": [
+        {"name": "img_path", "in": "query", "required": true,
+         "schema": {"type": "string", "minLength": 1}},
+        {"$ref": "#/components/parameters/letters"},
+        {"$ref": "#/components/parameters/length"}],
+      "responses": {
+        "200": {"description": "its text", "content": {"application/json": {"schema": {
+          "allOf": [{"$ref": "#/components/schemas/Reading"},
+                    {"type": "object", "required": ["img_path"],
+                     "properties": {"img_path": {"type": "string"}}}]}}}},
+        "400": {"$ref": "#/components/responses/Error"},
+        "401": {"$ref": "#/components/responses/Error"},
+        "404": {"$ref": "#/components/responses/Error"},
+        "413": {"$ref": "#/components/responses/Error"},
+        "415": {"$ref": "#/components/responses/Error"},
+        "422": {"$ref": "#/components/responses/Error"},
+        "503": {"$ref": "#/components/responses/Error"}}},
+    "post": {
+      "operationId": "answer_post",
+      "summary": "Reads one image, or several files of a form",
+      "parameters": [
+        {"$ref": "#/components/parameters/letters"},
+        {"$ref": "#/components/parameters/length"}],
+      "requestBody": {"required": true, "content": {
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/json": {"schema": {"type": "object", "required": ["image"], "properties": {
+          "image": {"type": "string", "format": "byte"},
+          "letters": {"$ref": "#/components/schemas/Letters"},
+          "length": {"$ref": "#/components/schemas/Length"}}}},
+        "multipart/form-data": {"schema": {"type": "object", "required": ["image"], "properties": {
+          "image": {"type": "array", "minItems": 1, "maxItems": $max_images,
+                    "items": {"type": "string", "format": "binary"}},
+          "letters": {"$ref": "#/components/schemas/Letters"},
+          "length": {"$ref": "#/components/schemas/Length"}}}}}},
+      "responses": {
+        "200": {"description": "its text; of several images their texts, or what is wrong with one",
+                "content": {"application/json": {"schema": {"anyOf": [
+                  {"$ref": "#/components/schemas/Reading"},
+                  {"type": "object", "required": ["results"], "properties": {"results": {
+                    "type": "array", "items": {"anyOf": [
+                      {"$ref": "#/components/schemas/Reading"},
+                      {"$ref": "#/components/schemas/Error"}]}}}}]}}}},
+        "400": {"$ref": "#/components/responses/Error"},
+        "401": {"$ref": "#/components/responses/Error"},
+        "413": {"$ref": "#/components/responses/Error"},
+        "415": {"$ref": "#/components/responses/Error"},
+        "422": {"$ref": "#/components/responses/Error"},
+        "503": {"$ref": "#/components/responses/Error"}}}},
+  "/healthz": {
+    "get": {
+      "operationId": "answer_health",
+      "summary": "Model, version, counters, latency of the last readings",
+      "responses": {
+        "200": {"description": "it is up", "content": {"application/json": {"schema": {
+          "type": "object",
+          "required": ["status", "version", "model", "waiting", "images_read", "errors",
+                       "other_requests", "latency_ms"],
+          "properties": {
+            "status": {"enum": ["ok", "stopping"]},
+            "version": {"type": "string"},
+            "model": {"type": "object"},
+            "waiting": {"$ref": "#/components/schemas/Number"},
+            "images_read": {"$ref": "#/components/schemas/Number"},
+            "errors": {"$ref": "#/components/schemas/Number"},
+            "other_requests": {"$ref": "#/components/schemas/Number"},
+            "latency_ms": {
+              "type": "object", "required": ["p50", "p95", "p99"],
+              "additionalProperties": {"$ref": "#/components/schemas/Number"}}}}}}}}}},
+  "/openapi.json": {
+    "get": {
+      "operationId": "answer_description",
+      "summary": "This description",
+      "responses": {
+        "200": {"description": "OpenAPI",
+                "content": {"application/json": {"schema": {"type": "object"}}}},
+        "401": {"$ref": "#/components/responses/Error"}}}},
+  "/": {
+    "get": {
+      "operationId": "answer_page",
+      "summary": "A page that reads images",
+      "responses": {
+        "200": {"description": "HTML", "content": {"text/html": {"schema": {"type": "string"}}}},
+        "401": {"$ref": "#/components/responses/Error"}}}},
+  "/label": {
+    "get": {
+      "operationId": "answer_label_page",
+      "summary": "The page to label images on",
+      "responses": {
+        "200": {"description": "HTML", "content": {"text/html": {"schema": {"type": "string"}}}},
+        "401": {"$ref": "#/components/responses/Error"}}},
+    "post": {
+      "operationId": "answer_label",
+      "summary": "Writes an image's label, or skips the image without one",
+      "requestBody": {"required": true, "content": {"application/json": {"schema": {
+        "type": "object", "required": ["path"], "properties": {
+          "path": {"type": "string"}, "label": {"type": "string"}}}}}},
+      "responses": {
+        "200": {"description": "the next image to label", "content": {"application/json": {
+          "schema": {"$ref": "#/components/schemas/ToLabel"}}}},
+        "400": {"$ref": "#/components/responses/Error"},
+        "401": {"$ref": "#/components/responses/Error"},
+        "403": {"$ref": "#/components/responses/Error"},
+        "413": {"$ref": "#/components/responses/Error"},
+        "503": {"$ref": "#/components/responses/Error"}}}},
+  "/label/image": {
+    "get": {
+      "operationId": "answer_image_to_label",
+      "summary": "The image to label next, or one that is named",
+      "parameters": [
+        {"name": "path", "in": "query", "schema": {"type": "string", "minLength": 1}}],
+      "responses": {
+        "200": {"description": "the image, and what it may say", "content": {"application/json": {
+          "schema": {"$ref": "#/components/schemas/ToLabel"}}}},
+        "401": {"$ref": "#/components/responses/Error"},
+        "404": {"$ref": "#/components/responses/Error"}}}}},
+"components": {
+  "parameters": {
+    "letters": {"name": "letters", "in": "query",
+                "schema": {"$ref": "#/components/schemas/Letters"}},
+    "length": {"name": "length", "in": "query", "schema": {"$ref": "#/components/schemas/Length"}}},
+  "responses": {
+    "Error": {"description": "what is wrong", "content": {"application/json": {
+      "schema": {"$ref": "#/components/schemas/Error"}}}}},
+  "schemas": {
+    "Number": {"type": "number", "minimum": 0},
+    "Letters": {"type": "string", "description": "the only letters to read, such as ABC"},
+    "Length": {"type": "string", "pattern": "^[0-9]{1,4}(-[0-9]{1,4})?$",
+               "description": "letters of the text: N or MIN-MAX"},
+    "Error": {"type": "object", "required": ["error"],
+              "properties": {"error": {"type": "string"}}},
+    "Reading": {"type": "object", "required": ["ocr_ret", "confidence"], "properties": {
+      "ocr_ret": {"type": "string"}, "confidence": {"$ref": "#/components/schemas/Number"}}},
+    "ToLabel": {"type": "object", "required": ["path", "labelled", "images"], "properties": {
+      "path": {"type": "string", "description": "empty when all images have a label"},
+      "image": {"type": "string", "description": "a data URL"},
+      "guess": {"type": "string"},
+      "confidence": {"$ref": "#/components/schemas/Number"},
+      "label": {"type": "string"},
+      "labelled": {"$ref": "#/components/schemas/Number"},
+      "images": {"$ref": "#/components/schemas/Number"}}}}}}"""
 
 
-def _answers(description, schema, *codes, kind="application/json"):
-    """An operation's answers: the good one, and errors."""
-    error = {"description": "what is wrong", "content": {"application/json": {"schema": _schema("Error")}}}
-    return {"200": {"description": description, "content": {kind: {"schema": _schema(schema)}}},
-            **{str(code): error for code in (401, *codes, 503)}}
-
-
-def _record(**properties):
-    return {"type": "object", "required": list(properties), "properties": properties}
-
-
-def _schema(name):
-    return {"$ref": f"#/components/schemas/{name}"}
+def describe_service(labelling):
+    """Returns the service's OpenAPI description; labelling: the page /label is served too."""
+    values = {"version": VERSION, "max_images": LstmCtcOcr.MAX_IMAGES}
+    description = json.loads(string.Template(DESCRIPTION).safe_substitute(values))
+    if not labelling:
+        paths = description["paths"]
+        description["paths"] = {path: paths[path] for path in paths if "/label" not in path}
+    return description
 
 
 HEAD = """<!doctype html>
@@ -4076,30 +4148,34 @@ HEAD = """<!doctype html>
   h1 { font-size: 1.4rem }
 """
 LABEL_PAGE = HEAD.replace("$title", "Label captchas") + """\
-  img { display: block; width: 100%; height: 10rem; object-fit: contain; background: #fff; border-radius: .25rem }
-  input { display: block; box-sizing: border-box; width: 100%; margin: 1rem 0; padding: .5rem; text-align: center }
-  input { font: 600 1.6rem ui-monospace, monospace; letter-spacing: .1em }
+  img { display: block; width: 100%; height: 10rem; object-fit: contain }
+  img { background: #fff; border-radius: .25rem }
+  input { display: block; box-sizing: border-box; width: 100%; margin: 1rem 0; padding: .5rem }
+  input { font: 600 1.6rem ui-monospace, monospace; letter-spacing: .1em; text-align: center }
   small { font-size: .85rem; opacity: .75 }
 </style>
 <h1>What does it say?</h1>
 <main>
   <img alt="the image to label" hidden>
-  <input aria-label="what the image says" autocomplete="off" autocapitalize="off" spellcheck="false">
+  <input aria-label="what the image says" autocomplete="off" autocapitalize="off"
+    spellcheck="false">
   <p id="note" aria-live="polite"></p>
   <p id="progress"></p>
 </main>
 <small>Enter takes it, Escape skips it, Backspace in the empty field goes one back.</small>
 <noscript>This page needs JavaScript.</noscript>
 <script nonce="$nonce">
-  const image = document.querySelector("img"), field = document.querySelector("input"), past = [];
+  const image = document.querySelector("img"), field = document.querySelector("input");
   const note = document.querySelector("#note"), progress = document.querySelector("#progress");
+  const past = [];
   let shown = "", busy = false;
 
   async function ask(target, body) {
     busy = true;
     try {
       const headers = {"Content-Type": "application/json"};
-      const response = await fetch(target, body && {method: "POST", headers, body: JSON.stringify(body)});
+      const request = body && {method: "POST", headers, body: JSON.stringify(body)};
+      const response = await fetch(target, request);
       const answer = await response.json();
       if (!response.ok) throw new Error(answer.error);
       show(answer);
@@ -4113,14 +4189,14 @@ LABEL_PAGE = HEAD.replace("$title", "Label captchas") + """\
 
   function show(answer) {
     shown = answer.path;
+    progress.textContent = `${answer.labelled} of ${answer.images}; start training with about 200`;
     image.hidden = !shown;
-    image.src = answer.image;
-    field.value = answer.label || answer.guess;
+    image.src = answer.image || "";
+    field.value = answer.label || answer.guess || "";
     field.focus();
     field.select();
-    const sure = `${answer.path}: read with confidence ${(100 * answer.confidence).toFixed(1)} %`;
+    const sure = `${shown}: read with confidence ${(100 * answer.confidence).toFixed(1)} %`;
     note.textContent = shown ? sure : "Every image has its label.";
-    progress.textContent = `${answer.labelled} of ${answer.images}; about $enough are enough to begin with`;
   }
 
   async function leave(body) {
@@ -4148,7 +4224,8 @@ PAGE = HEAD.replace("$title", "Captcha reader") + """\
   .sample { padding: .25rem; margin: .25rem .5rem .25rem 0; cursor: pointer }
   .sample img { display: block; height: 2.5rem }
   figure { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; margin: 1rem 0 }
-  figure img { max-width: min(256px, 100%); max-height: 8rem; background: #fff; border-radius: .25rem }
+  figure img { max-width: min(256px, 100%); max-height: 8rem }
+  figure img { background: #fff; border-radius: .25rem }
   .sure { text-decoration: underline solid .15rem #2a2 }
   .unsure { text-decoration: underline dashed .15rem #c80 }
   .doubtful { text-decoration: underline wavy .15rem #d33 }
@@ -4161,14 +4238,21 @@ PAGE = HEAD.replace("$title", "Captcha reader") + """\
 </label>
 <p>Or try a sample:<br>$samples</p>
 <main id="results" aria-live="polite"></main>
-<footer><small>Read by $net. <a href="openapi.json">OpenAPI</a> · <a href="healthz">health</a></small></footer>
+<footer><small>
+  Read by $net. <a href="openapi.json">OpenAPI</a> · <a href="healthz">health</a>
+</small></footer>
 <noscript>Without JavaScript: <code>curl -F image=@captcha.png …/captchaOcr</code></noscript>
 <script nonce="$nonce">
   const drop = document.querySelector("#drop"), input = drop.querySelector("input");
 
+  function sureness(confidence) {
+    if (confidence < .5) return "doubtful";
+    return confidence < .95 ? "unsure" : "sure";
+  }
+
   async function read(blob) {
-    const figure = document.createElement("figure"), image = new Image(), output = document.createElement("output");
-    const note = document.createElement("small");
+    const figure = document.createElement("figure"), image = new Image();
+    const output = document.createElement("output"), note = document.createElement("small");
     image.src = URL.createObjectURL(blob);
     image.alt = "the image that was read";
     output.textContent = "…";
@@ -4176,13 +4260,14 @@ PAGE = HEAD.replace("$title", "Captcha reader") + """\
     document.querySelector("#results").prepend(figure);
     const begun = performance.now();
     try {
-      const headers = {"Content-Type": blob.type.startsWith("image/") ? blob.type : "image/unknown"};
-      const response = await fetch("captchaOcr", {method: "POST", headers, body: blob});
+      const type = blob.type.startsWith("image/") ? blob.type : "image/unknown";
+      const request = {method: "POST", headers: {"Content-Type": type}, body: blob};
+      const response = await fetch("captchaOcr", request);
       const answer = await response.json();
       if (!response.ok) throw new Error(answer.error);
       const text = document.createElement("span");
       text.textContent = answer.ocr_ret || "(no letter)";
-      text.className = answer.confidence < .5 ? "doubtful" : answer.confidence < .95 ? "unsure" : "sure";
+      text.className = sureness(answer.confidence);
       output.replaceChildren(text);
       const milliseconds = Math.round(performance.now() - begun);
       note.textContent = `confidence ${(100 * answer.confidence).toFixed(1)} %, ${milliseconds} ms`;
@@ -4202,9 +4287,11 @@ PAGE = HEAD.replace("$title", "Captcha reader") + """\
     drop.classList.toggle("over", name === "dragover");
     if (name === "drop") readAll(event.dataTransfer.files);
   });
-  for (const sample of document.querySelectorAll(".sample")) sample.addEventListener("click", () => {
-    const bytes = Uint8Array.from(atob(sample.firstChild.src.split(",")[1]), letter => letter.charCodeAt());
-    read(new Blob([bytes], {type: "image/png"}));
+  const samples = document.querySelectorAll(".sample");
+  for (const sample of samples) sample.addEventListener("click", () => {
+    const bytes = atob(sample.firstChild.src.split(",")[1]);
+    const data = Uint8Array.from(bytes, byte => byte.charCodeAt());
+    read(new Blob([data], {type: "image/png"}));
   });
 </script>
 </html>

@@ -249,7 +249,7 @@ def posted(ocr, folder, count):
     return [(Path(path).read_bytes(), text) for path, text, *_ in ocr.recognise_files(paths)]
 
 
-SERVERS = {"": "pass", "_unbatched": "lstm_ctc_ocr.SERVE_BATCH = 1",
+SERVERS = {"": "pass", "_unbatched": "lstm_ctc_ocr.LstmCtcOcr.SERVE_BATCH = 1",
            "_http_alone": "lstm_ctc_ocr.LstmCtcOcr._read = lambda *arguments: [('', 0)] * len(arguments[2])",
            "_onnx": "assert 'tensorflow' not in lstm_ctc_ocr.sys.modules"}
 if importlib.util.find_spec("gunicorn"):
