@@ -101,15 +101,7 @@ PLAN = "plan"  # the collection of a variable by which the chief tells the worke
 IMAGE_KINDS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "GIF": (".gif",), "BMP": (".bmp",),
                "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
-# How labels stand in the names of a folder, as --labels says it: a regular expression of the name before the suffix.
-NAMED = {"LABEL": "LABEL", "LABEL_*": "LABEL(?:_.*)?", "*_LABEL": r"\d+_LABEL"}
-COPY = r"(?: \(\d+\)|\.\d+)?"  # what another file of the same name has behind it
-LONGEST = 20  # letters of what is taken for a label without being told: checksums and the like are longer
 LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path.png,LABEL lines
-LISTS = ("labels.txt", LABELS)  # in a folder: lines of an image and its label; the second counts more
-MAX_GAP = 10  # between the numbers of images, on average: some may be missing
-NO_UTF8 = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are none
-BESIDE = ".gt.txt"  # of a text file that is named as the image whose label it holds
 LOOK = ".look.json"  # in a folder of rendered captchas: how they were drawn
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
 # What varied captchas are made of, with weights; all of --words together has the last one.
@@ -951,137 +943,166 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ labels
 
-    @dataclasses.dataclass(frozen=True)
-    class _Labels:
-        """The labels of the images of a folder, all told in one way."""
-        folder: Path
-        way: str  # one of --labels, or the lists
-        of: dict  # label of each image that has one, by its path in the folder
-        left_out: dict  # what gives no label to any, by what is wrong with it
+    LISTS = ("labels.txt", LABELS)  # lists in a folder; a label in the second counts more
+    BESIDE = ".gt.txt"  # ends the name of a text file that holds the label of the image beside it
 
-        def __str__(self):
-            """Lines that say how labels were found, and what was left out."""
-            found = [f"{self.folder.resolve().name}: {len(self.of):,} images, labels as in {self.way} ({_quoted(name)} "
-                     f"is {label})" for name, label in itertools.islice(self.of.items(), 1)]
-            faults = [f"{len(those):,} {what}, such as {_quoted(those[0])}"
-                      for what, those in self.left_out.items() if those]
-            return "\n".join(found + ["left out: " + "; ".join(faults)] * bool(faults))
+    def find_labels(self, folder):
+        """Finds the labels of a folder's images: in its lists, or else in the images' names.
 
-    def _labels(self, folder):
-        """Returns the `_Labels` of a folder's images: those of its lists, or else those in all of its names.
+        Returns the labels, {path in the folder: text}; the way in which they were found, "list" or
+        a pattern as in the setting `labels`, "" if there are none; and lines for the user, which
+        say so and count the files that give no label.
 
-        Raises `Error` if the names can be read in two ways; the setting `labels` decides.
+        Raises `Error` if the names can be read in two ways: the setting `labels` decides then.
         """
-        names, others = _files_in(folder)
-        lists, labels, left_out = "", {}, {}
+        folder, (names, others), way, labels, left_out = Path(folder), _files_in(folder), "", {}, {}
         if self.labels in ("", "list"):
-            lists, labels, left_out = self._listed(folder, names, others)
-        way, labels = (lists, labels) if lists or self.labels == "list" else self._named(folder, names)
+            way, labels, left_out = self._listed(folder, names, others)
+        if self.labels != "list" and not way:
+            way, labels = self._named(folder, names)
+        left_out["images without a label"] = [name for name in names if name not in labels]
+        left_out["files that are no images"] = [
+            name for name in others if name not in self.LISTS and not name.endswith(self.BESIDE)]
+        lines = []
         for name, label in labels.items():
-            if NO_UTF8.search(label):
-                raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8: save the list, or rename "
-                                 "the image, in UTF-8")
-        left_out = {"images without a label": [name for name in names if name not in labels], **left_out,
-                    "files that are no images": [name for name in others if name not in LISTS and
-                                                 not name.endswith(BESIDE)]}
-        return self._Labels(folder, way, labels, left_out)
+            if not lines:
+                lines.append(f"{folder.resolve().name}: {len(labels):,} images, labels as in {way} "
+                             f"({_quoted(name)} is {label})")
+            if re.search("[\ud800-\udfff]", label):  # Python's stand-ins for bytes that are no UTF-8
+                raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8: save the "
+                                 "list, or rename the image, in UTF-8")
+        faults = [f"{len(those):,} {what}, such as {_quoted(those[0])}"
+                  for what, those in left_out.items() if those]
+        lines += ["left out: " + "; ".join(faults)] * bool(faults)
+        return labels, way, "\n".join(lines)
 
     def _listed(self, folder, names, others):
-        """Returns the names of a folder's lists, the labels in them, a later one first, and lines that are no use."""
-        images, others, labels, replaced, strange = set(names), set(others), {}, [], []
-        lists = [name for name in LISTS if name in others]
-        for name in names if any(name.endswith(BESIDE) for name in others) else ():
-            with contextlib.suppress(OSError):  # the image has no label then
-                text = Path(folder, os.path.splitext(name)[0] + BESIDE).read_text("utf-8-sig", "surrogateescape")
-                labels[name] = text.strip().partition("\n")[0].rstrip()
-        ways = [f"<image>{BESIDE}"] * bool(labels) + lists
-        for path in lists:
-            for number, (name, label) in enumerate(self._rows(folder / path)):
-                if name not in images:
-                    name = os.path.normpath(name.replace("\\", "/"))
-                if name in images:
-                    replaced += [name] * (labels.get(name, label) != label)
-                    labels[name] = label
-                elif number:  # the first line may name the columns
-                    strange.append(name)
-        labels = {name: label for name, label in labels.items() if label}
-        return " and ".join(ways) * bool(labels or strange), labels, {
-            "lines of lists that name no image": strange, "labels that a later line replaces": replaced}
+        """Reads the lists of a folder: lines of an image and its label, or a text file an image.
 
-    def _rows(self, path):
-        """The (image, label) of each line of a list, split by tabs if the first has any, or commas, or semicolons."""
-        text = path.read_text("utf-8-sig", "surrogateescape")  # as Python has names that are no UTF-8
+        names, others: the folder's images and its other files. Returns "list", or "" if there is no
+        list that is of use; {image: label}; and {fault: images}, what is wrong with lines.
+        """
+        images, others, labels, replaced, strange = set(names), set(others), {}, [], []
+        rows = []  # (image, label); the later one of an image counts
+        for name in names:
+            beside = os.path.splitext(name)[0] + self.BESIDE
+            if beside in others:
+                rows.append((name, _text_of(folder / beside).strip().partition("\n")[0].strip()))
+        for path in self.LISTS:
+            rows += self._rows(folder / path, images) if path in others else []
+        for name, label in rows:
+            if name not in images:
+                strange.append(name)
+            elif labels.setdefault(name, label) != label:
+                replaced.append(name)
+                labels[name] = label
+        labels = {name: label for name, label in labels.items() if label and name in images}
+        return "list" if labels or strange else "", labels, {
+            "lines of lists that name no image": strange,
+            "labels that a later line replaces": replaced}
+
+    def _rows(self, path, images):
+        """Reads a list of images; returns the (image, label) of each line, without the head line."""
+        text = _text_of(path)
         try:
-            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text)))
+            rows = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text))
+            rows = [[cell.strip() for cell in (*row, "")] for row in rows if row]
         except csv.Error as error:
-            raise self.Error(f"{path}: {error}: give it a line an image: its name, a comma, its label") from None
-        return [(row[0].strip(), row[1].strip() if len(row) > 1 else "") for row in rows if row]
+            raise self.Error(f"{path}: {error}: give it a line an image: its name, a comma, its "
+                             "label") from None
+        rows = [(name if name in images else os.path.normpath(name.replace("\\", "/")), label)
+                for name, label, *_ in rows]
+        return rows[1:] if rows and rows[0][0] not in images else rows
+
+    MAX_GAP = 10  # between the numbers of counted images, on average: some may be missing
 
     def _named(self, folder, names):
-        """Returns how labels stand in all of these names, and the labels; none if the names only count the images."""
+        """Finds the way in which labels stand in the names of a folder's images.
+
+        Returns it and {name: label}; "" and {} if the names do no more than count the images. Of
+        names <number>_<text>, either part may be the label: the one that looks far less like a
+        running count is. Raises `Error` if neither does.
+        """
+        odd = re.escape("".join(letter for letter in self.words if not letter.isalnum()))
         if self.labels:
             stem = os.path.splitext(self.labels)[0] if _is_image_name(self.labels) else self.labels
-            apart = re.escape("".join(sign for sign in stem if not sign.isalnum()))
-            letter = rf"[^\s_.(){apart}]"  # what stands around a label is not in it
-            return self.labels, self._labels_in(names, re.escape(stem).replace(r"\*", ".*"), letter, "")
-        plain, before, after = (self._labels_in(names, pattern, r"[^\W_]", LONGEST) for pattern in NAMED.values())
-        if after and 2 * len(after) >= max(len(plain), len(before)):
-            return self._told_apart(folder, before, after)
-        if len(plain) >= 0.9 * len(before):
-            start = len(os.path.commonprefix(list(plain.values())))  # captcha001.png and so on
-            counted = {name: label[start:].lstrip("0") or "0" for name, label in plain.items()}
-            return ("LABEL", plain) if plain and _gap(counted) >= MAX_GAP else ("", {})
-        if len(plain) < 0.1 * len(before):  # few names without more than a label have none
-            before = {name: label for name, label in before.items() if name not in plain}
-        return ("LABEL_*", before) if _gap(before) >= MAX_GAP else ("", {})
+            label = rf"((?:[^\s_.(){odd}]|[/{odd}])+?)"
+            pattern = re.escape(stem).replace(r"\*", ".*").replace("LABEL", label)
+            return self.labels, self._labels_in(names, pattern)
+        label = rf"(?:[^\W_]|[/{odd}]){{1,20}}"  # what is longer is a checksum or the like
+        whole, first, last = (self._labels_in(names, pattern) for pattern in (
+            f"({label})", f"({label}?)_.*", rf"\d{{1,20}}_({label})"))
+        every = {**first, **whole}
+        if len(last) >= len(every) / 2 > 0:
+            rivals = {"LABEL_*": first, "*_LABEL": last}
+            (low, _), (high, way) = sorted(
+                (self._gap({name: rivals[way][name] for name in last}), way) for way in rivals)
+            if high > 10 * low:
+                return way, rivals[way]
+            name = next(iter(last))
+            raise self.Error(f"the names in {folder} can be read in two ways: give --labels " + " or --labels ".join(
+                f"'{way}' ({_quoted(name)} is {labels[name]})" for way, labels in rivals.items()))
+        way, labels = "LABEL_*", every
+        if len(whole) >= 0.9 * len(every):
+            way, labels = "LABEL", whole
+        elif len(whole) < 0.1 * len(every):  # so few are something else, such as logo.png
+            labels = first
+        prefix = len(os.path.commonprefix([*labels.values()]))  # of captcha001, captcha002 and so on
+        counts = {name: label[prefix:].lstrip("0") or "0" for name, label in labels.items()}
+        return (way, labels) if self._gap(counts) >= self.MAX_GAP else ("", {})
 
-    def _told_apart(self, folder, before, after):
-        """Returns what of names <number>_<text> is the label, and the labels: not what counts the images."""
-        numbers, texts = _gap({name: os.path.basename(name).partition("_")[0] for name in after}), _gap(after)
-        if 10 * numbers < texts:
-            return "*_LABEL", after
-        if 10 * texts < numbers:
-            return "LABEL_*", before
-        name = next(iter(after))
-        raise self.Error(f"the names in {folder} can be read in two ways: give --labels 'LABEL_*' ({_quoted(name)} is "
-                         f"{before[name]}) or --labels '*_LABEL' ({_quoted(name)} is {after[name]})")
+    @classmethod
+    def _gap(cls, labels):
+        """Measures how little labels look like a running count of the images.
 
-    def _labels_in(self, names, pattern, letter, most):
-        """The labels in those names that follow a pattern, of as many letters as that."""
-        if odd := "".join(letter for letter in self.words if not letter.isalnum()):
-            letter = f"(?:{letter}|[{re.escape(odd)}])"
-        label = f"({letter}{{1,{most}}})"
-        match = re.compile(pattern.replace("LABEL", label) + COPY + r"\.\w+", re.DOTALL).fullmatch
+        Returns the mean distance of neighbouring numbers where nearly all labels are different
+        numbers without zeros in front, else infinity. Numbers far apart but all of as many digits
+        are no count either. Labels that are all the same tell images apart as little as a count
+        does, and are rated as one.
+        """
+        numbers = {(os.path.dirname(name), int(label)) for name, label in labels.items()  # a subfolder counts anew
+                   if re.fullmatch("0|[1-9][0-9]*", label)}
+        if not numbers or len(numbers) < 0.98 * len(labels):
+            return cls.MAX_GAP - 1 if len(set(labels.values())) < 2 else math.inf
+        _, values = zip(*numbers)
+        low, high = min(values), max(values)
+        gap = (high - low) / len(values)
+        return math.inf if gap >= cls.MAX_GAP and len(str(low)) == len(str(high)) else gap
+
+    @staticmethod
+    def _labels_in(names, pattern):
+        """Returns {name: label} of the images whose names follow a regular expression of one group."""
+        copy = r"(?: \(\d+\)|\.\d+)?"  # ends the name of another image with the same label
+        match = re.compile(pattern + copy + r"\.\w+", re.DOTALL).fullmatch
         return {name: found[1] for name in names if (found := match(os.path.basename(name)))}
 
-    def _labelled_files(self, folder, place=None, labels=None):
-        """Returns the (path, text) of every labelled image, in the order of their names' digests.
+    def labelled_files(self, folder, found=None, number=0, workers=1):
+        """Lists the labelled images of a folder as (path, text), in the order of their names' digests.
 
-        labels: its `_Labels`, if they are known already. Of several workers, number n of N gets the images i with
-        i % N == n, what `create_dataset --shard` renders, and of other names those that a digest gives it.
+        A digest keeps its place when the folder grows: the images held out are always the first.
 
-        Raises `Error` if there is none, or one with a label that no network of these settings could learn.
+        found: what `find_labels` has found in the folder, if that was asked already. number,
+        workers: gives one worker's share. Of images <number>_<text>, it is what `create_dataset`
+        renders as `--shard`; of others, the digest decides.
+
+        Raises `Error` if there is none, or one with a label that these settings cannot learn.
         """
-        place, labels, words = place or self._Place(), labels or self._labels(folder), set(self.words)
-        for name, label in labels.of.items():
-            if not words.issuperset(label):
-                raise self.Error(f"{folder / name}: the label holds {sorted(set(label) - words)}, which is not in "
-                                 f"--words {self.words}: correct it, or give other --words, and for a model that "
-                                 "was trained already another --model")
-            if len(label) > self.words_max_num:
-                raise self.Error(f"{folder / name}: a label needs 1 to {self.words_max_num} letters: correct it, or "
-                                 "give a larger --words-max-num, and for a model that was trained already another "
-                                 "--model")
-        names = [name for name in labels.of if place.workers == 1 or _number_of(name) % place.workers == place.number]
+        folder, (labels, _, said) = Path(folder), found or self.find_labels(folder)
+        for name, label in labels.items():
+            if len(label) > self.words_max_num or not set(self.words).issuperset(label):
+                raise self.Error(
+                    f"{folder / name}: the label {label!r} is not 1 to {self.words_max_num} letters "
+                    f"of --words {self.words}: correct it, or give other --words or "
+                    "--words-max-num, and for a model that was trained already another --model")
+        names = [name for name in labels if workers == 1 or _number_of(name) % workers == number]
         if not names:
-            why = f" ({labels})" if str(labels) and not labels.of else ""
-            raise self.Error(f"no labelled images in {folder}{why}: call them LABEL.png or the like, say with "
-                             "--labels how they are called, or write a labels.csv, a line an image: its name, a comma, "
-                             "its label; or render some with `python lstm_ctc_ocr.py create_dataset`, or name another "
-                             "folder with --dataset")
-        # By a digest of each name: a folder that grows keeps its order, and those held out stay the first of it.
+            raise self.Error(
+                f"no labelled images in {folder}{f' ({said})' if said and not labels else ''}: call "
+                "them LABEL.png or the like, say with --labels how they are called, or write a "
+                "labels.csv, a line an image: its name, a comma, its label; or render some with "
+                "`python lstm_ctc_ocr.py create_dataset`, or name another folder with --dataset")
         names.sort(key=lambda name: (_digest(name), name))
-        return [(os.path.join(folder, name), labels.of[name]) for name in names]
+        return [(os.path.join(folder, name), labels[name]) for name in names]
 
     # ------------------------------------------------------------------ model folders
 
@@ -1284,17 +1305,17 @@ class LstmCtcOcr:
         if 0 < self.train_max_num < place.workers:
             raise self.Error(f"--train-max-num {self.train_max_num} leaves some of {place.workers} workers without an "
                              "image: give at least as many")
-        labels = self._labels(Path(self.dataset))
-        return self._settled(folder, labels.of)._train(place, folder, labels)
+        found = self.find_labels(self.dataset)
+        return self._settled(folder, found[0])._train(place, folder, found)
 
-    def _train(self, place, folder, labels):
-        """As `train`, with all settings known but those of the recipe; labels: `_Labels` of the images."""
+    def _train(self, place, folder, found):
+        """As `train`, with all settings known but those of the recipe; found: what `find_labels` says."""
         config = self._training_config(folder) if place.chief else {}
         if place.chief and (folder / LOCK).exists():
             with self._alone_in(folder):
                 pass  # if not, that is said now, before the images are decoded
-        files = self._labelled_files(Path(self.dataset), place, labels)
-        print(labels, file=sys.stderr)
+        files = self.labelled_files(self.dataset, found, place.number, place.workers)
+        print(found[-1], file=sys.stderr)
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only ever shrinks
         held = self._held(files, share)
         files = files[:held + (self.train_max_num // place.workers or len(files))]
@@ -2052,13 +2073,13 @@ class LstmCtcOcr:
             named = LABELLED.fullmatch(path.name)
             return {path: named[2]} if named and named[2] and set(named[2]) <= set(self.words) else {}
         try:
-            labels = self._labels(path)
+            labels, way, said = self.find_labels(path)
         except self.Error as error:  # the images can be read all the same
             print(error, file=sys.stderr)
             return {}
-        if labels.way or self.labels:  # without labels it is just read
-            print(labels, file=sys.stderr)
-        return {path / name: label for name, label in labels.of.items()}
+        if way or self.labels:  # without labels it is just read
+            print(said, file=sys.stderr)
+        return {path / name: label for name, label in labels.items()}
 
     # ------------------------------------------------------------------ training on several machines
 
@@ -3808,21 +3829,6 @@ def _is_image_name(name):
     return any(suffix in suffixes for suffixes in IMAGE_KINDS.values()) and not name.startswith(".")
 
 
-def _gap(labels):
-    """How far apart labels are on average that count images (0 for one of them); inf if they do not look like that.
-
-    Nearly all are different numbers without leading zeros, close together or of different lengths. Labels that are all
-    the same tell no more than such do.
-    """
-    plain = [(name, label) for name, label in labels.items() if label.isdecimal() and (label[0] != "0" or label == "0")]
-    numbers = {(os.path.dirname(name), int(label)) for name, label in plain}  # each subfolder may begin anew
-    if numbers and len(numbers) >= 0.98 * len(labels):
-        values = [number for _, number in numbers]
-        gap = (max(values) - min(values)) / len(values)
-        return gap if gap < MAX_GAP or len({len(label) for _, label in plain}) > 1 else math.inf
-    return MAX_GAP - 1 if len(set(labels.values())) == 1 else math.inf
-
-
 def _number_of(name):
     """The number in a file's name, <i>_<LABEL>.png, or else one that the name decides."""
     named = LABELLED.fullmatch(os.path.basename(name))
@@ -3836,6 +3842,11 @@ def _file_under(folder, path):
         return path if path.is_relative_to(folder) and path.is_file() else None
     except (OSError, ValueError):  # a name too long, a NUL
         return None
+
+
+def _text_of(path):
+    """Reads a small text file. Bytes that are no UTF-8 are kept as Python keeps those of file names."""
+    return path.read_text("utf-8-sig", "surrogateescape")
 
 
 def _separator(text):

@@ -56,7 +56,7 @@ def take_turns(*jobs):
 def rendered(ocr, count, folder):
     """The (path, text) of `count` captchas."""
     LstmCtcOcr(dataset=folder, im_total_num=count, seed=5).create_dataset()
-    return ocr._labelled_files(Path(folder))[:count]
+    return ocr.labelled_files(folder)[:count]
 
 
 def article_step(ocr, batch_size, images, texts):

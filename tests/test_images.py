@@ -261,7 +261,7 @@ def load(_, path):
     return load_image(path)
 lstm_ctc_ocr.LstmCtcOcr.load_image = load
 try:
-    images, files = ocr.load_images(ocr._labelled_files(Path(sys.argv[1])))
+    images, files = ocr.load_images(ocr.labelled_files(sys.argv[1]))
 except ocr.Error as error:
     sys.exit(str(error))
 print(len(decoded), len(images), *(text + hashlib.md5(images[i]).hexdigest() for i, (_, text) in enumerate(files)))
@@ -318,7 +318,7 @@ def test_what_cannot_be_decoded_is_left_out_and_nothing_is_copied(ocr, folder, c
         count, digests, messages = loaded(start_loading(folder))
         assert (count, digests) == (decoded, good) and messages.count("left out") == 1
         assert "900_AX.png: not a whole image" in messages
-    images, files = ocr.load_images(ocr._labelled_files(folder))
+    images, files = ocr.load_images(ocr.labelled_files(folder))
     assert len(images) == len(files) == 40 and isinstance(images.file.fileno(), int)
 
 
@@ -351,7 +351,7 @@ def test_a_folder_rendered_anew_does_not_keep_what_was_decoded_before(ocr, folde
     loaded(start_loading(folder))
     pixels = folder / ".decoded-96x64-border-1.pixels"
     size = pixels.stat().st_size
-    old, _ = ocr.load_images(ocr._labelled_files(folder))
+    old, _ = ocr.load_images(ocr.labelled_files(folder))
     before = old[list(range(40))]
     for path in folder.glob("*.png"):
         os.utime(path, (2, 2))

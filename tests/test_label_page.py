@@ -208,7 +208,7 @@ def test_it_goes_on_with_the_lists_that_training_reads(folder):
     assert client.post("/label", json={"path": "1.png", "label": "BCAVDPXT"}).json["labelled"] == 3
     service.close()
     assert (folder / "labels.csv").read_text() == "image;text\n0.png;PIY\n1.png;BCAVDPXT\n"
-    assert LstmCtcOcr()._labels(folder).of["1.png"] == "BCAVDPXT"
+    assert LstmCtcOcr().find_labels(folder)[0]["1.png"] == "BCAVDPXT"
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_line(folder, monkeypatch):

@@ -36,8 +36,8 @@ def make(folder, files):
 
 def said_of(folder, **settings):
     """The labels of a folder by their images' names, and what is said of it."""
-    labels = LstmCtcOcr(**settings)._labels(folder)
-    return labels.of, str(labels)
+    labels, _, said = LstmCtcOcr(**settings).find_labels(folder)
+    return labels, said
 
 
 def named(template, texts=TEXTS):
@@ -110,7 +110,7 @@ def test_a_label_that_is_no_utf_8_is_one_line(files, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content or b"")
     with pytest.raises(LstmCtcOcr.Error, match="1.png: the label 'caf.*' is no text in UTF-8"):
-        LstmCtcOcr()._labels(tmp_path)
+        LstmCtcOcr().find_labels(tmp_path)
 
 
 CONFUSED = {
@@ -180,7 +180,7 @@ def test_a_pattern_without_one_label_is_one_line(pattern, capfd):
 def test_what_this_program_renders_is_never_asked_about(words, count, tmp_path):
     settings = dict(words=words, words_max_num=6, im_width=96)
     assert main(["create_dataset", *flags(dataset=tmp_path, im_total_num=count, workers=1, **settings)]) == 0
-    files = LstmCtcOcr(**settings)._labelled_files(tmp_path)
+    files = LstmCtcOcr(**settings).labelled_files(tmp_path)
     names = {path.name for path in tmp_path.glob("*.png")}
     assert len(files) == count and {os.path.basename(path) for path, _ in files} == names
     assert all(re.fullmatch(rf"\d+_{re.escape(text)}\.png", os.path.basename(path)) for path, text in files)
@@ -190,8 +190,8 @@ def test_what_this_program_renders_is_never_asked_about(words, count, tmp_path):
 def test_workers_share_out_images_of_any_name(template, tmp_path):
     folder = make(tmp_path, list(named(template)))
     ocr = LstmCtcOcr(words="".join(set("".join(TEXTS))))
-    parts = [ocr._labelled_files(folder, ocr._Place(number=n, workers=3)) for n in range(3)]
-    assert all(len(part) > 4 for part in parts) and sorted(sum(parts, [])) == sorted(ocr._labelled_files(folder))
+    parts = [ocr.labelled_files(folder, number=n, workers=3) for n in range(3)]
+    assert all(len(part) > 4 for part in parts) and sorted(sum(parts, [])) == sorted(ocr.labelled_files(folder))
 
 
 def dirt():
@@ -296,7 +296,7 @@ def test_images_of_one_name_in_two_folders_are_two(tmp_path):
     (tmp_path / "labels.csv").write_text("a/1.bmp,A\nb/1.bmp,X\n")
     ocr = LstmCtcOcr(**TASK)
     for _ in range(2):
-        images, files = ocr.load_images(ocr._labelled_files(tmp_path), tmp_path)
+        images, files = ocr.load_images(ocr.labelled_files(tmp_path), tmp_path)
         first, second = (images[i].any(axis=0).nonzero()[0][0] for i in range(2))
         assert {text: first for (_, text), first in zip(files, (first, second))} == {"A": 20, "X": 60}
     assert not list(tmp_path.glob("*/.decoded*"))

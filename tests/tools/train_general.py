@@ -402,7 +402,7 @@ def pack(arguments):
     counts = {name: int(arrays.pop(name)) for name in ("steps", "images_seen", "images")}
     config = json.loads((lstm_ctc_ocr.MODELS / "pretrained" / "general" / "config.json").read_text())
     ocr = LstmCtcOcr(**{name: config[name] for name in lstm_ctc_ocr.ARCHITECTURE})
-    folder, (paths, texts) = Path(arguments.model), zip(*ocr._labelled_files(arguments.held))
+    folder, (paths, texts) = Path(arguments.model), zip(*ocr.labelled_files(arguments.held))
     step = config["step"] + counts["steps"]
     config.update(step=step, best_step=step, images_seen=config["images_seen"] + counts["images_seen"],
                   images=config["images"] + counts["images"], validated_on=len(paths))
