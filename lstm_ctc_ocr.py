@@ -3333,40 +3333,46 @@ def _distorted(image, noise):
 
 @functools.cache
 def _warp_library():
-    """The library as the paddlepaddle wheel carries it, loaded without importing that package.
+    """Loads Baidu's library from the paddlepaddle package, without importing that package.
 
-    Its `options` makes a `ctcOptions` of ctc.h; the union in there, thread count or GPU stream, has a pointer's size.
+    Its `options` is the type `ctcOptions` of its ctc.h. Raises `LstmCtcOcr.Error` if the library
+    is not installed.
     """
-    package = importlib.util.find_spec("paddle")
     try:
-        library = ctypes.CDLL(str(Path(package.origin).parent / "libs" / "libwarpctc.so"))
-    except (AttributeError, TypeError, OSError) as error:  # TypeError: a folder of that name, all that is left of it
-        reason = "" if package is None else f" ({error})"
-        raise LstmCtcOcr.Error("--ctc warp needs Baidu's library, which is not here: pip install --no-deps "
-                               f"paddlepaddle==3.3.1{reason}") from None
-    library.options = type("ctcOptions", (ctypes.Structure,), {"_fields_": [
-        ("location", ctypes.c_int), ("threads", ctypes.c_size_t), ("blank", ctypes.c_int)]})
+        package = Path(importlib.util.find_spec("paddle").origin)
+        library = ctypes.CDLL(str(package.with_name("libs") / "libwarpctc.so"))
+    except (AttributeError, TypeError, OSError):  # no package, an empty folder of it, no library
+        raise LstmCtcOcr.Error("--ctc warp needs Baidu's library, which is not here: pip install "
+                               "--no-deps paddlepaddle==3.3.1") from None
+    fields = [("location", ctypes.c_int), ("threads", ctypes.c_size_t), ("blank", ctypes.c_int)]
+    library.options = type("ctcOptions", (ctypes.Structure,), {"_fields_": fields})
     return library
 
 
 def _warp_ctc(logits, labels, lengths):
-    """logits (T, B, C) float32, blank last; labels: all texts' classes (n,) int32; lengths (B,) int32, summing to n.
+    """Computes the CTC loss and its gradient with Baidu's library.
 
-    Returns losses (B,) and their gradients at the logits (T, B, C). Raises `LstmCtcOcr.Error` for a label that cannot
-    be aligned in T steps: the library would say that all is well, and leave the gradient unwritten.
+    logits: (T, B, C) float32, the blank last. labels: the classes of all texts, one text after the
+    other, (n,) int32. lengths: of the texts, (B,) int32.
+    Returns losses (B,) and their gradients with respect to the logits, (T, B, C). Raises
+    `LstmCtcOcr.Error` if a label does not fit into T steps: the library does not say so itself,
+    and leaves the gradient unwritten.
     """
-    library = _warp_library()
     steps, batch, classes = logits.shape
     for label in np.split(labels, np.cumsum(lengths)[:-1]):
-        if (needed := len(label) + np.count_nonzero(label[1:] == label[:-1])) > steps:
+        needed = len(label) + np.count_nonzero(label[1:] == label[:-1])  # blanks between equal ones
+        if needed > steps:
             raise LstmCtcOcr.Error(f"CTC cannot align a label that takes {needed} steps in {steps}")
-    inputs, losses, gradients = np.full(batch, steps, np.int32), np.empty(batch, np.float32), np.zeros_like(logits)
-    options, size = library.options(0, _cores(), classes - 1), ctypes.c_size_t()
-    status = library.get_workspace_size(lengths.ctypes, inputs.ctypes, classes, batch, options, ctypes.byref(size))
+    library, size = _warp_library(), ctypes.c_size_t()
+    options = library.options(0, _cores(), classes - 1)  # 0: on the CPU
+    all_steps = np.full(batch, steps, np.int32)
+    losses, gradients = np.empty(batch, np.float32), np.zeros_like(logits)
+    status = library.get_workspace_size(
+        lengths.ctypes, all_steps.ctypes, classes, batch, options, ctypes.byref(size))
     workspace = np.empty(size.value, np.uint8)
+    arrays = (each.ctypes for each in (logits, gradients, labels, lengths, all_steps))
     status = status or library.compute_ctc_loss(
-        *(array.ctypes for array in (logits, gradients, labels, lengths, inputs)), classes, batch, losses.ctypes,
-        workspace.ctypes, options)
+        *arrays, classes, batch, losses.ctypes, workspace.ctypes, options)
     if status:
         raise LstmCtcOcr.Error(f"warp-ctc failed with status {status}")
     return losses, gradients
