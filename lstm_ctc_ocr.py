@@ -82,20 +82,9 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # nor does it matter what Pi
 VERSION = "1.0.0"
 HOME = Path(__file__).resolve().parent
 MODELS = HOME / "my-model"
-MODEL_FORMAT = 1  # what config.json must say; raised when older folders can no longer be read
 # What a model folder fixes:
-ARCHITECTURE = ("net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height", "paper")
-OF_IMAGES = ("words", "words_max_num", "im_width")  # what of it the labelled images say
+ARCHITECTURE = ("net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height")
 PLANNED = (*ARCHITECTURE, "start_from", "seed", "batch_size")  # what a training must go on with
-UNSAID = {"paper": "brightest", "start_from": ""}  # what a config.json of before these were settings means
-NETS = ("lstm", "cnn_lstm", "wide_cnn_lstm")
-# channels, size, strides down and across, residual blocks behind it
-CONVOLUTIONS = {"cnn_lstm": ((32, 5, 4, 2, 0), (48, 3, 2, 2, 0), (96, 3, 2, 1, 0), (128, 3, 2, 1, 0)),
-                "wide_cnn_lstm": ((32, 5, 2, 2, 0), (48, 3, 2, 2, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 2))}
-PROJECTION = {"cnn_lstm": 128, "wide_cnn_lstm": 160}  # features that each step hands to the LSTM
-MIN_PART = 8  # images of a batch that a core works on: of fewer, batch normalisation's statistics are too rough
-AVERAGE = "/ExponentialMovingAverage"  # TensorFlow's ending of the name of a weight's moving average
-STATISTICS = "statistics"  # the graph's collection of batch normalisation's (variable, value of it in a batch)
 PLAN = "plan"  # the collection of a variable by which the chief tells the workers how it trains; never saved
 # The kinds of images that are read, as Pillow calls them, and the suffixes of their files.
 IMAGE_KINDS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "GIF": (".gif",), "BMP": (".bmp",),
@@ -114,38 +103,26 @@ FONT_SUFFIXES = {".ttf", ".otf"}
 SYMBOL_FONT = re.compile("symbol|dingbat|wingd|webdings|ornament|D050000L", re.I)  # draws something else for a letter
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts",
                 "/System/Library/Fonts", "C:/Windows/Fonts")
-MIN_ACCURACY = 0.5  # of held-out images, from which on a model of the user's is read with rather than what ships
-NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on", "least_loss", "images_seen", "epoch",
-           "cpu_minutes", "held_share")  # of a config.json, where it has them
 OPENING = threading.RLock()  # held while a model is opened, or TensorFlow is imported
 HELD_SHARE, HELD_NUM = 0.1, 2000  # images held out: a tenth of a small folder, about 2,000 of a large one
 HELD_LEAST = 20  # but of a very small one these, or half of it
 FEW = 20_000  # images below which a training that starts from a model distorts each anew whenever it is shown
 DISTORTED = 0.9  # of the training; the rest is on the images as they are
-START_LR, START_IMAGES = 1e-3, 160  # learning rate of a training that starts from a model; of fewer images it is lower
 PATIENCE = 6  # validations in a row without any gain, after which a training on few images ends
 MIN_IMAGES = 10  # to train on, started from a model
 MAX_CURVE = 200  # points of a learning curve
 SHOWN = 200  # wrong readings that a report shows
 MIN_VALIDATED = 100  # held-out images that a temperature can be fitted on, and the best accuracy told by
-START_STEPS, START_STEPS_SHARE = 800, 0.2  # of a training that starts from a model: so many, and more for each image
-SIZED = 1000  # images of which the size is asked for
-MAX_WIDTH = 384  # that is chosen for images of others; wider ones are squeezed
 LOCK = ".lock"  # in a model folder: whoever trains there holds it
 LENGTH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # N or MIN-MAX
 DECODED_HEAD = 4096  # bytes before the images of a file of decoded ones: a page, so that these begin at one
 DECODED_LOCK = ".decoded.lock"  # in a folder of images: whoever decodes them holds it
 PREPROCESSING = 1  # raised when `load_image` gives something else than before
 DECODE_BATCH = 512  # images after which what is decoded is safe on the disk
-SHARD = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)  # I/N
 STALE = 600  # seconds after which nobody is writing a .part file any more: it takes milliseconds
 
-NORM_EPSILON = 1e-3  # added to the variance in batch normalisation
-MAX_GRADIENT_NORM = 1.0  # what gradients are clipped to, together, so that one hard image cannot throw the weights off
-AVERAGE_DECAY = 0.998  # of the weights' moving averages, a step: they look back over about 500 steps
 DOUBTS = (0.6, 0.4, 0.3)  # confidences up to which an image is looked at again: from afar, near, without clutter
 COLOURS, ALIKE, LEAST_LEFT = 6, 0.06, 0.08  # by which clutter is told from letters, see `_without_clutter`
-LOOKING_AGAIN = ("wide_cnn_lstm",)  # the nets that do: lstm and cnn_lstm read fewer right with further looks
 MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than stretched until its noise looks like ink
 READ_BATCH = 64  # images a step in reading files
 REPORT_STEPS = 100  # between reports, as in the article
@@ -154,83 +131,132 @@ VALIDATION_SHARE = 0.05  # the most of training's CPU time that validating may t
 TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
 
 
-def setting(default, text, otherwise=None):
-    """Declares a hyper-parameter once: its default, its flag and the flag's help.
+NETWORKS = {
+    # convolutions: (channels, size, stride down, stride across, residual blocks behind it) each.
+    # projection: features that each time step hands from the convolutions to the LSTM.
+    # views: whether an image that is read with little confidence is read again in other views;
+    # lstm and cnn_lstm read fewer images right with them.
+    "lstm": types.SimpleNamespace(
+        about="the article's", convolutions=(), projection=0, bidirectional=False, views=False),
+    "cnn_lstm": types.SimpleNamespace(
+        about="with convolutions in front",
+        convolutions=((32, 5, 4, 2, 0), (48, 3, 2, 2, 0), (96, 3, 2, 1, 0), (128, 3, 2, 1, 0)),
+        projection=128, bidirectional=True, views=False),
+    "wide_cnn_lstm": types.SimpleNamespace(
+        about="with larger convolutions",
+        convolutions=((32, 5, 2, 2, 0), (48, 3, 2, 2, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 2)),
+        projection=160, bidirectional=True, views=True),
+}
+COUNT, COUNT_OR_NONE = range(1, 10 ** 9), range(10 ** 9)  # what numbers of things may be
 
-    otherwise: what it is, with None as its default, where neither its model nor its images say it.
+
+def setting(default, text, allowed=None, usual=None):
+    """Declares a setting once: its default, its flag, the flag's help and the values allowed.
+
+    A setting whose default is None is open: `LstmCtcOcr.resolve` gives it a value, and `usual` if
+    nothing else says which. A number that is no integer must always be above 0.
     """
-    return dataclasses.field(default=default, metadata={"help": text, "otherwise": otherwise})
+    metadata = {"help": text, "allowed": allowed, "usual": usual}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class LstmCtcOcr:
-    """The whole system; its fields are its settings. Constructing it opens nothing and builds nothing.
+    """The whole system; its fields are its settings. Constructing it opens and builds nothing.
 
-    Nothing in it changes afterwards, so one object may render, train, read and serve, in any order and from any thread.
+    The commands (`create_dataset`, `train`, `test`, `start`, `export`) and `recognise` take the
+    settings as they are. All other methods need every setting, as `resolve` returns them.
+    Nothing changes afterwards: one object may render, train, read and serve from any thread.
     """
 
     # --- the task
-    words: str = setting(None, "the letters that an image may hold; if not given those of the labels, or to render "
-                               "A-Z, and in varied captchas a-z and 0-9 too")
-    words_max_num: int = setting(None, "the most letters in an image; if not given, in training those of the labels, "
-                                     "else", 10)
-    im_width: int = setting(None, "image width in pixels, and so the LSTM's time steps; if not given, in training what "
-                                 "fits the images, else", 256)
-    im_height: int = setting(None, "image height in pixels, and so the input of a step", 64)
+    words: str = setting(
+        None, "the letters that an image may hold; if not given, in training those of the labels, "
+        "to render plain captchas A-Z, to render varied ones a-z and 0-9 too", usual=CAPITALS)
+    words_max_num: int = setting(
+        None, "the most letters in an image; if not given, in training that of the labels, else",
+        COUNT, 10)
+    im_width: int = setting(
+        None, "image width in pixels, and so the LSTM's time steps; if not given, in training "
+        "what fits the images, else", COUNT, 256)
+    im_height: int = setting(
+        None, "image height in pixels, and so the number of inputs of a time step", COUNT, 64)
     # --- the images
-    dataset: str = setting(str(HOME / "dataset" / "train"), "folder of the training images, to write or to read")
-    labels: str = setting("", "how images are labelled: LABEL, LABEL_*, *_LABEL or the like, as their names are made "
-                              "(* is any text), or list, by labels.csv, labels.txt or <image>.gt.txt; if not given, "
-                              "what all of the folder shows")
-    look: str = setting("plain", "plain: as the captcha package draws them; varied: in every way that captchas differ")
-    fonts: tuple = setting((), "folders of the fonts for varied captchas; if not given the captcha package's and the "
-                               "system's")
-    im_total_num: int = setting(100_000, "images to render (100,000 take 0.9 GB on disk)")
-    workers: int = setting(0, "processes that render; 0: one a core")
-    shard: str = setting("1/1", "what to render of it, I/N: of N machines with the same settings, the part of the I-th")
-    train_max_num: int = setting(0, "the most images to train on; 0: all of the folder (decoded, 100,000 take 1.6 GB "
-                                    "of disk)")
-    val_num: int = setting(2000, "the most held-out images to validate on, a tenth of a small folder; 0: hold none "
-                                "out, and train on all")
+    dataset: str = setting(
+        str(HOME / "dataset" / "train"), "folder of the training images, to write or to read")
+    labels: str = setting(
+        "", "where the labels are: LABEL, LABEL_*, *_LABEL or the like for a pattern of the file "
+        "names (* is any text); list for labels.csv, labels.txt or <image>.gt.txt; if not given, "
+        "the folder is searched for all of these")
+    look: str = setting(
+        "plain", "plain: as the captcha package draws them; varied: in all the ways in which "
+        "captchas differ", ("plain", "varied"))
+    fonts: tuple = setting(
+        (), "folders of the fonts for varied captchas; if not given, the captcha package's and "
+        "the system's")
+    im_total_num: int = setting(
+        100_000, "images to render (100,000 take 0.9 GB on disk)", COUNT)
+    workers: int = setting(0, "processes that render; 0: one a core", COUNT_OR_NONE)
+    shard: str = setting(
+        "1/1", "I/N: render only part I of N, to share the work among N machines")
+    train_max_num: int = setting(
+        0, "the most images to train on; 0: all of the folder", COUNT_OR_NONE)
+    val_num: int = setting(
+        2000, "the most images to hold out and validate on, a tenth of a small folder; 0: train "
+        "on all", COUNT_OR_NONE)
     # --- the network
-    net: str = setting(None, "lstm, the article's, cnn_lstm, with convolutions in front, or wide_cnn_lstm, with larger "
-                             "ones; if not given, train lstm or what --start-from has, and read with what --model "
-                             "says", "")
-    n_hidden: int = setting(None, "LSTM cells, half of them each way behind convolutions; from --start-from if given, "
-                                  "else", 256)
-    paper: str = setting(None, "what is no ink: border, the colour that prevails along the image's edge, so that light "
-                               "letters on dark paper are read too, or brightest, the brightest grey", "border")
-    label_parts: int = setting(None, "classes a letter: 3 splits it in left, middle and right, so that no blank has to "
-                                     "stand between equal letters", 1)
+    net: str = setting(
+        None, "the network: " + "; ".join(f"{name}, {net.about}" for name, net in NETWORKS.items())
+        + "; if not given, training takes that of --start-from, and reading that of --model, else",
+        NETWORKS, "lstm")
+    n_hidden: int = setting(
+        None, "LSTM cells; a network that reads in both directions has half of them for each",
+        COUNT, 256)
+    label_parts: int = setting(
+        None, "classes a letter; 3 splits it in left, middle and right, so that no blank has to "
+        "stand between equal letters", (1, 3), 1)
     # --- training
-    start_from: str = setting(None, "a trained model to start from: its folder, or the name of one that ships", "")
-    ctc: str = setting("tensorflow", "CTC loss: tensorflow, or Baidu's warp (pip install --no-deps paddlepaddle)")
-    batch_size: int = setting(32, "images a step")
-    epoch_max: float = setting(None, "passes over the images; 9 of 100,000 take 40 to 50 minutes on 2 cores; started "
-                                     "from a model, about 800 steps, and more for more images", 9)
-    lr: float = setting(None, "learning rate at the start; it falls as lr * (1 - (epoch / epoch_max) ** 2); started "
-                              f"from a model {START_LR}", 4e-3)
-    save_epoch: float = setting(None, f"epochs between checkpoints; if not given, at least {REPORT_STEPS} steps", 0.1)
-    seed: int = setting(0, "fixes what is drawn at random: rendered images, first weights, order, held-out images")
+    start_from: str = setting(
+        None, "a trained model to start from: its folder, or the name of one that ships", usual="")
+    ctc: str = setting(
+        "tensorflow", "CTC loss: tensorflow, or Baidu's warp (pip install --no-deps paddlepaddle)",
+        ("tensorflow", "warp"))
+    batch_size: int = setting(32, "images a step", COUNT)
+    epoch_max: float = setting(
+        None, "passes over the images; 9 of 100,000 take 40 to 50 minutes on 2 cores; with "
+        "--start-from about 800 steps, and more for more images; else", usual=9)
+    lr: float = setting(
+        None, "learning rate at the start; it falls as lr * (1 - (epoch / epoch_max) ** 2); with "
+        "--start-from at most 0.001, else", usual=4e-3)
+    save_epoch: float = setting(
+        None, "epochs between checkpoints; if not given, at least 100 steps, and", usual=0.1)
+    seed: int = setting(
+        0, "fixes all that is random: rendered images, first weights, the order of the images",
+        COUNT_OR_NONE)
     # --- reading
-    model: str = setting("", "to train, the folder to write, by default my-model/<net>, or for another than the usual "
-                             "dataset my-model/<its name>; else a folder, lstm, cnn_lstm or general, by default what "
-                             "was trained last on the usual dataset, or else cnn_lstm; test and start take an ONNX "
-                             "file too")
-    beam_width: int = setting(4, "beam of the search, 1 to 100; in reading, for each length that a text may have")
-    letters: str = setting("", "the only letters to read; of those with one case here, the other is read as it")
-    length: str = setting("", "N or MIN-MAX: letters that a text has, for sure")
+    model: str = setting(
+        "", "the model: a folder, or one that ships (lstm, cnn_lstm, general); if not given, test "
+        "and start read with what was trained last on the usual dataset, or else with cnn_lstm, "
+        "and train writes my-model/<net>, for another dataset my-model/<its name>; test and start "
+        "take an ONNX file too")
+    beam_width: int = setting(
+        4, "prefixes that the beam search keeps; in reading, for each length that is possible",
+        range(1, 101))
+    letters: str = setting(
+        "", "the only letters to read; a letter given in one case is also read for the other")
+    length: str = setting("", "N or MIN-MAX: the number of letters that every text has")
     host: str = setting("127.0.0.1", "address to serve on")
-    port: int = setting(5050, "port to serve on")
-    image_root: str = setting(str(HOME / "dataset"), "only images under this folder can be asked for by path")
-    label: str = setting("", "folder of images, subfolders included, to label on the page /label")
-    token: str = setting("", "what clients must show, as a bearer token or as HTTP Basic's password; better given in "
-                             f"the environment, as {TOKEN_VARIABLE}")
-
-    unset: frozenset = dataclasses.field(init=False, repr=False, compare=False, default=frozenset())  # not given
+    port: int = setting(5050, "port to serve on", range(65536))
+    image_root: str = setting(
+        str(HOME / "dataset"), "only images under this folder can be asked for by path")
+    label: str = setting(
+        "", "folder of images, subfolders included, to label on the page /label")
+    token: str = setting(
+        "", "what clients must show, as a bearer token or as HTTP Basic's password; better given "
+        "in the environment, as LSTM_CTC_OCR_TOKEN")
 
     class Error(ValueError):
-        """Something that the user can mend, in one line that says what to do."""
+        """Something that the user can mend; the message is one line that says what to do."""
         status = 422  # of the service's answer
 
     class TooLarge(Error):
@@ -238,74 +264,81 @@ class LstmCtcOcr:
         status = 413
 
     class Unknown(Error):
-        """A file of no kind that is served."""
+        """A file of a kind that is not served."""
         status = 415
 
     def __post_init__(self):
-        """Raises `Error` for settings that cannot work."""
-        unset = {field.name: field.metadata["otherwise"] for field in dataclasses.fields(self) if field.default is None}
-        unset = {name: value for name, value in unset.items()
-                 if getattr(self, name) is None or getattr(self, name) == value == ""}
-        for name, value in {**unset, "unset": frozenset(unset)}.items():
-            object.__setattr__(self, name, value)
-        if self.words is None:
-            object.__setattr__(self, "words", CAPITALS if self.look == "plain" else
-                               CAPITALS + CAPITALS.lower() + DIGITS)
-        positive = ("words_max_num", "im_width", "im_height", "im_total_num", "n_hidden", "batch_size", "epoch_max",
-                    "lr", "save_epoch")
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise self.Error(f"{_flag(name)} must be above 0 and finite, not {getattr(self, name)}")
-        for name in ("workers", "train_max_num", "val_num", "seed"):
-            if getattr(self, name) < 0:
-                raise self.Error(f"{_flag(name)} must not be negative: {getattr(self, name)}")
-        if not self.words or len(set(self.words)) != len(self.words):
-            raise self.Error(f"--words needs at least one letter and each of them once, not {self.words!r}")
-        if self._least_steps > self.steps:
-            raise self.Error(f"CTC cannot align {self.words_max_num} letters, {self._least_steps} steps, in "
-                             f"{self.steps}: lower --words-max-num, or widen --im-width")
-        if not 0 <= self.port < 65536:
-            raise self.Error(f"a port is 0 to 65535, not {self.port}: choose another --port")
-        if not 1 <= self.beam_width <= 100:
-            raise self.Error(f"--beam-width must be 1 to 100, not {self.beam_width}")
-        shard = SHARD.fullmatch(self.shard)
+        """Raises `Error` for a setting that cannot work. Open ones are checked by `resolve`."""
+        for field in dataclasses.fields(self):
+            flag, value = _flag(field.name), getattr(self, field.name)
+            allowed = field.metadata["allowed"]
+            if field.type is float and value is not None and not 0 < value < math.inf:
+                raise self.Error(f"{flag} must be above 0 and finite, not {value}")
+            if allowed and value is not None and value not in allowed:
+                if isinstance(allowed, range):  # too long to be listed
+                    said = f"{allowed[0]} to {allowed[-1]:,}"
+                else:
+                    said = "one of " + ", ".join(map(str, allowed))
+                raise self.Error(f"{flag} must be {said}, not {value}")
+        if self.words is not None and (not self.words or len(set(self.words)) != len(self.words)):
+            raise self.Error(
+                f"--words needs at least one letter and each of them once, not {self.words!r}")
+        shard = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard, re.ASCII)
         if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
-            raise self.Error(f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
+            raise self.Error(
+                f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
         if self.labels not in ("", "list") and self.labels.count("LABEL") != 1:
-            raise self.Error(f"--labels must be list, or hold LABEL once, such as '*_LABEL', not {self.labels!r}")
-        for name, choices in (("net", ("", *NETS)), ("look", ("plain", "varied")), ("paper", ("border", "brightest")),
-                              ("ctc", ("tensorflow", "warp")), ("label_parts", (1, 3))):
-            if getattr(self, name) not in choices:
-                raise self.Error(f"{_flag(name)} must be one of {', '.join(map(str, filter(None, choices)))}, not "
-                                 f"{getattr(self, name)}")
+            raise self.Error(
+                f"--labels must be list, or hold LABEL once, such as '*_LABEL', not {self.labels!r}")
+
+    def resolve(self, *sources):
+        """Returns these settings with a value for each one that is open, that is None.
+
+        sources: dictionaries of settings. The first that holds an open setting gives its value,
+        even if it is None; if none does, the field's `usual` value is taken. Raises `Error` if
+        the longest text does not fit the time steps.
+        """
+        fields = dataclasses.fields(self)
+        known = collections.ChainMap(*sources, {f.name: f.metadata["usual"] for f in fields})
+        ocr = dataclasses.replace(self, **{
+            f.name: known[f.name] for f in fields if getattr(self, f.name) is None})
+        if ocr._least_steps > ocr.steps:
+            raise self.Error(
+                f"CTC cannot align {ocr.words_max_num} letters, {ocr._least_steps} steps, in "
+                f"{ocr.steps}: lower --words-max-num, or widen --im-width")
+        return ocr
 
     @property
     def steps(self):
-        """Time steps T that the network makes of a whole W: it, over the strides of the convolutions."""
+        """Time steps T that the network makes of an image of full width W."""
         return -(-self.im_width // self._stride)
 
     @property
     def _least_steps(self):
-        """Time steps that the longest text may take: all parts of each letter, or blanks between equal neighbours."""
+        """Time steps that the longest text may need, with blanks between equal neighbours."""
         return max(self.label_parts * self.words_max_num, 2 * self.words_max_num - 1)
 
     @property
     def _stride(self):
-        """Columns of a prepared image for each time step."""
-        return math.prod(across for _, _, _, across, _ in CONVOLUTIONS.get(self.net, ()))
+        """Columns of an image that make one time step."""
+        return math.prod(across for _, _, _, across, _ in NETWORKS[self.net].convolutions)
 
     # ------------------------------------------------------------------ text, sequences, sparse tensors
 
     def text_to_sequence(self, text):
-        """Returns the classes of a text, `label_parts` a letter; raises `Error` for a letter outside `words`."""
+        """Returns the classes of a text, `label_parts` of them a letter.
+
+        Raises `Error` for a letter that is not in `words`.
+        """
         try:
             return [self._class_of[letter] * self.label_parts + part
                     for letter in text for part in range(self.label_parts)]
         except KeyError as error:
-            raise self.Error(f"{text!r} holds {error}, which is not in --words {self.words}") from None
+            raise self.Error(
+                f"{text!r} holds {error}, which is not in --words {self.words}") from None
 
     def sequence_to_text(self, sequence, words=None):
-        """Undoes `text_to_sequence`; a letter counts once the most of its parts are there, in their order.
+        """Undoes `text_to_sequence`. Of three parts, a letter needs two, in their order.
 
         words: the letters that the classes stand for, if not `self.words`.
         """
@@ -323,10 +356,10 @@ class LstmCtcOcr:
 
     @staticmethod
     def sequences_to_sparse(sequences):
-        """Returns B sequences as the parts of a sparse tensor.
+        """Returns B sequences as the three parts of a sparse tensor, as `tf.SparseTensorValue` has.
 
-        (indices (n, 2) int64, values (n,) int32, dense_shape (2,) int64), n all letters together, dense_shape
-        (B, longest): what `tf.SparseTensorValue` takes.
+        They are indices (n, 2) int64, values (n,) int32 and dense_shape (2,) int64, for n letters
+        in all; dense_shape is (B, length of the longest).
         """
         lengths = [len(sequence) for sequence in sequences]
         indices = [(row, column) for row, length in enumerate(lengths) for column in range(length)]
@@ -336,7 +369,7 @@ class LstmCtcOcr:
 
     @staticmethod
     def sparse_to_sequences(sparse):
-        """Undoes `sequences_to_sparse`: always dense_shape[0] rows, those without a letter included."""
+        """Undoes `sequences_to_sparse`: returns dense_shape[0] sequences, empty ones included."""
         indices, values, dense_shape = sparse
         sequences = [[] for _ in range(dense_shape[0])]
         for (row, _), value in zip(indices, values):
@@ -345,95 +378,106 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ the network
 
-    def logits(self, images, training=False):
-        """The forward pass, the same in training and in reading: (B, H, W) uint8 -> (T, B, C) float32.
+    MIN_PART = 8  # images: from fewer, batch normalisation would take too rough statistics
 
-        A batch of known size is split over the cores: a step's matrix product is too small to be shared by them, and
-        one half of the batch on each runs half again as fast.
+    def logits(self, images, training=False):
+        """Runs the network, the same in training and in reading.
+
+        (B, H, W) uint8 -> (T, B, C) float32, one class a letter (or part of one), the blank last.
+        A batch of known size is split into parts, at most one a core: one time step's matrix
+        product is too small to be shared by cores, and a part on each is half again as fast.
         """
-        tf = _tensorflow()
+        tf, size = _tensorflow(), images.shape[0] or 1
+        most = min(_cores(), size // self.MIN_PART)
+        count = max((n for n in range(1, most + 1) if size % n == 0), default=1)
         with tf.variable_scope("", reuse=tf.AUTO_REUSE):
-            parts = tf.split(images, self._parts(images.shape[0]))
+            parts = tf.split(images, count)
             return tf.concat([self._logits(part, training) for part in parts], axis=1)
 
-    @staticmethod
-    def _parts(batch_size):
-        """How many equal parts a batch is split into, at most one a core; None: of unknown size.
-
-        None has fewer than `MIN_PART` images: batch normalisation takes its statistics from each part alone.
-        """
-        most = min(_cores(), (batch_size or 0) // MIN_PART)
-        return max((n for n in range(1, most + 1) if batch_size % n == 0), default=1)
-
     def _logits(self, images, training):
-        tf = _tensorflow()
+        tf, network = _tensorflow(), NETWORKS[self.net]
         ink = tf.cast(images, tf.float32) * (3 / 255)
-        if self.net in CONVOLUTIONS:
-            x = tf.nn.relu(self.dense(self.convolutions(ink, training), PROJECTION[self.net], "projection"))
-            x = tf.concat([self.lstm(x, "forward"), tf.reverse(self.lstm(tf.reverse(x, [0]), "backward"), [0])], axis=2)
+        if network.convolutions:
+            x = self.convolutions(ink, training)  # (T, B, F)
+            x = tf.nn.relu(self.dense(x, network.projection, "projection"))
         else:
-            x = self.lstm(tf.transpose(ink, [2, 0, 1]))  # columns (T, B, H) -> (T, B, N)
-        return self.dense(x, len(self.words) * self.label_parts + 1)
+            x = tf.transpose(ink, [2, 0, 1])  # the columns are the steps: (W, B, H)
+        if network.bidirectional:
+            forward = self.lstm(x, "forward")
+            backward = tf.reverse(self.lstm(tf.reverse(x, [0]), "backward"), [0])
+            x = tf.concat([forward, backward], axis=2)
+        else:
+            x = self.lstm(x)
+        return self.dense(x, len(self.words) * self.label_parts + 1)  # (T, B, N) -> (T, B, C)
 
     def convolutions(self, ink, training):
-        """Features of an image's columns: ink (B, H, W) -> (T, B, F); T is W over the strides, F all that is above."""
+        """Computes features of an image's columns: ink (B, H, W) -> (T, B, F).
+
+        T is W over all strides across, F the channels at all heights that are left.
+        """
         tf = _tensorflow()
         x = ink[..., None]  # (B, H, W, 1)
-        for number, (channels, size, down, across, blocks) in enumerate(CONVOLUTIONS[self.net], 1):
+        layers = NETWORKS[self.net].convolutions
+        for number, (channels, size, down, across, blocks) in enumerate(layers, 1):
             with tf.variable_scope(f"convolution{number}"):
                 x = tf.nn.relu(self.convolution(x, channels, size, down, across, training))
-            for block in range(1, blocks + 1):  # a residual block (He et al., 2015, arXiv:1512.03385)
+            for block in range(1, blocks + 1):  # residual (He et al., 2015, arXiv:1512.03385)
                 with tf.variable_scope(f"convolution{number}/residual{block}a"):
                     y = tf.nn.relu(self.convolution(x, channels, 3, 1, 1, training))
                 with tf.variable_scope(f"convolution{number}/residual{block}b"):
                     x = tf.nn.relu(x + self.convolution(y, channels, 3, 1, 1, training))
-        x = tf.transpose(x, [2, 0, 1, 3])  # (T, B, H, channels)
+        x = tf.transpose(x, [2, 0, 1, 3])  # (T, B, height, channels)
         return tf.reshape(x, tf.concat([tf.shape(x)[:2], [x.shape[2] * x.shape[3]]], axis=0))
 
-    def convolution(self, x, channels, size, down, across, training):
-        """Convolves x (B, H, W, I) and normalises it: (B, H over `down`, W over `across`, channels).
+    NORM_EPSILON = 1e-3  # added to the variance
+    STATISTICS = "statistics"  # the graph's collection of (mean or variance, its value in a batch)
 
-        Batch normalisation (Ioffe and Szegedy, 2015) scales each channel alike. Training takes mean and variance from
-        its batch. They are kept in variables too, so that reading takes them from moving averages of those, as it takes
-        the weights; there they are as good as part of the kernel, and of a bias.
+    def convolution(self, x, channels, size, down, across, training):
+        """Convolves and normalises x (B, h, w, I): (B, h / down, w / across, channels).
+
+        Batch normalisation (Ioffe and Szegedy, 2015, arXiv:1502.03167) scales each channel. In
+        training, mean and variance are those of the batch, and variables keep them. In reading,
+        the moving averages of these variables become part of the kernel and of a bias.
         """
         tf, strides = _tensorflow(), [1, down, across, 1]
         kernel = tf.get_variable("kernel", [size, size, x.shape[3], channels])
-        scale, offset, mean, variance = (
-            tf.get_variable(name, channels, initializer=initializer(), trainable=trainable)
-            for name, initializer, trainable in (
-                ("scale", tf.ones_initializer, True), ("offset", tf.zeros_initializer, True),
-                ("mean", tf.zeros_initializer, False), ("variance", tf.ones_initializer, False)))
+        ones, zeros = tf.ones_initializer, tf.zeros_initializer
+        scale = tf.get_variable("scale", channels, initializer=ones())
+        offset = tf.get_variable("offset", channels, initializer=zeros())
+        mean = tf.get_variable("mean", channels, initializer=zeros(), trainable=False)
+        variance = tf.get_variable("variance", channels, initializer=ones(), trainable=False)
         if not training:
-            scale = scale * tf.math.rsqrt(variance + NORM_EPSILON)
-            return tf.nn.bias_add(tf.nn.conv2d(x, kernel * scale, strides, "SAME"), offset - mean * scale)
-        x, *batch = tf.nn.fused_batch_norm(tf.nn.conv2d(x, kernel, strides, "SAME"), scale, offset,
-                                           epsilon=NORM_EPSILON)
-        tf.get_collection_ref(STATISTICS).extend(zip((mean, variance), batch))
+            scale = scale * tf.math.rsqrt(variance + self.NORM_EPSILON)
+            x = tf.nn.conv2d(x, kernel * scale, strides, "SAME")
+            return tf.nn.bias_add(x, offset - mean * scale)
+        x, *batch = tf.nn.fused_batch_norm(
+            tf.nn.conv2d(x, kernel, strides, "SAME"), scale, offset, epsilon=self.NORM_EPSILON)
+        tf.get_collection_ref(self.STATISTICS).extend(zip((mean, variance), batch))
         return x
 
     def dense(self, x, units, name="dense"):
-        """Projects every step alike: (T, B, N) -> (T, B, units)."""
+        """Projects every time step in the same way: (T, B, N) -> (T, B, units)."""
         tf = _tensorflow()
         kernel = tf.get_variable(f"{name}/kernel", [x.shape[2], units])
         bias = tf.get_variable(f"{name}/bias", [units], initializer=tf.zeros_initializer())
         return tf.einsum("tbn,nc->tbc", x, kernel) + bias
 
     def lstm(self, x, name="lstm"):
-        """One layer over x (T, B, I) float32: returns its outputs, (T, B, N)."""
+        """Runs one LSTM layer over time: x (T, B, I) float32 -> outputs (T, B, N)."""
         tf = _tensorflow()
-        cells = self.n_hidden // 2 if self.net in CONVOLUTIONS else self.n_hidden
+        cells = self.n_hidden // (2 if NETWORKS[self.net].bidirectional else 1)
         kernel = tf.get_variable(f"{name}/kernel", [x.shape[2] + cells, 4 * cells])
         bias = tf.get_variable(f"{name}/bias", [4 * cells], initializer=tf.zeros_initializer())
         return self._lstm_layer()(x, kernel, bias)
 
     @staticmethod
     def _lstm_layer():
-        """Returns the function (x (T, B, I), kernel (I + N, 4 N), bias (4 N,)) -> outputs (T, B, N).
+        """Returns the function (x (T, B, I), kernel (I + N, 4 N), bias (4 N,)) -> (T, B, N).
 
-        The recurrence is TensorFlow's BlockLSTM (Zaremba et al., 2014, arXiv:1409.2329, without peepholes), whose gates
-        are ordered input, cell, forget, output. Its gradient is written by hand: only what has to go back step by step
-        does so, in one loop compiled by XLA, and the gradients of the weights are single matrix products after it.
+        Forward it is TensorFlow's BlockLSTM (Zaremba et al., 2014, arXiv:1409.2329, without
+        peepholes), whose gates are ordered input, cell, forget, output. The gradient is our own:
+        only what must go back step by step does so, in one loop that XLA compiles. The gradients
+        of the weights are then single matrix products over all steps.
         """
         tf = _tensorflow()
         backward = tf.function(LstmCtcOcr._lstm_backward, jit_compile=True)
@@ -443,18 +487,23 @@ class LstmCtcOcr:
             inputs, cells = x.shape[2], bias.shape[0] // 4
             zero, none = tf.zeros([tf.shape(x)[1], cells]), tf.zeros([cells])
             i, cs, f, o, ci, co, h = tf.raw_ops.BlockLSTM(
-                seq_len_max=tf.shape(x, out_type=tf.int64)[0], x=x, cs_prev=zero, h_prev=zero, w=kernel, wci=none,
-                wcf=none, wco=none, b=bias, forget_bias=1.0, cell_clip=-1.0)  # by default it would clip the cell at 3
+                seq_len_max=tf.shape(x, out_type=tf.int64)[0], x=x, cs_prev=zero, h_prev=zero,
+                w=kernel, wci=none, wcf=none, wco=none, b=bias, forget_bias=1.0,
+                cell_clip=-1.0)  # by default it would clip the cell at 3
 
             def gradient(d_outputs):
-                # Transposed once here rather than by each step's product, which would take a fifth longer a step.
-                d_gates = backward(d_outputs, tf.transpose(kernel[inputs:]), i, cs, f, o, ci, co)
+                # Transposed once, here: as a part of each step's product it takes a fifth longer.
+                recurrent = tf.transpose(kernel[inputs:])
+                d_gates = backward(d_outputs, recurrent, i, cs, f, o, ci, co)
                 h_prev = tf.concat([tf.zeros_like(h[:1]), h[:-1]], axis=0)
                 d_flat = tf.reshape(d_gates, [-1, 4 * cells])  # (T * B, 4 N)
-                x_and_h = tf.reshape(tf.concat([x, h_prev], axis=2), [-1, inputs + cells])  # (T * B, I + N)
-                d_x = tf.einsum("tbg,ig->tbi", d_gates, kernel[:inputs])  # not computed where nobody asks for it
-                d_bias = tf.matmul(tf.ones([1, tf.shape(d_flat)[0]]), d_flat)[0]  # a sum over rows, only faster
-                return d_x, tf.matmul(x_and_h, d_flat, transpose_a=True), d_bias
+                x_and_h = tf.reshape(tf.concat([x, h_prev], axis=2), [-1, inputs + cells])
+                # TensorFlow leaves this out where nobody needs it, as for an image.
+                d_x = tf.einsum("tbg,ig->tbi", d_gates, kernel[:inputs])
+                d_kernel = tf.matmul(x_and_h, d_flat, transpose_a=True)
+                # The sum over all rows, which is faster as a product.
+                d_bias = tf.matmul(tf.ones([1, tf.shape(d_flat)[0]]), d_flat)[0]
+                return d_x, d_kernel, d_bias
 
             return h, gradient
 
@@ -462,9 +511,10 @@ class LstmCtcOcr:
 
     @staticmethod
     def _lstm_backward(d_outputs, recurrent, i, cs, f, o, ci, co):
-        """Goes back in time over gates and cells (T, B, N); recurrent (4 N, N) is their kernel, transposed.
+        """Returns the gradient at the gates, before their activations: (T, B, 4 N).
 
-        Returns the gradient at the gates before their activations, (T, B, 4 N).
+        It goes back in time over d_outputs, gates and cells, each (T, B, N). recurrent (4 N, N)
+        is the part of the kernel that the outputs before are multiplied with, transposed.
         """
         tf = _tensorflow()
         steps, batch, cells = d_outputs.shape
@@ -473,13 +523,17 @@ class LstmCtcOcr:
         def step(t, d_h, d_cs, d_gates):
             d_h += d_outputs[t]
             d_cs += d_h * o[t] * (1 - co[t] ** 2)
-            d_gate = tf.concat([d_cs * ci[t] * i[t] * (1 - i[t]), d_cs * i[t] * (1 - ci[t] ** 2),
-                                d_cs * cs_prev[t] * f[t] * (1 - f[t]), d_h * co[t] * o[t] * (1 - o[t])], axis=1)
+            d_gate = tf.concat([
+                d_cs * ci[t] * i[t] * (1 - i[t]),  # input
+                d_cs * i[t] * (1 - ci[t] ** 2),  # cell
+                d_cs * cs_prev[t] * f[t] * (1 - f[t]),  # forget
+                d_h * co[t] * o[t] * (1 - o[t])], axis=1)  # output
             return t - 1, tf.matmul(d_gate, recurrent), d_cs * f[t], d_gates.write(t, d_gate)
 
         zero = tf.zeros_like(d_outputs[0])
         d_gates = tf.TensorArray(tf.float32, size=steps, element_shape=[batch, 4 * cells])
-        return tf.while_loop(lambda t, *_: t >= 0, step, (steps - 1, zero, zero, d_gates))[-1].stack()
+        start = (steps - 1, zero, zero, d_gates)
+        return tf.while_loop(lambda t, *_: t >= 0, step, start)[-1].stack()
 
     # ------------------------------------------------------------------ CTC: loss and search
 
@@ -612,60 +666,68 @@ class LstmCtcOcr:
         logits: object  # (T, B, C) float32
         sparse: object  # the texts that are read, sparse (B, .) int64
         confidence: object  # (B,) float32
-        # --- what only training has
+        # Only in training:
         sequences: object = None  # the labels, sparse (B, .) int32
         losses: object = None  # (B,) float32, of what is read
         loss: object = None  # () float32, of what is trained
         gradient_norm: object = None  # () float32, before clipping
-        train: object = None  # does a step, and gives the step that it has reached
+        train: object = None  # runs a step and returns its number
         step: object = None  # () int64
-        # --- and in a cluster
+        # Only on several machines:
         replicas: object = None  # the optimizer that averages the workers' gradients
-        plan: object = None  # () string, by which the chief tells the workers how it trains
-        finished: tuple = ()  # for each parameter server, what tells it that this worker is done
+        plan: object = None  # () string, the settings of the chief
+        finished: tuple = ()  # for each parameter server, the operation that says: I am done
 
     def _build_input(self, batch_size=None):
-        """The images that a network in the default graph is given, (B, H, W) uint8; of any width where B is not set."""
+        """Returns the placeholder of the images (B, H, W) uint8; with B, W may be anything."""
         tf = _tensorflow()
         tf.set_random_seed(self.seed)
-        return tf.placeholder(tf.uint8, [batch_size, self.im_height, self.im_width if batch_size else None], "images")
+        width = self.im_width if batch_size else None
+        return tf.placeholder(tf.uint8, [batch_size, self.im_height, width], "images")
 
     def _build_reading(self, images, temperature=1):
-        """Builds all that leads from images (B, H, W) to texts.
+        """Builds the way from images (B, H, W) to texts; returns a `_Net`.
 
-        temperature: divides the logits, so that confidences are as high as readings are often right (Guo et al., 2017).
+        temperature: divides the logits, so that the confidence is the share of readings that are
+        right (Guo et al., 2017, arXiv:1706.04599).
         """
         logits = self.logits(images)
         logits = logits if temperature == 1 else logits / temperature
         sparse, log_probability = self.decode(logits)
         return self._Net(images, logits, sparse, _tensorflow().exp(log_probability))
 
+    MAX_GRADIENT_NORM = 1.0  # of all gradients together: one hard image must not spoil the weights
+    AVERAGE_DECAY = 0.998  # a step: the moving averages look back over about 500 steps
+
     def _build_training(self, steps_per_epoch, place, start=()):
-        """Builds a training step too, and reads with the moving averages of the weights that it trains.
+        """Builds a training step, and reading with the moving averages of the weights.
 
-        start: the first weights by name, of those that are not drawn at random.
+        place: a `_Place`. start: {name: array} of the weights that are not drawn at random.
 
-        The averages read far better than the weights of the moment while the learning rate is high (Polyak and
-        Juditsky, 1992): 88 % of 1,984 strings rather than 82 % after 236,000 images.
+        The averages read better than the weights of the moment while the learning rate is high
+        (Polyak and Juditsky, 1992): after 236,000 images 88 % of 1,984 texts instead of 82 %.
         """
         tf = _tensorflow()
         images = self._build_input(self.batch_size)
         sequences = tf.sparse_placeholder(tf.int32, [self.batch_size, None], "sequences")
         step = tf.train.get_or_create_global_step()
-        with tf.variable_scope("", custom_getter=functools.partial(_begun, start)):
+        with _initialised_from(start):
             logits = self.logits(images, training=True)
         loss = tf.reduce_mean(self.ctc_loss(sequences, logits))
-        # Of the batch's parts, one on each core, the last one's statistics will do.
-        statistics = {variable.name: (variable, value) for variable, value in tf.get_collection(STATISTICS)}.values()
         variables = tf.trainable_variables()
-        gradients, norm = tf.clip_by_global_norm(tf.gradients(loss, variables), MAX_GRADIENT_NORM)
-        averages = tf.train.ExponentialMovingAverage(AVERAGE_DECAY, num_updates=step)
+        gradients, norm = tf.clip_by_global_norm(
+            tf.gradients(loss, variables), self.MAX_GRADIENT_NORM)
+        # Each part of the batch has its own statistics; those of the last part are kept.
+        statistics = {variable.name: (variable, value)
+                      for variable, value in tf.get_collection(self.STATISTICS)}.values()
+        averages = tf.train.ExponentialMovingAverage(self.AVERAGE_DECAY, num_updates=step)
         averaged = variables + [variable for variable, _ in statistics]
-        optimizer = tf.train.AdamOptimizer(self._learning_rate(tf.cast(step, tf.float32) / steps_per_epoch))
+        epoch = tf.cast(step, tf.float32) / steps_per_epoch
+        optimizer = tf.train.AdamOptimizer(self._learning_rate(epoch))
         together = {}
-        if place.servers:  # the chief averages the gradients of all workers, applies them, and lets all go on
-            optimizer = tf.train.SyncReplicasOptimizer(optimizer, place.workers, variable_averages=averages,
-                                                       variables_to_average=averaged)
+        if place.servers:  # the chief averages and applies the gradients of all workers
+            optimizer = tf.train.SyncReplicasOptimizer(
+                optimizer, place.workers, variable_averages=averages, variables_to_average=averaged)
             together = self._build_agreement(steps_per_epoch, place, optimizer)
         train = optimizer.apply_gradients(zip(gradients, variables), global_step=step)
         train = tf.group(train, *[tf.assign(*pair) for pair in statistics])
@@ -673,32 +735,34 @@ class LstmCtcOcr:
             with tf.control_dependencies([train]):
                 train = averages.apply(averaged)
         with tf.control_dependencies([train]):
-            train = step.read_value()  # running it trains, and tells the step that it has reached
+            train = step.read_value()
 
         def average(getter, *args, **kwargs):
             return averages.average(getter(*args, **kwargs))
 
         with tf.variable_scope("", reuse=True, custom_getter=average):
             net = self._build_reading(images)
-        return dataclasses.replace(net, sequences=sequences, losses=self.ctc_loss(sequences, net.logits), loss=loss,
-                                   gradient_norm=norm, train=train, step=step, **together)
+        return dataclasses.replace(
+            net, sequences=sequences, losses=self.ctc_loss(sequences, net.logits), loss=loss,
+            gradient_norm=norm, train=train, step=step, **together)
 
     def _start_weights(self):
-        """Returns the first weights by name, those of the model `start_from`.
+        """Returns the weights {name: array} of the model `start_from`, for the letters of this one.
 
-        A letter that only this model has gets the classes of its other case, where the other model knows that, or else
+        A letter that it does not know gets the classes of its other case, or else those of none:
         small random weights.
         """
         _, config, weights = self._load_model(_model_folder(self.start_from))
         kernel, bias = weights["dense/kernel"], weights["dense/bias"]
-        parts, blank = range(self.label_parts), bias.size - 1
-        columns = []
-        for letter in self.words:
-            known = [config["words"].find(twin) for twin in (letter, letter.swapcase()) if twin in config["words"]]
-            columns += [known[0] * self.label_parts + part if known else -1 for part in parts]
-        columns = np.array([*columns, blank])
-        noise = np.random.default_rng(self.seed).normal(0, kernel.std() / 4, (kernel.shape[0], len(columns)))
-        weights["dense/kernel"] = np.where(columns < 0, noise, kernel[:, columns]).astype(np.float32)
+        find, parts = config["words"].find, range(self.label_parts)
+        places = [find(letter if letter in config["words"] else letter.swapcase())
+                  for letter in self.words]
+        columns = np.array([place * self.label_parts + part if place >= 0 else -1
+                            for place in places for part in parts] + [bias.size - 1])  # the blank
+        noise = np.random.default_rng(self.seed).normal(
+            0, kernel.std() / 4, (len(kernel), len(columns)))
+        weights["dense/kernel"] = np.where(
+            columns < 0, noise, kernel[:, columns]).astype(np.float32)
         weights["dense/bias"] = np.where(columns < 0, bias[:-1].mean(), bias[columns])
         return weights
 
@@ -807,21 +871,22 @@ class LstmCtcOcr:
         0, or 128 + the signal's number when it was told to stop. Raises `Error` if the folder holds images that these
         settings would not have given.
         """
+        varied = {"words": CAPITALS + CAPITALS.lower() + DIGITS}
+        ocr = self.resolve(varied if self.look == "varied" else {})
         folder, (index, count) = Path(self.dataset), map(int, self.shard.split("/"))
-        if unfit := set(self.words) & set("/\\\0\n"):
+        if unfit := set(ocr.words) & set("/\\\0\n"):
             raise self.Error(f"--words cannot hold {sorted(unfit)}: labels are part of file names")
-        origin = self._origin()
+        origin = ocr._origin()
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._refuse_strangers(folder, origin)
+            ocr._refuse_strangers(folder, origin)
             if origin:
                 _replace(folder / LOOK, json.dumps(origin) + "\n")
-        settings = dataclasses.replace(self)  # without the model that this object may hold, which cannot be sent away
         numbers = range(index - 1, self.im_total_num, count)
         with _deferred_stop() as stop, self._renderers() as pool, \
                 tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None) as bar:
             with _signals_held():  # a worker that is still starting would die of them
-                futures = [pool.submit(settings._render_all, numbers[start:start + 20])
+                futures = [pool.submit(ocr._render_all, numbers[start:start + 20])
                            for start in range(0, len(numbers), 20)]
             for fault in itertools.chain.from_iterable(future.result() for future in futures):
                 bar.update()
@@ -1023,7 +1088,7 @@ class LstmCtcOcr:
         names <number>_<text>, either part may be the label: the one that looks far less like a
         running count is. Raises `Error` if neither does.
         """
-        odd = re.escape("".join(letter for letter in self.words if not letter.isalnum()))
+        odd = re.escape("".join(letter for letter in self.words or "" if not letter.isalnum()))
         if self.labels:
             stem = os.path.splitext(self.labels)[0] if _is_image_name(self.labels) else self.labels
             label = rf"((?:[^\s_.(){odd}]|[/{odd}])+?)"
@@ -1106,71 +1171,75 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ model folders
 
-    def _model_to_read(self):
-        """The folder that is read with: `model`, or what the user has trained last, or else what ships.
+    FORMAT = {"format": 1, "paper": "border"}  # what a config.json says that this version reads
+    NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on", "least_loss",
+               "images_seen", "epoch", "cpu_minutes", "held_share")  # that it may say
+    MIN_ACCURACY = 0.5  # on held-out images, for a model to be chosen without being named
 
-        What the user has trained counts only if it has read half of its held-out images; if not, that is said.
+    def _model_to_read(self):
+        """Returns the folder that is read with: `model`, or the user's latest, or one that ships.
+
+        A model of the user's that reads less than `MIN_ACCURACY` of its held-out images is passed
+        over, with a message.
         """
         if self.model:
             return _model_folder(self.model)
-        own = [MODELS / net for net in NETS if net == (self.net or net) and (MODELS / net / "checkpoint").exists()]
-        for folder in sorted(own, key=lambda folder: (folder / "checkpoint").stat().st_mtime, reverse=True):
+        own = [MODELS / net for net in NETWORKS if self.net in (None, net)]
+        own = [folder for folder in own if (folder / "checkpoint").exists()]
+        own.sort(key=lambda folder: (folder / "checkpoint").stat().st_mtime, reverse=True)
+        for folder in own:
             accuracy = self._load_config(folder).get("accuracy", 0)
-            if accuracy >= MIN_ACCURACY:
+            if accuracy >= self.MIN_ACCURACY:
                 return folder
-            print(f"{_shown(folder)} is passed over: it read only {accuracy:.1%} of its held-out images; train it "
-                  f"further, or read with it all the same by --model {_shown(folder)}", file=sys.stderr)
+            print(f"{_shown(folder)} is passed over: it read only {accuracy:.1%} of its held-out "
+                  f"images; train it further, or read with it all the same by --model "
+                  f"{_shown(folder)}", file=sys.stderr)
         return MODELS / "pretrained" / (self.net or "cnn_lstm")
 
     def _load_config(self, folder, flag="--model"):
-        """Returns a model folder's config.json; raises `Error` if it is missing, torn or of another version.
+        """Returns a model folder's config.json; raises `Error` if there is none that is whole.
 
-        flag: what names the folder.
+        flag: the one that names the folder.
         """
         path = folder / "config.json"
-        if folder.is_file():
-            raise self.Error(f"{folder} is a file, which can only be read with: name a model folder with {flag}")
         try:
             config = json.loads(path.read_text())
         except FileNotFoundError:
-            raise self.Error(f"no model in {folder}: train one with `python lstm_ctc_ocr.py train`, or name another "
-                             f"with {flag}, such as general") from None
+            raise self.Error(
+                f"no model in {folder}: train one with `python lstm_ctc_ocr.py train`, or name "
+                f"another with {flag}, such as general") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise self.Error(f"{path} cannot be read ({error}): restore it, or name another folder with "
-                             f"{flag}") from None
-        return self._checked(config if isinstance(config, dict) else {}, path)
+            raise self.Error(
+                f"{path} cannot be read ({error}): restore it, or name another folder with "
+                f"{flag}") from None
+        return self._checked(config, path)
 
     def _checked(self, config, path):
-        """Returns what `path` says of a model, with what older ones do not say; raises `Error` if it is no such."""
-        for name, value in UNSAID.items():
-            config.setdefault(name, value)
-        if config.get("format") != MODEL_FORMAT or not config.keys() >= {*ARCHITECTURE} or not all(
-                isinstance(config.get(name, 0), (int, float)) for name in NUMBERS) or not (
+        """Returns what the file `path` says of a model; raises `Error` if that makes no sense."""
+        types = {field.name: field.type for field in dataclasses.fields(self)}
+        if not isinstance(config, dict) or not config.items() >= self.FORMAT.items() or not all(
+                type(config.get(name)) is types[name] for name in ARCHITECTURE) or not all(
+                isinstance(config.get(name, 0), (int, float)) for name in self.NUMBERS) or not (
                 0 < config.get("temperature", 1) < math.inf):
-            raise self.Error(f"{path} is not of format {MODEL_FORMAT}, which this version reads: train anew, or name "
-                             "another folder with --model")
+            raise self.Error(
+                f"{path} is not of the format {self.FORMAT}, which this version reads, or was "
+                "changed: train anew, or name another model with --model")
         return config
 
     def _with_architecture(self, config, folder):
-        """These settings with the architecture of a model; raises `Error` if its config.json makes no sense."""
-        if self.net and self.net != config["net"]:
-            raise self.Error(f"{folder} holds a model of --net {config['net']}, not {self.net}: leave --net out, or "
-                             "name another folder with --model")
-        types = {field.name: field.type for field in dataclasses.fields(self)}
-        for name in ARCHITECTURE:
-            if type(config[name]) is not types[name]:
-                raise self.Error(f"{folder / 'config.json'}: {name} must be of type {types[name].__name__}, not "
-                                 f"{config[name]!r}: restore it, or name another folder with --model")
+        """Returns these settings with the architecture of a model and nothing left open."""
+        if self.net not in (None, config["net"]):
+            raise self.Error(
+                f"{folder} holds a model of --net {config['net']}, not {self.net}: leave --net "
+                "out, or name another folder with --model")
+        architecture = {name: config[name] for name in ARCHITECTURE}
         try:
-            return dataclasses.replace(self, **{name: config[name] for name in ARCHITECTURE})
+            return dataclasses.replace(self, **architecture).resolve()
         except self.Error as error:
             raise self.Error(f"{folder}: {error}") from None
 
-    def _plan(self):
-        """What a model folder, and all of a cluster, must agree on."""
-        return {"format": MODEL_FORMAT, **{name: getattr(self, name) for name in PLANNED}}
-
     def _save_config(self, folder, config):
+        """Writes config.json whole or not at all, and waits until it is on the disk."""
         part = folder / ".config.json.part"
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -1179,50 +1248,53 @@ class LstmCtcOcr:
             os.replace(part, folder / "config.json")
             _to_disk(folder)
 
-    def _load_model(self, folder):
-        """Returns these settings with the architecture of a model, its config.json, and what reading needs of it.
+    AVERAGE = "/ExponentialMovingAverage"  # how TensorFlow ends the name of a moving average
 
-        That is {name: array}, the moving averages of its weights at its best step.
+    def _load_model(self, folder):
+        """Returns (settings with the model's architecture, config.json, {name: array} of weights).
+
+        The weights are the moving averages at the model's best step.
         """
-        config = self._load_config(folder)  # before the weights, once: a training beside it may write a newer one
+        config = self._load_config(folder)  # first, for a training may write a newer one
         ocr, weights = self._with_architecture(config, folder), {}
 
         def load(path):
             reader = _tensorflow().train.load_checkpoint(path)
-            weights.update({name.removesuffix(AVERAGE): reader.get_tensor(name)
-                            for name in reader.get_variable_to_shape_map() if name.endswith(AVERAGE)})
+            weights.update({name.removesuffix(self.AVERAGE): reader.get_tensor(name)
+                            for name in reader.get_variable_to_shape_map()
+                            if name.endswith(self.AVERAGE)})
 
         self._restore(load, folder, config.get("best_step", config.get("step")))
         return ocr, config, weights
 
     def _restore(self, load, folder, step=None):
-        """Loads the checkpoint of `step`, or the newest; where that is torn the newest whole one, and says so.
+        """Loads the checkpoint of `step`, or the newest; returns the step that it has loaded.
 
-        load: function of a checkpoint's path. Returns the step that it has loaded. Raises `Error` if there is none.
+        If that one is missing or torn, it loads the newest that is whole, and says so. load: a
+        function of a checkpoint's path. Raises `Error` if no checkpoint can be loaded.
         """
-        tf = _tensorflow()
-        steps = sorted((int(number) for path in folder.glob("LstmCtcOcr-*.index")
-                        if (number := path.stem.split("-", 1)[1]).isdecimal()), reverse=True)
-        wanted = max(steps, default=None) if step is None else step
-        if wanted is None:
-            raise self.Error(f"no checkpoint in {folder}: train it further, or name another folder with --model")
+        errors = _tensorflow().errors.OpError, ValueError, RuntimeError, LookupError
+        numbers = [path.stem.split("-", 1)[1] for path in folder.glob("LstmCtcOcr-*.index")]
+        steps = sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+        wanted = max(steps, default=0) if step is None else step
         for number in dict.fromkeys([wanted, *steps]):
             try:
                 load(str(folder / f"LstmCtcOcr-{number}"))  # compares checksums
-            except (tf.errors.OpError, ValueError, RuntimeError, LookupError) as error:
+            except errors as error:
                 if _is_lost_server(error):
                     raise
                 continue
             if number != wanted:
-                print(f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing or torn: going on from that of "
-                      f"step {number}", file=sys.stderr)
+                print(f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing or torn: "
+                      f"going on from that of step {number}", file=sys.stderr)
             return number
-        raise self.Error(f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing, torn or of another network, "
-                         "and there is no other: restore it, or name another model")
+        raise self.Error(
+            f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing, torn or of another "
+            "network, and there is no other: restore it, or name another model with --model")
 
     @contextlib.contextmanager
     def _alone_in(self, folder):
-        """Keeps other trainings out of a model folder until it ends, or this process, however that ends."""
+        """Keeps other trainings out of a model folder until it ends, or until this process does."""
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = open(folder / LOCK, "w")
@@ -1231,9 +1303,10 @@ class LstmCtcOcr:
                 if fcntl:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise self.Error(f"another training is at work in {folder}: wait for its end, or name another folder "
-                                 "with --model") from None
-            except OSError:  # of a file system that has no locks
+                raise self.Error(
+                    f"another training is at work in {folder}: wait for its end, or name another "
+                    "folder with --model") from None
+            except OSError:  # the file system has no locks
                 pass
             yield
 
@@ -1246,10 +1319,12 @@ class LstmCtcOcr:
         except (OSError, *([tf.errors.OpError] if tf else [])) as error:
             if _is_lost_server(error):
                 raise
+            # The reason is a system error's text, or TensorFlow's first line before a traceback.
             text = getattr(error, "strerror", None) or str(error)
-            reason = re.search(r"(.+)\n\s*\[\[", text) or re.match(".*", text)  # TensorFlow puts a traceback around it
-            raise self.Error(f"cannot write to {folder} ({reason[reason.re.groups]}); run the same command again once "
-                             "that is mended") from None
+            reason = re.search(r"(.+)\n\s*\[\[", text) or re.match("(.*)", text)
+            raise self.Error(
+                f"cannot write to {folder} ({reason[1]}); run the same command again once that is "
+                "mended") from None
 
     # ------------------------------------------------------------------ training
 
@@ -1306,7 +1381,8 @@ class LstmCtcOcr:
             raise self.Error(f"--train-max-num {self.train_max_num} leaves some of {place.workers} workers without an "
                              "image: give at least as many")
         found = self.find_labels(self.dataset)
-        return self._settled(folder, found[0])._train(place, folder, found)
+        ocr = self._settings_for_training(folder, found[0])
+        return ocr._train(place, folder, found)
 
     def _train(self, place, folder, found):
         """As `train`, with all settings known but those of the recipe; found: what `find_labels` says."""
@@ -1316,10 +1392,11 @@ class LstmCtcOcr:
                 pass  # if not, that is said now, before the images are decoded
         files = self.labelled_files(self.dataset, found, place.number, place.workers)
         print(found[-1], file=sys.stderr)
+        self._say_task(folder, found[0])
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only ever shrinks
         held = self._held(files, share)
         files = files[:held + (self.train_max_num // place.workers or len(files))]
-        ocr = self._with_recipe((len(files) - held) // self.batch_size)
+        ocr = self.resolve(self._schedule(len(files) - held))
         tf = _tensorflow()
         with tf.Graph().as_default(), tf.device(place.device), contextlib.ExitStack() as alone:
             run = ocr._prepare(place, folder, files, share)
@@ -1333,59 +1410,94 @@ class LstmCtcOcr:
             return ocr._train_loop(run)
 
     def _folder_to_train(self):
-        """The model folder: `model`, or for the usual dataset that of the network, or for another that of its name."""
+        """Returns the folder that `train` writes: `model`, or one named by dataset or network."""
         dataset = Path(os.path.abspath(self.dataset))
-        if self.model:
-            return Path(self.model)
-        if dataset == HOME / "dataset" / "train":
-            started = self.start_from and self._load_config(_model_folder(self.start_from), "--start-from")["net"]
-            return MODELS / (self.net or started or "lstm")
-        if dataset.name == "pretrained":
-            raise self.Error("my-model/pretrained is for the models that ship: name another folder with --model")
-        return MODELS / dataset.name
+        if self.model or dataset != HOME / "dataset" / "train":
+            return Path(self.model or MODELS / dataset.name)
+        return MODELS / (self.net or self._settings_of_start().get("net", "lstm"))
 
-    def _settled(self, folder, labels):
-        """These settings with what was not given as the model folder has it, the model to start from, or the images.
+    def _settings_for_training(self, folder, labels):
+        """Returns these settings with all that was open, but for `_schedule`'s.
 
-        labels: each image's, by its path in the dataset.
+        They are those of the model in `folder`, or else those of the model to start from, and
+        those that the labelled images show. labels: {path in the dataset: text}.
         """
-        known = {"net": "lstm"}
+        later = dict.fromkeys(("lr", "epoch_max", "save_epoch"))  # they stay open
         if (folder / "config.json").exists():
-            known = self._load_config(folder)
-        elif self.start_from:
-            start = self._load_config(_model_folder(self.start_from), "--start-from")
-            known = {name: start[name] for name in ARCHITECTURE if name not in OF_IMAGES}
-            for name in known.keys() - self.unset:
-                if getattr(self, name) != known[name]:
-                    raise self.Error(f"--start-from {self.start_from} has {_flag(name)} {known[name]}, not "
-                                     f"{getattr(self, name)}: leave {_flag(name)} out, or start from another model")
-        known = {name: known.get(name) for name in self.unset & {*PLANNED}}
-        ocr = dataclasses.replace(self, **{**dict.fromkeys(self.unset), **known})
-        return ocr._settled_by_images(folder, labels) if labels and ocr.unset & {*OF_IMAGES} else ocr
+            return self.resolve(later, self._load_config(folder))
+        start, shown = self._settings_of_start(), {}
+        if labels:
+            shown = {"words": "".join(sorted(set().union(*labels.values()))),
+                     "words_max_num": max(map(len, labels.values()))}
+            shown["im_width"] = self.resolve(start, shown, {"im_width": 10 ** 8})._width_of(labels)
+        return self.resolve(later, start, shown)
 
-    def _settled_by_images(self, folder, labels):
-        """These settings with those of `OF_IMAGES` that were not given as the labelled images have them; says so."""
-        counts = collections.Counter(letter for label in labels.values() for letter in set(label))
-        longest = max(map(len, labels.values()))
-        said = {"words": "".join(sorted(counts)), "words_max_num": longest,
-                "im_width": self._width_of(itertools.islice(labels, SIZED), longest)}
-        ocr = dataclasses.replace(self, **{name: said.get(name) for name in self.unset})
-        print(f"1 to {ocr.words_max_num} letters of {ocr.words} in {ocr.im_width} x {ocr.im_height} pixels; the model "
-              f"goes to {_shown(folder)}", file=sys.stderr)
+    def _settings_of_start(self):
+        """Returns the settings that the model `start_from` fixes; raises `Error` for others."""
+        if not self.start_from:
+            return {}
+        config = self._load_config(_model_folder(self.start_from), "--start-from")
+        fixed = {name: config[name] for name in ("net", "n_hidden", "label_parts", "im_height")}
+        self._require(fixed, f"--start-from {self.start_from} has",
+                      "leave that out, or start from another model")
+        return fixed
+
+    def _width_of(self, names):
+        """Returns the width, a multiple of 16, that 95 % of the images need at `im_height`.
+
+        It leaves room for the longest text. Wider images are squeezed.
+        """
+        sizes = [_size_of(Path(self.dataset, name)) for name in itertools.islice(names, 1000)]
+        shares = sorted(width / height for width, height in sizes if height) or [1]
+        usual = min(384, shares[math.ceil(.95 * len(shares)) - 1] * self.im_height)
+        return 16 * math.ceil(max(usual, self._least_steps * self._stride) / 16)
+
+    def _schedule(self, count):
+        """Returns learning rate, epochs and epochs between checkpoints for `count` images.
+
+        From a model to start from, training is counted in steps: even few images need hundreds.
+        """
+        steps_per_epoch = max(1, count // self.batch_size)
+        schedule = {"save_epoch": max(0.1, REPORT_STEPS / steps_per_epoch)}
+        if self.start_from:
+            seen = self.batch_size * steps_per_epoch  # images an epoch
+            schedule["lr"] = 1e-3 * min(1, seen / 160)
+            schedule["epoch_max"] = (800 + 0.2 * seen) / steps_per_epoch
+        return schedule
+
+    def _plan(self):
+        """Returns the settings that all parts of a training must have in common."""
+        return {name: getattr(self, name) for name in PLANNED}
+
+    def _require(self, settings, whose, remedy):
+        """Raises `Error` if one of these settings is set, and not as in the dictionary."""
+        for name, value in settings.items():
+            if getattr(self, name) not in (None, value):
+                raise self.Error(
+                    f"{whose} {_flag(name)} {value}, not {getattr(self, name)}: {remedy}")
+
+    def _training_config(self, folder):
+        """Returns what config.json says of the training in a folder, or what it will say.
+
+        Raises `Error` if the folder was trained with other settings.
+        """
+        if not (folder / "config.json").exists():
+            return {**self.FORMAT, **self._plan()}
+        config = self._load_config(folder)
+        self._require({name: config.get(name) for name in PLANNED}, f"{folder} was trained with",
+                      "give the same to go on with it, or another folder with --model")
+        return config
+
+    def _say_task(self, folder, labels):
+        """Says on stderr what is to be learnt from {path: text}, and what may be missing."""
+        counts = collections.Counter(letter for text in labels.values() for letter in set(text))
+        print(f"1 to {self.words_max_num} letters of {self.words} in {self.im_width} x "
+              f"{self.im_height} pixels; the model goes to {_shown(folder)}", file=sys.stderr)
         if rare := sorted(letter for letter, count in counts.items() if count == 1):
             print(f"in one image only, and so hardly learnt: {' '.join(rare)}", file=sys.stderr)
         if len(labels) < FEW and not self.start_from:
-            print(f"{len(labels):,} images are few to learn from nothing: a model to start from, such as "
-                  "--start-from general, needs far fewer", file=sys.stderr)
-        return ocr
-
-    def _width_of(self, names, longest):
-        """Pixels, a multiple of 16, that nearly all of these images fit in at `im_height`, and texts so long too."""
-        sizes = [_size_of(Path(self.dataset, name)) for name in names]
-        shares = sorted(width / height for width, height in sizes if height) or [1]
-        usual = min(MAX_WIDTH, shares[math.ceil(.95 * len(shares)) - 1] * self.im_height)
-        needed = self._stride * max(2 * longest - 1, self.label_parts * longest)
-        return 16 * math.ceil(max(usual, needed) / 16)
+            print(f"{len(labels):,} images are few to learn from nothing: a model to start from, "
+                  "such as --start-from general, needs far fewer", file=sys.stderr)
 
     def _held_share(self, files, place):
         """The share of names' digests below which an image is held out: a tenth, of few at least `HELD_LEAST`."""
@@ -1402,19 +1514,6 @@ class LstmCtcOcr:
 
     def _digest_of(self, file):
         return _digest(os.path.relpath(file[0], self.dataset))
-
-    def _with_recipe(self, steps_per_epoch):
-        """These settings with a schedule for so few or many images, where it was not given.
-
-        Started from a model it counts steps rather than epochs, since even the fewest images want hundreds.
-        """
-        steps_per_epoch = max(1, steps_per_epoch)
-        recipe = {"save_epoch": max(self.save_epoch, REPORT_STEPS / steps_per_epoch)}
-        if self.start_from:
-            steps = START_STEPS + START_STEPS_SHARE * self.batch_size * steps_per_epoch
-            lr = START_LR * min(1, steps_per_epoch * self.batch_size / START_IMAGES)
-            recipe.update(epoch_max=steps / steps_per_epoch, lr=lr)
-        return dataclasses.replace(self, **{name: recipe.get(name) for name in self.unset})
 
     def _prepare(self, place, folder, files, share):
         """Decodes the images and builds the network; returns a `_Run`.
@@ -1449,18 +1548,6 @@ class LstmCtcOcr:
         if run.config.get("held_out") != held_out:
             _forget_best(run.config)
         run.config.update(held_share=share, held_out=held_out)
-
-    def _training_config(self, folder):
-        """Returns the folder's config, or a new one; raises `Error` if the folder was trained with other settings."""
-        config = self._plan()
-        if not (folder / "config.json").exists():
-            return config
-        known = self._load_config(folder)
-        for name in config:
-            if known.get(name) != config[name]:
-                raise self.Error(f"{folder} was trained with {_flag(name)} {known.get(name)}, not {config[name]}: give "
-                                 "the same to go on with it, or another folder with --model")
-        return known
 
     @dataclasses.dataclass(frozen=True)
     class _DecodedImages:
@@ -1579,7 +1666,7 @@ class LstmCtcOcr:
     @property
     def _preprocessing(self):
         """What decoded images depend on besides their files, as a part of a file's name."""
-        return f"{self.im_width}x{self.im_height}-{self.paper}-{PREPROCESSING}"
+        return f"{self.im_width}x{self.im_height}-{PREPROCESSING}"
 
     def _decode_missing(self, decoded, files, stamps):
         """Adds to a file of decoded images those of `files` that it lacks; names on stderr what is no image."""
@@ -1910,7 +1997,7 @@ class LstmCtcOcr:
             alike[image.shape[1], each].append(row)
         for (_, each), rows in alike.items():
             batch = np.stack([images[row] for row in rows])
-            looks = [] if self.net not in LOOKING_AGAIN else [
+            looks = [] if not NETWORKS[self.net].views else [
                 lambda places: infer(self._look_again(batch[places], self._from_afar)),
                 lambda places: infer(self._look_again(batch[places], self._from_near)),
                 lambda places: infer(np.stack([self._without_clutter(colours[rows[place]]) for place in places])[
@@ -2159,13 +2246,6 @@ class LstmCtcOcr:
                 "finished": tuple(self._finished_queue(server, place.workers).enqueue(True)
                                   for server in range(place.servers))}
 
-    def _require_agreement(self, plan):
-        """Raises `Error` if the chief trains with other settings than this worker."""
-        for name, value in plan.items():
-            if self._plan()[name] != value:
-                raise self.Error(f"the chief trains with {_flag(name)} {value}, not {self._plan()[name]}: give the "
-                                 "same to every task of the cluster")
-
     def _open_in_cluster(self, run):
         """Returns a `MonitoredSession`; it, and whatever it opens anew, is ready once the chief has set the weights."""
         tf, place, net, graph = _tensorflow(), run.place, run.net, run.net.loss.graph
@@ -2205,7 +2285,7 @@ class LstmCtcOcr:
                 if not run.place.chief:
                     plan = json.loads(run.session.run(run.net.plan))
                     run.last = plan.pop("last")
-                    self._require_agreement(plan)
+                    self._require(plan, "the chief trains with", "give the same to every task of the cluster")
                 yield session
             except tf.errors.OutOfRangeError:  # the chief is done, and has closed the queue that the workers wait at
                 run.finished = True
@@ -2716,7 +2796,7 @@ class LstmCtcOcr:
             onnx.helper.make_graph(graph.nodes, "lstm_ctc_ocr", inputs, outputs, graph.constants),
             opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8,
             producer_name="lstm_ctc_ocr", producer_version=VERSION)
-        kept = {name: config[name] for name in ("format", *ARCHITECTURE, *NUMBERS) if name in config}
+        kept = {name: config[name] for name in (*self.FORMAT, *ARCHITECTURE, *self.NUMBERS) if name in config}
         onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in kept.items()})
         onnx.checker.check_model(model)
         settings = path.with_suffix(".json")
@@ -2741,7 +2821,7 @@ class LstmCtcOcr:
         """`_logits` as ONNX operations, blank first, from "images" to "scores"."""
         x = add("Mul", self._onnx_ink(add), np.float32(3 / 255))  # (B, 1, H, W)
         names = ["lstm"]
-        if self.net in CONVOLUTIONS:
+        if NETWORKS[self.net].convolutions:
             x, names = self._onnx_convolutions(add, x, weights), ["forward", "backward"]
         x = add("Reshape", add("Transpose", x, perm=[3, 0, 2, 1]), np.array([0, 0, -1]))  # (T, B, F)
         layers = [_onnx_lstm(weights[f"{name}/kernel"], weights[f"{name}/bias"]) for name in names]
@@ -2760,18 +2840,18 @@ class LstmCtcOcr:
         def convolution(x, name, strides=(1, 1)):
             kernel, scale, offset, mean, variance = (
                 weights[f"{name}/{part}"] for part in ("kernel", "scale", "offset", "mean", "variance"))
-            scale = scale / np.sqrt(variance + np.float32(NORM_EPSILON))
+            scale = scale / np.sqrt(variance + np.float32(self.NORM_EPSILON))
             return add("Conv", x, (kernel * scale).transpose(3, 2, 0, 1), offset - mean * scale, strides=strides,
                        auto_pad="SAME_UPPER")
 
-        for number, (channels, _, down, across, blocks) in enumerate(CONVOLUTIONS[self.net], 1):
+        for number, (channels, _, down, across, blocks) in enumerate(NETWORKS[self.net].convolutions, 1):
             name = f"convolution{number}"
             x = add("Relu", convolution(x, name, (down, across)))
             for block in range(1, blocks + 1):
                 y = add("Relu", convolution(x, f"{name}/residual{block}a"))
                 x = add("Relu", add("Add", x, convolution(y, f"{name}/residual{block}b")))
         # The projection of each step, as a convolution over all that is above it: less is left to be transposed.
-        kernel = weights["projection/kernel"].reshape(-1, channels, PROJECTION[self.net])
+        kernel = weights["projection/kernel"].reshape(-1, channels, NETWORKS[self.net].projection)
         return add("Relu", add("Conv", x, kernel.transpose(2, 1, 0)[..., None], weights["projection/bias"]))
 
     def _onnx_ink(self, add):
@@ -4417,24 +4497,31 @@ def _has_bfloat16():
         return False
 
 
-def _begun(start, getter, name, *args, **kwargs):
-    """Makes a variable as `getter` does, but begins it with the array of its name in `start`, if there is one."""
-    if name in start:
-        kwargs["initializer"] = _tensorflow().constant_initializer(start[name])
-    return getter(name, *args, **kwargs)
+@contextlib.contextmanager
+def _initialised_from(weights):
+    """Makes variables begin with the arrays of {name: array}; those that it lacks as usual."""
+    def variable(getter, name, **kwargs):
+        if name in weights:
+            kwargs["initializer"] = _tensorflow().constant_initializer(weights[name])
+        return getter(name=name, **kwargs)
+
+    with _tensorflow().variable_scope("", custom_getter=variable):
+        yield
 
 
 @contextlib.contextmanager
 def _constants(weights, folder):
-    """Makes constants of {name: array}, of that model folder, rather than variables, so that what can be computed of
-    them alone is computed once, and not in each reading.
+    """Makes constants of {name: array}, a model folder's weights, in place of variables.
+
+    TensorFlow then computes once, not in each reading, what depends on them alone.
     """
     tf = _tensorflow()
 
     def constant(getter, name, shape, **_):
         if name not in weights or tf.TensorShape(shape) != weights[name].shape:
-            raise LstmCtcOcr.Error(f"the weights in {folder} are not those of the network that its config.json tells "
-                                   "of: restore it, or name another model")
+            raise LstmCtcOcr.Error(
+                f"the weights in {folder} are not those of the network that its config.json tells "
+                "of: restore it, or name another model")
         return tf.constant(weights[name])
 
     with tf.variable_scope("", custom_getter=constant):
@@ -4545,7 +4632,7 @@ def _parser():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
         for field in map(fields.get, names.split()):
             several = dict(type=str, nargs="+", metavar="DIR") if field.type is tuple else {}
-            usual = field.metadata["otherwise"] if field.default is None else field.default
+            usual = field.metadata["usual"] if field.default is None else field.default
             shown = "" if usual in ("", (), None) else f" ({usual})"
             sub.add_argument(_flag(field.name), **{"type": field.type, "metavar": field.type.__name__, **several},
                              default=field.default, help=field.metadata["help"] + shown)

@@ -118,15 +118,16 @@ def multiplications(ocr):
 
     classes = len(ocr.words) * ocr.label_parts + 1
     dense = 3 * ocr.steps * ocr.n_hidden * classes
-    if ocr.net not in lstm_ctc_ocr.CONVOLUTIONS:
+    network = lstm_ctc_ocr.NETWORKS[ocr.net]
+    if not network.convolutions:
         return lstm(ocr.im_height, ocr.n_hidden, False) + dense
     height, width, channels, total = ocr.im_height, ocr.im_width, 1, dense
-    for number, (outputs, size, down, across, blocks) in enumerate(lstm_ctc_ocr.CONVOLUTIONS[ocr.net]):
+    for number, (outputs, size, down, across, blocks) in enumerate(network.convolutions):
         height, width = -(-height // down), -(-width // across)
         total += (3 if number else 2) * height * width * size ** 2 * channels * outputs
         total += blocks * 2 * 3 * height * width * 3 ** 2 * outputs ** 2
         channels = outputs
-    features = lstm_ctc_ocr.PROJECTION[ocr.net]
+    features = network.projection
     return total + 3 * ocr.steps * height * channels * features + 2 * lstm(features, ocr.n_hidden // 2, True)
 
 
@@ -378,13 +379,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("which", nargs="?", choices=[*BENCHMARKS, *ON_REQUEST],
                         help="one of them; by default all but soak")
-    parser.add_argument("--net", default="lstm", choices=lstm_ctc_ocr.NETS)
+    parser.add_argument("--net", default="lstm", choices=lstm_ctc_ocr.NETWORKS)
     parser.add_argument("--json", action="store_true", help="print one object, last")
     arguments = parser.parse_args()
     figures = {}
     for name in [arguments.which] if arguments.which else BENCHMARKS:
         with tempfile.TemporaryDirectory() as folder:
-            figures.update({**BENCHMARKS, **ON_REQUEST}[name](LstmCtcOcr(net=arguments.net), folder))
+            figures.update({**BENCHMARKS, **ON_REQUEST}[name](LstmCtcOcr(net=arguments.net).resolve(), folder))
     if arguments.json:
         print(json.dumps({key: round(value, 3) for key, value in figures.items()}))
     else:

@@ -76,7 +76,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def ocr():
-    return LstmCtcOcr(**TASK)
+    return LstmCtcOcr(**TASK).resolve()
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ tiny = st.tuples(seeds, st.integers(1, 5), st.just(2), st.integers(2, 4), scales
 @example((0, 5, 2, 3, 0.1), 1)
 def test_a_text_has_its_exact_probability_and_a_wide_beam_finds_the_best(shape, beam_width):
     logits = random_logits(*shape)
-    ocr = LstmCtcOcr(words="ABC"[:shape[3] - 1], words_max_num=5, im_width=9, beam_width=beam_width)
+    ocr = LstmCtcOcr(words="ABC"[:shape[3] - 1], words_max_num=5, im_width=9, beam_width=beam_width).resolve()
     for image, (text, confidence) in enumerate(ocr.texts(logits)):
         every = enumerate_sequences(logits[:, image])
         assert confidence == pytest.approx(every[tuple(map(ocr.words.index, text))], rel=1e-5)
@@ -63,7 +63,7 @@ def test_a_text_has_its_exact_probability_and_a_wide_beam_finds_the_best(shape, 
 def test_what_is_known_gives_the_best_of_what_is_left(seed, scale, letters, length):
     """Paths through other letters count nothing, and those through the other case count for the one allowed."""
     logits = random_logits(seed, 5, 2, 4, scale)
-    ocr = LstmCtcOcr(words="AaB", words_max_num=5, im_width=9, beam_width=100)  # no text of 5 steps is longer
+    ocr = LstmCtcOcr(words="AaB", words_max_num=5, im_width=9, beam_width=100).resolve()  # no text of 5 steps is longer
     read_as = [next((other for other in (word, word.swapcase()) if other in letters), None) for word in ocr.words]
     low, high = (int(length[0]), int(length[-1])) if length else (0, 5)
     for image, (text, confidence) in enumerate(ocr.texts(logits, ocr.restrict(letters, length))):
@@ -77,7 +77,7 @@ def test_what_is_known_gives_the_best_of_what_is_left(seed, scale, letters, leng
 @given(seeds, scales, st.sampled_from(["", "1"]))
 def test_of_label_parts_the_best_sequence_of_parts_is_read(seed, scale, length):
     logits = random_logits(seed, 6, 1, 4, scale)
-    ocr = LstmCtcOcr(words="A", words_max_num=2, im_width=6, label_parts=3, beam_width=100)
+    ocr = LstmCtcOcr(words="A", words_max_num=2, im_width=6, label_parts=3, beam_width=100).resolve()
     (text, confidence), = ocr.texts(logits, ocr.restrict(length=length))
     every = {sequence: p for sequence, p in enumerate_sequences(logits[:, 0]).items()
              if not length or len(ocr.sequence_to_text(sequence)) == 1}
@@ -91,7 +91,7 @@ def test_steps_that_say_the_same_for_sure_are_searched_but_once(seed):
     """And what is left of one image may be shorter than that of another."""
     logits = random_logits(seed, 8, 2, 3, 1)
     logits[[0, 1, 6, 7], 0], logits[[3, 4], 0] = [0, 0, 20], [20, 0, 0]
-    ocr = LstmCtcOcr(words="AB", words_max_num=5, im_width=9)
+    ocr = LstmCtcOcr(words="AB", words_max_num=5, im_width=9).resolve()
     for image, (text, confidence) in enumerate(ocr.texts(logits)):
         every = enumerate_sequences(logits[:, image])
         best = max(every, key=every.get)
@@ -108,7 +108,7 @@ def test_steps_that_say_the_same_for_sure_are_searched_but_once(seed):
 def test_looks_at_a_doubtful_image_agree_on_what_is_likeliest_on_average(seed, scale, length):
     """A further look proposes what its best classes spell, or, of texts of a known length, its most probable."""
     first, *further = (random_logits(seed + look, steps, 3, 3, scale) for look, steps in enumerate((5, 4, 6)))
-    ocr, asked = LstmCtcOcr(words="AB", words_max_num=5, im_width=11, beam_width=100), [set(), set()]
+    ocr, asked = LstmCtcOcr(words="AB", words_max_num=5, im_width=11, beam_width=100).resolve(), [set(), set()]
     readings = ocr.texts(first, ocr.restrict(length=length), [
         lambda rows, look=look: asked[look].update(rows) or further[look][:, rows] for look in (0, 1)])
 
@@ -135,7 +135,7 @@ def test_looks_at_a_doubtful_image_agree_on_what_is_likeliest_on_average(seed, s
 @pytest.mark.parametrize("beam_width", [1, 4])
 def test_a_text_of_every_length_that_the_steps_allow_is_found(words, beam_width, label_parts, length):
     """On an image that is surely empty, with a beam of one, and where repeats leave no step to spare."""
-    ocr = LstmCtcOcr(words=words, words_max_num=length, im_width=7, label_parts=label_parts, beam_width=beam_width)
+    ocr = LstmCtcOcr(words=words, words_max_num=length, im_width=7, label_parts=label_parts, beam_width=beam_width).resolve()
     logits = np.zeros((7, 1, len(words) * label_parts + 1), np.float32)
     logits[..., -1] = 200
     for wanted in range(1, length + 1):
@@ -160,7 +160,7 @@ def captcha_logits(steps, letters, batch):
 @pytest.mark.parametrize("steps, letters", [(64, 26), (64, 62), (256, 26)])
 def test_on_real_sizes_it_is_at_least_as_good_as_tensorflows_beam(steps, letters):
     logits = captcha_logits(steps, letters, 16)
-    ocr = LstmCtcOcr(words=(string.ascii_uppercase + string.ascii_lowercase + string.digits)[:letters])
+    ocr = LstmCtcOcr(words=(string.ascii_uppercase + string.ascii_lowercase + string.digits)[:letters]).resolve()
     readings = ocr.texts(logits)
     lengths = np.full(16, steps, np.int32)
     (sparse,), log_p = evaluate(lambda x: tf.nn.ctc_beam_search_decoder(x, lengths, 100, 1, False), logits)
@@ -196,7 +196,7 @@ def test_a_model_of_capitals_reads_small_letters_where_those_are_asked_for(ocr):
 def test_a_beam_of_one_does_not_take_a_long_letter_for_two():
     """AA would need a blank, which this image surely has not; AX and XA need one step of an X."""
     logits = np.log(np.float32([[[0.99, 0.01, 1e-6]]] * 5))
-    ocr = LstmCtcOcr(words="AX", words_max_num=3, im_width=5, beam_width=1)
+    ocr = LstmCtcOcr(words="AX", words_max_num=3, im_width=5, beam_width=1).resolve()
     assert ocr.texts(logits, ocr.restrict(length="2"))[0][0] in ("AX", "XA")
 
 

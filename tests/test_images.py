@@ -162,22 +162,22 @@ def variants(colour):
 
 @pytest.mark.parametrize("kind", sorted(variants(np.zeros((64, 256, 3), np.uint8))))
 def test_the_same_picture_in_any_file_gives_the_same_input(colour, kind):
-    ink = LstmCtcOcr().load_image(png(colour))
+    ink = LstmCtcOcr().resolve().load_image(png(colour))
     assert ink.shape == (64, 256) and ink.dtype == np.uint8 and ink.max() == 255 and ink[0, -1] == 0
-    loaded = LstmCtcOcr().load_image(variants(colour)[kind])
+    loaded = LstmCtcOcr().resolve().load_image(variants(colour)[kind])
     difference = np.abs(loaded.astype(int) - ink)
     assert difference.mean() < 1 and difference.max() < (40 if kind in ("JPEG", "twice as large") else 3)
 
 
 def test_a_palette_is_looked_up(colour, tmp_path):
     Image.fromarray(colour[..., ::-1]).convert("P").save(tmp_path / "palette.png")
-    ink, palette = (LstmCtcOcr().load_image(source) for source in (png(colour), tmp_path / "palette.png"))
+    ink, palette = (LstmCtcOcr().resolve().load_image(source) for source in (png(colour), tmp_path / "palette.png"))
     assert np.abs(palette.astype(int) - ink).mean() < 4
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (64, 256), (20, 2000), (700, 90)])
 def test_any_size_gives_the_networks_size(size):
-    assert LstmCtcOcr().load_image(png(np.full((*size, 3), 200, np.uint8))).tolist() == np.zeros((64, 256)).tolist()
+    assert LstmCtcOcr().resolve().load_image(png(np.full((*size, 3), 200, np.uint8))).tolist() == np.zeros((64, 256)).tolist()
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
@@ -188,7 +188,7 @@ def test_numbers_of_32_bits_are_shares_of_the_largest(kind, tmp_path):
     if kind is np.float32:
         pixels[20:30, 30:60] = np.inf
     Image.fromarray(pixels).save(tmp_path / "it.tif")
-    ink = LstmCtcOcr().load_image(tmp_path / "it.tif")
+    ink = LstmCtcOcr().resolve().load_image(tmp_path / "it.tif")
     np.testing.assert_array_equal(ink[:, :100], np.where(pixels == 200, 0, 255))
 
 
@@ -210,21 +210,21 @@ def test_what_is_no_whole_image_is_one_error_that_names_the_file(colour, kind, t
     path = tmp_path / "broken.png"
     path.write_bytes(broken(colour)[kind])
     with pytest.raises(LstmCtcOcr.Error, match="broken.png: not a whole image"):
-        LstmCtcOcr().load_image(path)
+        LstmCtcOcr().resolve().load_image(path)
     with pytest.raises(LstmCtcOcr.Error, match="the image: not a whole image"):
-        LstmCtcOcr().load_image(path.read_bytes())
+        LstmCtcOcr().resolve().load_image(path.read_bytes())
 
 
 @pytest.mark.parametrize("name, fault", [("gone.png", "No such file"), ("", "Is a directory"), ("a\0b", "null")])
 def test_an_unreadable_path_is_one_error(name, fault, tmp_path):
     with pytest.raises(LstmCtcOcr.Error, match=fault):
-        LstmCtcOcr().load_image(tmp_path / name)
+        LstmCtcOcr().resolve().load_image(tmp_path / name)
 
 
 def test_a_pipe_in_a_folder_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "0_A.png")
     with pytest.raises(LstmCtcOcr.Error, match="0_A.png: a pipe, not a file"):
-        LstmCtcOcr().load_image(tmp_path / "0_A.png")
+        LstmCtcOcr().resolve().load_image(tmp_path / "0_A.png")
 
 
 def huge(kind):
@@ -243,7 +243,7 @@ def test_too_many_pixels_are_refused_from_the_header(tmp_path):
         path = tmp_path / kind
         path.write_bytes(huge(kind))
         with pytest.raises(LstmCtcOcr.TooLarge, match=f"{kind}: more than 4,000,000 pixels"):
-            LstmCtcOcr().load_image(path)
+            LstmCtcOcr().resolve().load_image(path)
 
 
 # ---- decoded once
@@ -252,7 +252,7 @@ LOAD = """
 import hashlib, os, sys
 import lstm_ctc_ocr
 from pathlib import Path
-ocr = lstm_ctc_ocr.LstmCtcOcr(words="AX", words_max_num=3, im_width=96, im_height=64)
+ocr = lstm_ctc_ocr.LstmCtcOcr(words="AX", words_max_num=3, im_width=96, im_height=64).resolve()
 lstm_ctc_ocr.DECODE_BATCH, load_image, decoded = 8, ocr.load_image, []
 def load(_, path):
     decoded.append(path)
@@ -308,7 +308,7 @@ def test_images_are_decoded_once_and_again_only_where_they_have_changed(ocr, fol
         (folder / path.name).write_bytes(path.read_bytes())
     assert loaded(start_loading(folder)) == (5, expected(ocr, folder), "")
     assert main(["create_dataset", *flags(dataset=folder / "other", im_total_num=3, **TASK)]) == 0
-    assert LstmCtcOcr(**{**TASK, "im_width": 80}).load_images([(files[2], "A")])[0][0].shape == (64, 80)
+    assert LstmCtcOcr(**{**TASK, "im_width": 80}).resolve().load_images([(files[2], "A")])[0][0].shape == (64, 80)
 
 
 def test_what_cannot_be_decoded_is_left_out_and_nothing_is_copied(ocr, folder, capfd):

@@ -180,7 +180,7 @@ def test_a_pattern_without_one_label_is_one_line(pattern, capfd):
 def test_what_this_program_renders_is_never_asked_about(words, count, tmp_path):
     settings = dict(words=words, words_max_num=6, im_width=96)
     assert main(["create_dataset", *flags(dataset=tmp_path, im_total_num=count, workers=1, **settings)]) == 0
-    files = LstmCtcOcr(**settings).labelled_files(tmp_path)
+    files = LstmCtcOcr(**settings).resolve().labelled_files(tmp_path)
     names = {path.name for path in tmp_path.glob("*.png")}
     assert len(files) == count and {os.path.basename(path) for path, _ in files} == names
     assert all(re.fullmatch(rf"\d+_{re.escape(text)}\.png", os.path.basename(path)) for path, text in files)
@@ -189,7 +189,7 @@ def test_what_this_program_renders_is_never_asked_about(words, count, tmp_path):
 @pytest.mark.parametrize("template", ["{0}_{x}.png", "{i}_{0}.png", "{i}/{0}.png"])
 def test_workers_share_out_images_of_any_name(template, tmp_path):
     folder = make(tmp_path, list(named(template)))
-    ocr = LstmCtcOcr(words="".join(set("".join(TEXTS))))
+    ocr = LstmCtcOcr(words="".join(set("".join(TEXTS)))).resolve()
     parts = [ocr.labelled_files(folder, number=n, workers=3) for n in range(3)]
     assert all(len(part) > 4 for part in parts) and sorted(sum(parts, [])) == sorted(ocr.labelled_files(folder))
 
@@ -294,7 +294,7 @@ def test_images_of_one_name_in_two_folders_are_two(tmp_path):
         cv2.imwrite(str(tmp_path / folder / "1.bmp"), pixels)
         os.utime(tmp_path / folder / "1.bmp", (9, 9))
     (tmp_path / "labels.csv").write_text("a/1.bmp,A\nb/1.bmp,X\n")
-    ocr = LstmCtcOcr(**TASK)
+    ocr = LstmCtcOcr(**TASK).resolve()
     for _ in range(2):
         images, files = ocr.load_images(ocr.labelled_files(tmp_path), tmp_path)
         first, second = (images[i].any(axis=0).nonzero()[0][0] for i in range(2))

@@ -87,7 +87,7 @@ def test_lstm_gradient_is_tensorflows_own(lstm):
 def test_a_batch_gives_what_its_images_give_alone(net, steps, monkeypatch):
     """No image's answer depends on its neighbours, nor on how the batch is split over the cores."""
     monkeypatch.setattr(lstm_ctc_ocr, "_cores", lambda: 2)
-    ocr = LstmCtcOcr(words="ABC", words_max_num=2, im_width=16, im_height=8, n_hidden=6, net=net)
+    ocr = LstmCtcOcr(words="ABC", words_max_num=2, im_width=16, im_height=8, n_hidden=6, net=net).resolve()
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 16), np.uint8)
 
     def logits(batch):
@@ -111,7 +111,7 @@ def test_normalisation_never_takes_its_statistics_from_a_few_images(batch, cores
     seen, batch_norm = set(), tf.nn.fused_batch_norm
     monkeypatch.setattr(tf.nn, "fused_batch_norm", lambda x, *args, **settings: seen.add(
         int(x.shape[0])) or batch_norm(x, *args, **settings))
-    ocr = LstmCtcOcr(words="ABC", words_max_num=2, im_width=16, im_height=8, n_hidden=6, net="cnn_lstm")
+    ocr = LstmCtcOcr(words="ABC", words_max_num=2, im_width=16, im_height=8, n_hidden=6, net="cnn_lstm").resolve()
     with tf.Graph().as_default():
         ocr.logits(tf.placeholder(tf.uint8, [batch, 8, 16]), training=True)
     assert seen == {images}
@@ -153,7 +153,7 @@ ctcs = pytest.mark.parametrize("ctc", ["tensorflow", pytest.param("warp", marks=
 
 @ctcs
 def test_ctc_loss_is_the_sum_over_all_paths(ctc):
-    ocr = LstmCtcOcr(ctc=ctc)
+    ocr = LstmCtcOcr(ctc=ctc).resolve()
     for image in range(LOGITS.shape[1]):
         labels = enumerate_paths(LOGITS[:, image].astype(np.float64))
         assert sum(labels.values()) == pytest.approx(1)
@@ -173,7 +173,7 @@ def test_warp_ctc_is_tensorflows_loss_and_gradient():
         weights = rng.normal(size=6).astype(np.float32)  # an upstream gradient that differs from image to image
 
         def build(logits, weights, ctc):
-            losses = LstmCtcOcr(ctc=ctc).ctc_loss(tf.SparseTensor(*LstmCtcOcr.sequences_to_sparse(labels)), logits)
+            losses = LstmCtcOcr(ctc=ctc).resolve().ctc_loss(tf.SparseTensor(*LstmCtcOcr.sequences_to_sparse(labels)), logits)
             return [losses, *tf.gradients(tf.reduce_sum(losses * weights), [logits])]
 
         theirs, ours = (evaluate(functools.partial(build, ctc=ctc), logits, weights) for ctc in ("tensorflow", "warp"))
@@ -190,7 +190,7 @@ def test_warp_ctc_refuses_what_cannot_be_aligned():
 
 
 def test_a_wide_beam_finds_the_most_probable_label_and_its_probability():
-    ocr = LstmCtcOcr(words="AB", words_max_num=2, im_width=5, beam_width=100)
+    ocr = LstmCtcOcr(words="AB", words_max_num=2, im_width=5, beam_width=100).resolve()
     sparse, log_probability = evaluate(lambda logits: ocr.decode(logits), LOGITS)
     for image, sequence in enumerate(ocr.sparse_to_sequences(sparse)):
         labels = enumerate_paths(LOGITS[:, image].astype(np.float64))
@@ -203,7 +203,7 @@ def test_a_wide_beam_finds_the_most_probable_label_and_its_probability():
     ("A-A-A", "AAA"), ("AAAAA", "A"), ("AA-AA", "AA"), ("A-B-B", "ABB"), ("-----", ""), ("BA-AB", "BAAB")])
 def test_repeats_are_neither_lost_nor_invented(path, text, beam_width):
     """The field's most reported fault: a decoder that merges repeats reads AAA as A."""
-    ocr = LstmCtcOcr(words="AB", words_max_num=3, im_width=5, beam_width=beam_width)
+    ocr = LstmCtcOcr(words="AB", words_max_num=3, im_width=5, beam_width=beam_width).resolve()
     logits = 20 * np.eye(3, dtype=np.float32)[["AB-".index(step) for step in path]][:, np.newaxis]
     sparse, log_probability = evaluate(lambda logits: ocr.decode(logits), logits)
     assert [ocr.sequence_to_text(s) for s in ocr.sparse_to_sequences(sparse)] == [text]
@@ -212,7 +212,7 @@ def test_repeats_are_neither_lost_nor_invented(path, text, beam_width):
 
 def test_a_repeat_at_the_limit_has_a_path():
     """"No valid path found" cannot happen: the longest text of equal letters fits the narrowest width allowed."""
-    ocr = LstmCtcOcr(words="AB", words_max_num=3, im_width=5)
+    ocr = LstmCtcOcr(words="AB", words_max_num=3, im_width=5).resolve()
     logits = np.zeros((ocr.im_width, 1, 3), np.float32)
     loss = evaluate(lambda logits: ocr.ctc_loss(tf.SparseTensor(*ocr.sequences_to_sparse([[0, 0, 0]])), logits), logits)
     assert loss == pytest.approx([5 * np.log(3)], rel=1e-5)  # A-A-A is its only path

@@ -31,7 +31,7 @@ def float32():
 
 def untrained(folder, **settings):
     """A model folder of first weights, but with statistics and biases that are not the neutral ones."""
-    tf, ocr, generator = lstm_ctc_ocr._tensorflow(), LstmCtcOcr(**settings), np.random.default_rng(0)
+    tf, ocr, generator = lstm_ctc_ocr._tensorflow(), LstmCtcOcr(**settings).resolve(), np.random.default_rng(0)
     with tf.Graph().as_default(), tf.Session() as session:
         ocr._build_reading(ocr._build_input())
         session.run(tf.global_variables_initializer())
@@ -40,7 +40,7 @@ def untrained(folder, **settings):
     save_weights({name: generator.uniform(0.5, 1.5, value.shape).astype(np.float32) if value.ndim == 1 else value
                   for name, value in weights.items()}, folder, 1)
     config = {name: getattr(ocr, name) for name in lstm_ctc_ocr.ARCHITECTURE}
-    (folder / "config.json").write_text(json.dumps({"format": 1, **config, "best_step": 1}))
+    (folder / "config.json").write_text(json.dumps({**ocr.FORMAT, **config, "best_step": 1}))
     return folder
 
 
@@ -48,7 +48,7 @@ MODELS = {
     "lstm": lambda folder: PRETRAINED / "lstm",
     "cnn_lstm": lambda folder: SHIPPED,
     "general": lambda folder: PRETRAINED / "general",  # residual blocks, a temperature, paper by the border
-    "parts": lambda folder: untrained(folder, net="cnn_lstm", paper="border", label_parts=3, words="AX", n_hidden=32),
+    "parts": lambda folder: untrained(folder, net="cnn_lstm", label_parts=3, words="AX", n_hidden=32),
 }
 
 

@@ -87,11 +87,11 @@ def test_the_network_is_given_no_more_paper_than_fills_a_square(net, width):
         data = cv2.imencode(".png", np.zeros(size, np.uint8))[1].tobytes()
         return ocr._read_width(ocr.load_colours(data).shape[1])
 
-    ocr = LstmCtcOcr(net=net)
+    ocr = LstmCtcOcr(net=net).resolve()
     sizes = {(64, 10): width, (64, 128): 128, (64, 129): 192, (60, 160): 192, (90, 180): 128, (64, 256): 256,
              (40, 400): 256}
     assert {size: read_width(ocr, size) for size in sizes} == sizes
-    assert read_width(LstmCtcOcr(net=net, im_width=100), (64, 90)) == 100
+    assert read_width(LstmCtcOcr(net=net, im_width=100).resolve(), (64, 90)) == 100
 
 
 @pytest.mark.parametrize("width, afar, near", [(128, 111, 166), (192, 167, 250), (256, 223, 256)])
@@ -99,7 +99,7 @@ def test_a_doubtful_image_is_looked_at_from_afar_and_from_near(width, afar, near
     """Narrower, and as much larger as there is room for, in the squares that hold it; its strokes at full strength."""
     image = np.zeros((1, 64, width), np.uint8)
     image[0, 24:40, 8:width] = 200
-    ocr = LstmCtcOcr(net="wide_cnn_lstm")
+    ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
     looks = [ocr._look_again(image, look) for look in (ocr._from_afar, ocr._from_near)]
     assert [look.shape for look in looks] == [(1, 64, -(-seen // 64) * 64) for seen in (afar, near)]
     for look, seen, high in zip(looks, (afar, near), (16, 16 * 1.3)):
@@ -114,7 +114,7 @@ def test_dots_run_together_from_afar_and_strokes_that_touch_part_from_near():
     dots[0, 8:56:3, 20:100:3] = 255
     strokes[0, 8:56, 20:60] = strokes[0, 8:56, 61:100] = 255
     strokes[0, 30, 60] = 255  # they touch by a hair
-    ocr = LstmCtcOcr(net="wide_cnn_lstm")
+    ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
     afar = ocr._look_again(dots, ocr._from_afar)
     assert afar[0, 16:48, 26:80].min() > 150
     near = ocr._look_again(strokes, ocr._from_near)
@@ -123,7 +123,7 @@ def test_dots_run_together_from_afar_and_strokes_that_touch_part_from_near():
 
 @pytest.mark.parametrize("net, looks", [("lstm", 1), ("cnn_lstm", 1), ("wide_cnn_lstm", 4)])
 def test_only_the_net_that_knows_many_looks_looks_again(net, looks):
-    ocr, seen = LstmCtcOcr(net=net), []
+    ocr, seen = LstmCtcOcr(net=net).resolve(), []
 
     def infer(images):
         seen.append(images)
@@ -142,7 +142,7 @@ def test_without_clutter_a_grid_of_another_colour_goes_and_pale_letters_stay(pap
     letters[20:44, 20:26] = letters[20:44, 70:76] = letters[38:44, 20:50] = True
     colours[letters] = letter
     colours[:, 64:][letters[:, 64:]] = .4 * np.array(paper) + .6 * np.array(letter)  # the second is paler
-    ocr = LstmCtcOcr(net="wide_cnn_lstm")
+    ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
     np.testing.assert_array_equal(ocr._without_clutter(colours)[:, :128] > 127, letters)
     assert (ocr.ink_of(colours)[:, :128] > 127).sum() > 2 * letters.sum()
 
@@ -152,12 +152,12 @@ def test_without_clutter_ink_of_one_colour_stays(channels):
     colours = np.full((64, 128, channels), .9, np.float32)
     colours[10:50, 20:28] = colours[30, :] = .2
     colours[10:50, 60:68] = .5
-    ocr = LstmCtcOcr(net="wide_cnn_lstm")
+    ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
     np.testing.assert_array_equal(ocr._without_clutter(colours), ocr.ink_of(colours))
 
 
 def test_blank_paper_stays_blank_however_it_is_looked_at():
-    ocr = LstmCtcOcr(net="wide_cnn_lstm")
+    ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
     assert not ocr._without_clutter(np.full((64, 128, 3), .5, np.float32)).any()
     for look in (ocr._from_afar, ocr._from_near):
         assert not ocr._look_again(np.zeros((2, 64, 128), np.uint8), look).any()

@@ -60,7 +60,7 @@ def test_a_models_temperature_lowers_its_confidence(tmp_path):
 @pytest.mark.parametrize("label_parts", [1, 3])
 def test_its_texts_are_those_of_the_sequences(label_parts):
     """A batch without any letter among them, and letters of which a part is missing."""
-    ocr = LstmCtcOcr(words="ABC", words_max_num=4, label_parts=label_parts)
+    ocr = LstmCtcOcr(words="ABC", words_max_num=4, label_parts=label_parts).resolve()
     sequences = [[], [0], [0, 1, 2, 3, 4, 5], [1, 2, 0], [0, 2, 0, 1], [8, 8, 7], [0, 1, 2] * 3]
     sequences = [[number % (3 * label_parts) for number in sequence] for sequence in sequences]
     for batch in (sequences, sequences[:1], [[], []]):

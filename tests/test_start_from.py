@@ -45,7 +45,7 @@ def test_it_goes_on_from_what_the_other_model_knows(few, trained, tmp_path, capf
 
 def test_letters_keep_their_classes_and_take_those_of_their_other_case(trained):
     """Against the checkpoint itself: a known letter, one whose other case is known, one that is new, and the blank."""
-    weights = LstmCtcOcr(**{**TASK, "words": "Xa7"}, n_hidden=48, net="lstm", start_from=str(trained))._start_weights()
+    weights = LstmCtcOcr(**{**TASK, "words": "Xa7"}, n_hidden=48, net="lstm", start_from=str(trained)).resolve()._start_weights()
     checkpoint = tf.train.load_checkpoint(str(trained / f"LstmCtcOcr-{config_of(trained)['best_step']}"))
     kernel, bias = (checkpoint.get_tensor(f"dense/{name}/ExponentialMovingAverage") for name in ("kernel", "bias"))
     a, x, blank = 0, 1, 2  # of the words AX

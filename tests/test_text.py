@@ -6,11 +6,11 @@ from hypothesis import example, given, strategies as st
 
 from lstm_ctc_ocr import LstmCtcOcr, edit_distance, score
 
-ocr = LstmCtcOcr()
+ocr = LstmCtcOcr().resolve()
 texts = st.text(alphabet=ocr.words, max_size=10)
 
 
-in_parts = LstmCtcOcr(label_parts=3)
+in_parts = LstmCtcOcr(label_parts=3).resolve()
 
 
 @given(texts, st.sampled_from([ocr, in_parts]))
@@ -62,18 +62,18 @@ def test_a_letter_outside_the_alphabet_is_named():
     (dict(words_max_num=22, net="cnn_lstm", label_parts=3), "66 steps, in 64"),
     (dict(label_parts=2), "--label-parts must be one of 1, 3"),
     (dict(ctc="baidu"), "--ctc must be one of"),
-    (dict(im_width=0), "--im-width must be above 0"),
-    (dict(batch_size=-1), "--batch-size must be above 0"),
+    (dict(im_width=0), "--im-width must be 1 to"),
+    (dict(batch_size=-1), "--batch-size must be 1 to"),
     (dict(lr=0.0), "--lr must be above 0"),
     (dict(lr=float("nan")), "--lr must be above 0"),
     (dict(epoch_max=float("inf")), "--epoch-max must be above 0 and finite"),
-    (dict(seed=-1), "--seed must not be negative"),
+    (dict(seed=-1), "--seed must be 0 to"),
     (dict(beam_width=101), "--beam-width must be 1 to 100"),
     (dict(net="transformer"), "--net must be one of"),
 ])
 def test_impossible_settings_are_refused_at_once(settings, complaint):
     with pytest.raises(LstmCtcOcr.Error, match=complaint) as caught:
-        LstmCtcOcr(**settings)
+        LstmCtcOcr(**settings).resolve()
     assert "\n" not in str(caught.value)
 
 
@@ -81,7 +81,7 @@ def test_impossible_settings_are_refused_at_once(settings, complaint):
     dict(words_max_num=128), dict(words_max_num=32, net="cnn_lstm"),
     dict(words_max_num=21, net="cnn_lstm", label_parts=3)])
 def test_the_longest_text_that_ctc_can_align_is_allowed(settings):
-    assert LstmCtcOcr(**settings).words_max_num == settings["words_max_num"]
+    assert LstmCtcOcr(**settings).resolve().words_max_num == settings["words_max_num"]
 
 
 @pytest.mark.parametrize("a, b, distance", [

@@ -29,11 +29,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import lstm_ctc_ocr  # noqa: E402
-from lstm_ctc_ocr import CAPITALS, CONVOLUTIONS, DIGITS, MAX_GRADIENT_NORM, PROJECTION, LstmCtcOcr  # noqa: E402
+from lstm_ctc_ocr import CAPITALS, DIGITS, NETWORKS, LstmCtcOcr  # noqa: E402
 
 WORDS = CAPITALS + CAPITALS.lower() + DIGITS
 HEIGHT, WIDTH, LONGEST, CELLS, BLANK = 64, 256, 10, 160, len(WORDS)
-LAYERS, FEATURES = CONVOLUTIONS["wide_cnn_lstm"], PROJECTION["wide_cnn_lstm"]
+LAYERS, FEATURES = NETWORKS["wide_cnn_lstm"].convolutions, NETWORKS["wide_cnn_lstm"].projection
 BLOCKS = "".join(str(blocks) for *_, blocks in LAYERS)
 GATES = np.concatenate([np.arange(CELLS) + CELLS * gate for gate in (0, 2, 1, 3)])  # i, c, f, o <-> i, f, c, o
 WARM_UP = 200  # steps
@@ -66,8 +66,8 @@ class Renderer:
     def render(self, number, seed, fonts):
         os.nice(5)  # the training comes first
         lstm_ctc_ocr.cv2.setNumThreads(1)
-        ocr = LstmCtcOcr(words=WORDS, words_max_num=LONGEST, im_width=WIDTH, im_height=HEIGHT, paper="border",
-                         look="varied", fonts=fonts)
+        ocr = LstmCtcOcr(words=WORDS, words_max_num=LONGEST, im_width=WIDTH, im_height=HEIGHT,
+                         look="varied", fonts=fonts).resolve()
         for row in range(len(self.images)):
             random.seed(f"{seed}-{number}-{row}")
             plain, text = ocr._draw_label(random)
@@ -301,7 +301,7 @@ class Learner:
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad()
         loss.backward()
-        self.torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
+        self.torch.nn.utils.clip_grad_norm_(self.parameters, LstmCtcOcr.MAX_GRADIENT_NORM)
         self.optimizer.step()
 
 
@@ -367,7 +367,7 @@ def save_weights(weights, folder, step):
     """Writes {name: array} as the checkpoint of a step, the only one in the folder."""
     tf = lstm_ctc_ocr._tensorflow()
     with tf.Graph().as_default(), tf.Session() as session:
-        variables = {name + lstm_ctc_ocr.AVERAGE: tf.Variable(value) for name, value in weights.items()}
+        variables = {name + LstmCtcOcr.AVERAGE: tf.Variable(value) for name, value in weights.items()}
         session.run(tf.global_variables_initializer())
         prefix = tf.train.Saver(variables, save_relative_paths=True).save(
             session, str(folder / "LstmCtcOcr"), step, write_meta_graph=False)
@@ -401,7 +401,7 @@ def pack(arguments):
     arrays = dict(np.load(arguments.end))
     counts = {name: int(arrays.pop(name)) for name in ("steps", "images_seen", "images")}
     config = json.loads((lstm_ctc_ocr.MODELS / "pretrained" / "general" / "config.json").read_text())
-    ocr = LstmCtcOcr(**{name: config[name] for name in lstm_ctc_ocr.ARCHITECTURE})
+    ocr = LstmCtcOcr(**{name: config[name] for name in lstm_ctc_ocr.ARCHITECTURE}).resolve()
     folder, (paths, texts) = Path(arguments.model), zip(*ocr.labelled_files(arguments.held))
     step = config["step"] + counts["steps"]
     config.update(step=step, best_step=step, images_seen=config["images_seen"] + counts["images_seen"],
