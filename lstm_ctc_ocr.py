@@ -1666,7 +1666,7 @@ class LstmCtcOcr:
     @property
     def _preprocessing(self):
         """What decoded images depend on besides their files, as a part of a file's name."""
-        return f"{self.im_width}x{self.im_height}-{PREPROCESSING}"
+        return f"{self.im_width}x{self.im_height}-border-{PREPROCESSING}"
 
     def _decode_missing(self, decoded, files, stamps):
         """Adds to a file of decoded images those of `files` that it lacks; names on stderr what is no image."""
