@@ -70,6 +70,7 @@ except ImportError:  # Windows
 
 import cv2
 import flask
+import jinja2
 import numpy as np
 import waitress
 from PIL import Image, ImageFont, ImageOps, UnidentifiedImageError
@@ -110,8 +111,6 @@ FEW = 20_000  # images below which a training that starts from a model distorts 
 DISTORTED = 0.9  # of the training; the rest is on the images as they are
 PATIENCE = 6  # validations in a row without any gain, after which a training on few images ends
 MIN_IMAGES = 10  # to train on, started from a model
-MAX_CURVE = 200  # points of a learning curve
-SHOWN = 200  # wrong readings that a report shows
 MIN_VALIDATED = 100  # held-out images that a temperature can be fitted on, and the best accuracy told by
 LOCK = ".lock"  # in a model folder: whoever trains there holds it
 LENGTH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # N or MIN-MAX
@@ -1834,7 +1833,7 @@ class LstmCtcOcr:
         if best:
             run.config.update(accuracy=held["accuracy"], validated_on=len(truths), best_step=run.step,
                               temperature=temperature)
-        run.config["curve"] = _thinned([*run.config.get("curve", []), (run.step, train_loss, held["accuracy"])])
+        run.config["curve"] = thin_curve([*run.config.get("curve", []), (run.step, train_loss, held["accuracy"])])
         with self._writing(run.folder):
             _replace(run.folder / "curve.svg", draw_curve(run.config["curve"]))
         run.reported = time.monotonic(), run.step
@@ -2108,54 +2107,46 @@ class LstmCtcOcr:
                 yield from rows
 
     def test(self, paths=(), as_json=False, report=""):
-        """Reads files and folders and prints a line for each image, then how many labelled ones were read right.
+        """Reads files and folders; prints a line for each image, then how many labelled ones are right.
 
-        report: an HTML file to write about that. Returns 0, or 1 if some images could not be read. Raises `Error` if
-        there is nothing to read, or for a report nothing labelled.
+        report: an HTML file to write about the labelled ones. Returns 0, or 1 if some images could
+        not be read. Raises `Error` if there is nothing to read, or for a report nothing labelled.
         """
         if report and not (Path(report).parent.is_dir() and Path(report).suffix in (".html", ".htm")):
             raise self.Error(f"--report {report}: name an .html file in a folder that exists")
-        paths = paths or [HOME / "dataset" / "test"]
-        files = [file for path in paths for file in _image_files(Path(path))]
+        paths = [Path(path) for path in paths or (HOME / "dataset" / "test",)]
+        files = [file for path in paths for file in _image_files(path)]
         if not files:
             raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders that hold some")
         self._say_model()  # first of all, so that a missing model is the only thing said
-        ocr = self._reader.ocr
-        labels = {file: label for path in paths for file, label in ocr._truths_of(Path(path)).items()}
-        if report and not labels:
+        truths = {}
+        for path in paths:
+            truths.update(self._reader.ocr._truths_of(path))
+        if report and not truths:
             raise self.Error("--report wants labelled images, and none of these is: see `train --help` for --labels")
-        labelled, confidences = [], []
+        readings = []
         for path, text, confidence, fault in self.recognise_files(files):
-            confidences += [confidence] * (not fault)
-            truth = labels.get(path)
-            if truth is not None and not fault:
-                labelled.append((path, truth, text, confidence))
-            if as_json:
-                print(json.dumps({"img_path": str(path), "error": fault} if fault else
-                                 {"img_path": str(path), "ocr_ret": text, "confidence": confidence}))
-            elif fault:
-                print(fault, file=sys.stderr)
-            else:
-                verdict = "" if truth is None else f"  {truth} {'right' if text == truth else 'wrong'}"
-                print(f"{text:<{ocr.words_max_num}}  {confidence:.3f}  {_on_one_line(path)}{verdict}")
+            if not fault:
+                readings.append((path, truths.get(path), text, confidence))
+            self._print_reading(path, truths.get(path), text, confidence, fault, as_json)
+        labelled = [reading for reading in readings if reading[0] in truths]
         if labelled and not as_json:
             print("\n" + describe(score(*zip(*(reading[1:3] for reading in labelled)))))
         if labelled and report:
             with self._writing(Path(report).parent):
                 _replace(Path(report), report_page(labelled, str(_shown(self._reader.folder))))
-        if sum(confidence < 0.5 for confidence in confidences) > len(confidences) / 2:
-            print(self._strange_images(), file=sys.stderr)
-        return 1 if len(confidences) < len(files) else 0
-
-    def _strange_images(self):
-        """The line that says what to do about images of which most are read with little confidence."""
-        learn = "label a few hundred of them, and `train --dataset FOLDER --start-from general`"
-        if self._reader.folder.stem != "general":
-            learn = f"try `--model general`, or {learn}"
-        return f"most of these do not look like what this model has learnt (confidence below 0.5): {learn}"
+        if sum(confidence < 0.5 for *_, confidence in readings) > len(readings) / 2:
+            other = "" if self._reader.folder.stem == "general" else "try `--model general`, or "
+            print("most of these do not look like what this model has learnt (confidence below 0.5): "
+                  f"{other}label a few hundred of them, and `train --dataset FOLDER --start-from general`",
+                  file=sys.stderr)
+        return 1 if len(readings) < len(files) else 0
 
     def _truths_of(self, path):
-        """The labels of a folder's files, by their paths, said on stderr; or of a file, if it is <i>_<LABEL>.png."""
+        """Returns {path: label} of a folder's images, and says on stderr how they were labelled.
+
+        For one file, it returns the label in its name if that is as `create_dataset` writes it.
+        """
         if not path.is_dir():
             named = LABELLED.fullmatch(path.name)
             return {path: named[2]} if named and named[2] and set(named[2]) <= set(self.words) else {}
@@ -2167,6 +2158,18 @@ class LstmCtcOcr:
         if way or self.labels:  # without labels it is just read
             print(said, file=sys.stderr)
         return {path / name: label for name, label in labels.items()}
+
+    def _print_reading(self, path, truth, text, confidence, fault, as_json):
+        """Prints what was read in an image, or what is wrong with it; truth: its label, or None."""
+        if as_json:
+            about = {"error": fault} if fault else {"ocr_ret": text, "confidence": confidence}
+            print(json.dumps({"img_path": str(path), **about}))
+        elif fault:
+            print(fault, file=sys.stderr)
+        else:
+            verdict = "" if truth is None else f"  {truth} {'right' if text == truth else 'wrong'}"
+            width = self._reader.ocr.words_max_num
+            print(f"{text:<{width}}  {confidence:.3f}  {_on_one_line(path)}{verdict}")
 
     # ------------------------------------------------------------------ training on several machines
 
@@ -3654,164 +3657,197 @@ def _advance(beam, log_p, likely, place, follows):
 # ---------------------------------------------------------------------- accuracy
 
 def edits(a, b):
-    """Levenshtein's: the fewest letters to replace, leave out or add that turn a into b, as pairs, "" for none."""
-    table = [[i + j for j in range(len(b) + 1)] for i in range(len(a) + 1)]
-    for i, letter in enumerate(a, 1):
-        for j, other in enumerate(b, 1):
-            table[i][j] = min(table[i - 1][j - 1] + (letter != other), table[i - 1][j] + 1, table[i][j - 1] + 1)
-    i, j, pairs = len(a), len(b), []
-    while i or j:
-        if i and j and table[i][j] == table[i - 1][j - 1] + (a[i - 1] != b[j - 1]):
-            i, j = i - 1, j - 1
-            pairs += [(a[i], b[j])] * (a[i] != b[j])
-        elif i and table[i][j] == table[i - 1][j] + 1:
-            i -= 1
-            pairs.append((a[i], ""))
-        else:
-            j -= 1
-            pairs.append(("", b[j]))
-    return pairs[::-1]
+    """Returns the fewest edits that turn text a into text b (Levenshtein, 1965).
 
-
-def edit_distance(a, b):
-    """Levenshtein's distance: how many `edits` turn a into b."""
-    return len(edits(a, b)) if a != b else 0
+    An edit is a pair of letters: one of a and what stands for it in b, "" for none.
+    """
+    row = [[("", letter) for letter in b[:n]] for n in range(len(b) + 1)]  # edits from "" to b[:n]
+    for was in a:
+        above, row = row, [row[0] + [(was, "")]]
+        for n, letter in enumerate(b):
+            replaced = above[n] + [(was, letter)] * (was != letter)
+            row.append(min(replaced, above[n + 1] + [(was, "")], row[n] + [("", letter)], key=len))
+    return row[-1]
 
 
 def score(truths, readings):
-    """Compares readings with the truth.
+    """Compares what was read with the true texts; returns a dictionary.
 
-    Returns accuracy (whole strings), caseless (the same with letters' case ignored), cer (character error rate: edits
-    per true letter), count, by_length and by_repeat: {length: (right, count)} of all strings, and of those with two
-    equal letters side by side.
+    accuracy: the share of texts that are right as a whole. caseless: the same if the case of
+    letters does not count. cer: the character error rate, edits for each true letter. count: texts.
+    by_length: {length of the true text: (right, count)}. by_repeat: {True: (right, count)} of the
+    texts with two equal letters side by side, and of the others under False.
     """
-    by_length, by_repeat = collections.defaultdict(lambda: (0, 0)), collections.defaultdict(lambda: (0, 0))
+    by_length, by_repeat, right, caseless, distance = {}, {}, 0, 0, 0
     for truth, reading in zip(truths, readings):
-        repeats = any(a == b for a, b in zip(truth, truth[1:]))
-        for table in [by_length] + [by_repeat] * repeats:
-            right, count = table[len(truth)]
-            table[len(truth)] = right + (reading == truth), count + 1
-    distance = sum(map(edit_distance, truths, readings))
-    caseless = sum(truth.casefold() == reading.casefold() for truth, reading in zip(truths, readings))
-    return {"accuracy": sum(right for right, _ in by_length.values()) / max(1, len(truths)), "count": len(truths),
-            "caseless": caseless / max(1, len(truths)), "cer": distance / max(1, sum(map(len, truths))),
-            "by_length": dict(sorted(by_length.items())), "by_repeat": dict(sorted(by_repeat.items()))}
+        repeats = re.search(r"(.)\1", truth, re.DOTALL) is not None
+        for table, key in (by_length, len(truth)), (by_repeat, repeats):
+            right_before, count_before = table.get(key, (0, 0))
+            table[key] = right_before + (reading == truth), count_before + 1
+        right += reading == truth
+        caseless += reading.casefold() == truth.casefold()
+        distance += 0 if reading == truth else len(edits(truth, reading))
+    count = max(1, len(truths))
+    return {"accuracy": right / count, "caseless": caseless / count, "count": len(truths),
+            "cer": distance / max(1, sum(map(len, truths))),
+            "by_length": dict(sorted(by_length.items())), "by_repeat": by_repeat}
 
 
 def describe(scores):
-    """The lines that `test` prints below its readings."""
-    right = sum(right for right, _ in scores["by_length"].values())
-    lines = [f"accuracy {scores['accuracy']:.2%} ({right} of {scores['count']}), "
-             f"{scores['caseless']:.2%} with case ignored, edit distance (CER) {scores['cer']:.4f}",
+    """Returns the lines that `test` prints below its readings; scores: those of `score`."""
+    lines = [f"accuracy {scores['accuracy']:.2%} ({round(scores['accuracy'] * scores['count'])} of "
+             f"{scores['count']}), {scores['caseless']:.2%} with case ignored, edit distance (CER) "
+             f"{scores['cer']:.4f}",
              "by length   " + _shares(scores["by_length"])]
-    repeats = right = others = 0  # others: what as many strings of the same lengths without a repeat would have right
-    for length, (right_here, here) in scores["by_repeat"].items():
-        right_all, count_all = scores["by_length"][length]
-        if count_all > here:
-            repeats, right = repeats + here, right + right_here
-            others += here * (right_all - right_here) / (count_all - here)
-    if repeats:
-        lines.append(f"with a letter repeated side by side {right / repeats:.2%} of {repeats}; without, at the same "
-                     f"lengths, {others / repeats:.2%}")
+    if True in scores["by_repeat"]:
+        lines.append("with a letter repeated side by side " + "; without ".join(
+            _counted(*scores["by_repeat"][key]) for key in (True, False) if key in scores["by_repeat"]))
     return "\n".join(lines)
 
 
 def _shares(table):
-    """{length: (right, count)} as a line."""
+    """Returns {length: (right, count)} as a line of text."""
     return "  ".join(f"{length}: {right / count:.1%}" for length, (right, count) in table.items())
 
 
 def interval(right, count):
-    """The 95 % interval of a share of which `right` of `count` were counted (Wilson, 1927): (low, high), 0 to 1."""
-    z, share = 1.96, right / count
-    middle, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)
+    """Returns the 95 % confidence interval of a share, (low, high) from 0 to 1 (Wilson, 1927).
+
+    The share is that of `right` things in a sample of `count`.
+    """
+    z = 1.96
+    middle = right + z ** 2 / 2
+    spread = z * math.sqrt(right * (count - right) / count + z ** 2 / 4)
+    return (middle - spread) / (count + z ** 2), (middle + spread) / (count + z ** 2)
 
 
 def _counted(right, count):
-    """A share with its interval, in words."""
+    """Returns a share and its confidence interval as text."""
     low, high = (round(100 * end) for end in interval(right, count))
     return f"{right:,} of {count:,}, {low} to {high} %"
 
 
 # ---------------------------------------------------------------------- pictures of it: learning curve, report
 
-def _thinned(curve):
-    """A learning curve, and once it has too many points every other one, the last among them."""
-    return curve[::-1][::2][::-1] if len(curve) > MAX_CURVE else curve
+CHART = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="-60 -20 560 290" width="560" class="chart">
+<style>
+  text { font: 12px system-ui, sans-serif; fill: #555 }
+  .axis { text-anchor: end }
+  polyline { fill: none; stroke-width: 2 }
+  .line0 { stroke: #c60 } text.line0 { fill: #c60; stroke: none }
+  .line1 { stroke: #07b } text.line1 { fill: #07b; stroke: none }
+  path { stroke: #999; stroke-width: .5 }
+  @media (prefers-color-scheme: dark) { text { fill: #bbb } }
+</style>
+<path d="M0 0H480M0 60H480M0 120H480M0 180H480M0 240H480"/>
+<text class="axis" x="-8" y="4">100 %</text>
+<text class="axis" x="-8" y="124">50 %</text>
+<text class="axis" x="-8" y="244">0 %</text>
+<text x="0" y="258">0</text>
+<text class="axis" x="480" y="258">$most $unit</text>
+$lines
+</svg>
+"""
 
 
-def chart(lines, most, left, right=(), below=""):
-    """An SVG line chart.
+def chart(lines, most, unit):
+    """Draws a line chart; returns the text of an SVG file.
 
-    lines: (name, class, [(x, y)]), x from 0 to `most`, y from 0 to 1. left, right: what the ends and the quarters of
-    the height are called on either side. below: what x is.
+    lines: {name: [(x, y)]}, at most two, with x from 0 to `most` and y from 0 to 1. unit: of x.
     """
-    width, height = 480, 240
-    place = lambda x, y: f"{x / most * width:.1f},{(1 - y) * height:.1f}"  # noqa: E731
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-60 -20 620 320" width="620" class="chart">'
-             f"<style>{CHART}</style>"]
-    for quarter in range(5):
-        y = (1 - quarter / 4) * height
-        parts.append(f'<path class="grid" d="M0 {y}H{width}"/>'
-                     f'<text x="-8" y="{y + 4}" class="end">{left[quarter]}</text>'
-                     f'<text x="{quarter / 4 * width}" y="{height + 18}" class="mid">{most * quarter / 4:,.4g}</text>')
-        if right:
-            parts.append(f'<text x="{width + 8}" y="{y + 4}">{right[quarter]}</text>')
-    for number, (name, kind, points) in enumerate(lines):
-        parts.append(f'<polyline class="{kind}" points="{" ".join(place(*point) for point in points)}"/>'
-                     f'<text class="{kind}" x="{120 * number}" y="-6">{html.escape(name)}</text>')
-    return "".join([*parts, f'<text class="mid" x="{width / 2}" y="{height + 38}">{below}</text></svg>'])
+    parts = []
+    for number, (name, points) in enumerate(lines.items()):
+        places = " ".join(f"{480 * x / most:.1f},{240 - 240 * y:.1f}" for x, y in points)
+        parts.append(f'<polyline class="line{number}" points="{places}"/>'
+                     f'<text class="line{number}" x="{240 * number}" y="-6">{name}</text>')
+    return string.Template(CHART).substitute(lines="\n".join(parts), most=f"{most:,}", unit=unit)
 
 
 def draw_curve(curve):
-    """The learning curve of [(step, loss in training, held-out accuracy)], as an SVG file's text."""
-    steps, losses, accuracies = zip(*curve)
-    most = max(*losses, 1e-3)
-    lines = [("loss in training", "a", [(step, loss / most) for step, loss in zip(steps, losses)]),
-             ("held-out strings right", "b", list(zip(steps, accuracies)))]
-    return chart(lines, max(steps), [f"{most * quarter / 4:.2g}" for quarter in range(5)],
-                 [f"{25 * quarter} %" for quarter in range(5)], "steps")
+    """Draws a learning curve, [(step, loss in training, held-out accuracy)], as an SVG file's text."""
+    highest = max(loss for _, loss, _ in curve) or 1
+    return chart({f"loss in training, in % of {highest:.3g}": [(step, loss / highest) for step, loss, _ in curve],
+                  "held-out texts right": [(step, accuracy) for step, _, accuracy in curve]},
+                 curve[-1][0], "steps")
 
 
-def _table(heads, rows):
-    cells = [f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows]
-    return f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{''.join(cells)}</table>"
+def thin_curve(curve):
+    """Leaves every other point out of a learning curve of more than 200; the last one stays."""
+    return curve[::-1][::2][::-1] if len(curve) > 200 else curve
 
 
-def _reliability(readings):
-    """The reliability diagram: of readings about as confident, how many are right."""
-    bins = collections.defaultdict(list)
-    for _, truth, text, confidence in readings:
-        bins[min(9, int(10 * confidence))].append((confidence, text == truth))
-    points = [tuple(np.mean(bins[number], axis=0).tolist()) for number in sorted(bins)]
-    names = [f"{25 * quarter} %" for quarter in range(5)]
-    return chart([("right", "b", points), ("as they should be", "grid", [(0, 0), (1, 1)])], 1, names,
-                 below="confidence") + _table(("confidence", "readings", "right"), [
-                     (f"{number / 10:.1f} to {number / 10 + .1:.1f}", len(bins[number]),
-                      f"{np.mean([right for _, right in bins[number]]):.1%}") for number in sorted(bins)])
+REPORT = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>How well captchas are read</title>
+<style>
+  :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+  body { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem }
+  h1 { font-size: 1.4rem }
+  table { border-collapse: collapse; margin: .5rem 0 }
+  th, td { padding: .1rem .75rem .1rem 0; text-align: left; border-bottom: 1px solid #8884 }
+  th { font-weight: normal }
+  th, small { opacity: .7 }
+  .chart { max-width: 100%; height: auto }
+  .wrong { display: flex; flex-wrap: wrap; gap: 1rem }
+  figure { margin: 0; break-inside: avoid }
+  figure img { display: block; max-width: 256px; max-height: 96px; background: #fff }
+</style>
+{% macro table(heads, rows) %}
+<table>
+<tr>{% for head in heads %}<th>{{ head }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% endmacro %}
+<h1>How well captchas are read</h1>
+<p>By {{ model }}: <b>{{ right }}</b> right; if the case of letters does not count {{ caseless }}.
+  What follows a count is its 95 % confidence interval.</p>
+<h2>By length</h2>
+{{ table(("letters", "right"), lengths) }}
+<h2>Letters that are taken for others</h2>
+{{ table(("letter", "read as", "times"), letters) }}
+<h2>Is the confidence right?</h2>
+{{ reliability|safe }}
+{{ table(("confidence", "readings", "right"), sure) }}
+<h2>Read wrong: {{ count }}, the most confident first</h2>
+<div class="wrong">
+{% for image, name, truth, text, confidence in wrong %}
+<figure><img alt="" src="{{ image }}"><figcaption><b>{{ truth }}</b> read as <b>{{ text }}</b>,
+  {{ "%.3f"|format(confidence) }}<br><small>{{ name }}</small></figcaption></figure>
+{% endfor %}
+{% if count > wrong|length %}<p>and {{ count - wrong|length }} more</p>{% endif %}
+</div>
+"""
 
 
 def report_page(readings, model):
-    """A page of HTML about (path, truth, text, confidence) of labelled images, complete in itself."""
-    truths, texts = [truth for _, truth, *_ in readings], [text for _, _, text, _ in readings]
-    scores, count = score(truths, texts), len(readings)
-    right, caseless = (round(scores[name] * count) for name in ("accuracy", "caseless"))
-    confused = collections.Counter(pair for truth, text in zip(truths, texts) for pair in edits(truth, text))
-    wrong = sorted((reading for reading in readings if reading[1] != reading[2]), key=lambda reading: -reading[3])
-    figures = "".join(
-        f'<figure><img alt="" src="{_data_url(Path(path).read_bytes())}"><figcaption>'
-        f"<b>{html.escape(truth)}</b> read as <b>{html.escape(text)}</b>, {confidence:.3f}<br>"
-        f"<small>{html.escape(Path(path).name)}</small></figcaption></figure>"
-        for path, truth, text, confidence in wrong[:SHOWN])
-    more = f"<p>and {len(wrong) - SHOWN:,} more</p>" if len(wrong) > SHOWN else ""
-    return string.Template(REPORT).substitute(
-        model=html.escape(model), right=_counted(right, count), caseless=_counted(caseless, count),
-        lengths=_table(("letters", "right"),
-                       [(length, _counted(*pair)) for length, pair in scores["by_length"].items()]),
-        letters=_table(("letter", "read as", "times"), [(was or "(nothing)", read or "(nothing)", times)
-                                                        for (was, read), times in confused.most_common(20)]),
-        reliability=_reliability(readings), wrong=figures + more, count=f"{len(wrong):,}")
+    """Returns an HTML page, complete in itself, that shows how well labelled images were read.
+
+    readings: (path, true text, text that was read, confidence) of each image. model: its name.
+    """
+    scores, most_shown = score(*zip(*(reading[1:3] for reading in readings))), 200
+    wrong = [reading for reading in readings if reading[1] != reading[2]]
+    wrong.sort(key=lambda reading: -reading[3])
+    confused = collections.Counter(pair for _, truth, text, _ in wrong for pair in edits(truth, text))
+    right, caseless = (_counted(round(scores[name] * scores["count"]), scores["count"])
+                       for name in ("accuracy", "caseless"))
+    bins = collections.defaultdict(list)  # of readings about as confident, how many are right
+    for _, truth, text, confidence in readings:
+        bins[min(9, int(10 * confidence))].append((confidence, text == truth))
+    means = {number: np.mean(bins[number], axis=0).tolist() for number in sorted(bins)}
+    return jinja2.Environment(autoescape=True).from_string(REPORT).render(
+        model=model, right=right, caseless=caseless, count=len(wrong),
+        lengths=[(length, _counted(*pair)) for length, pair in scores["by_length"].items()],
+        letters=[(was or "(nothing)", read or "(nothing)", times)
+                 for (was, read), times in confused.most_common(20)],
+        reliability=chart({"as it should be": [(0, 0), (1, 1)], "right": means.values()}, 1, "confidence"),
+        sure=[(f"{number / 10:.1f} to {(number + 1) / 10:.1f}", len(bins[number]), f"{share:.1%}")
+              for number, (_, share) in means.items()],
+        wrong=[(_data_url(Path(path).read_bytes()), Path(path).name, truth, text, confidence)
+               for path, truth, text, confidence in wrong[:most_shown]])
 
 
 def _forget_best(config):
@@ -4392,34 +4428,6 @@ PAGE = HEAD.replace("$title", "Captcha reader") + """\
   });
 </script>
 </html>
-"""
-
-
-CHART = """text { font: 12px system-ui, sans-serif; fill: #555 } .end { text-anchor: end } .mid { text-anchor: middle }
-polyline { fill: none; stroke-width: 2 } .a { stroke: #c60 } .b { stroke: #07b } text.a { fill: #c60; stroke: none }
-text.b { fill: #07b; stroke: none } .grid { stroke: #999; stroke-width: .5 } text.grid { stroke: none }
-@media (prefers-color-scheme: dark) { text { fill: #bbb } }"""
-REPORT = HEAD.replace("$title", "How well captchas are read").replace(' nonce="$nonce"', "") + """\
-  body { max-width: 60rem }
-  table { border-collapse: collapse; margin: .5rem 0 }
-  th, td { padding: .1rem .75rem .1rem 0; text-align: left; font-weight: normal; border-bottom: 1px solid #8884 }
-  th, small { opacity: .7 }
-  .chart { max-width: 100%; height: auto }
-  .wrong { display: flex; flex-wrap: wrap; gap: 1rem }
-  figure { margin: 0; break-inside: avoid }
-  figure img { display: block; max-width: 256px; max-height: 96px; background: #fff }
-</style>
-<h1>How well captchas are read</h1>
-<p>By $model: <b>$right</b> right; with letters' case ignored $caseless. What follows a count is its 95 %
-  interval.</p>
-<h2>By length</h2>
-$lengths
-<h2>Letters that are taken for others</h2>
-$letters
-<h2>Is the confidence right?</h2>
-$reliability
-<h2>Read wrong: $count, the most confident first</h2>
-<div class="wrong">$wrong</div>
 """
 
 

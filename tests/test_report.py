@@ -78,10 +78,12 @@ def test_a_report_is_of_any_image_and_overwrites_none(tmp_path, capfd):
     assert (tmp_path / "it.html").read_text() == "caf\\udce9.tif"
 
 
-def test_a_length_of_which_all_have_repeats_is_not_compared():
-    assert "repeated" not in lstm_ctc_ocr.describe(lstm_ctc_ocr.score(["AA"], ["AA"]))
-    said = lstm_ctc_ocr.describe(lstm_ctc_ocr.score(["AA", "AAB", "ABC", "ABD"], ["AA", "AAB", "ABC", "X"]))
-    assert "repeated side by side 100.00% of 1; without, at the same lengths, 50.00%" in said
+def test_texts_with_a_repeated_letter_are_counted_apart():
+    said = lstm_ctc_ocr.describe(lstm_ctc_ocr.score(["AA", "AAB", "ABC", "ABD"], ["AA", "AB", "ABC", "ABD"]))
+    assert "repeated side by side 1 of 2, 9 to 91 %; without 2 of 2, 34 to 100 %" in said
+    for text in "AA", "AB":
+        said = lstm_ctc_ocr.describe(lstm_ctc_ocr.score([text], [text]))
+        assert ("repeated" in said) == (text == "AA") and "without" not in said
 
 
 @pytest.mark.parametrize("right, count, low, high", [
@@ -116,6 +118,6 @@ def test_the_learning_curve_goes_on_where_a_training_does(dataset, tmp_path):
 def test_a_long_curve_keeps_its_ends_and_no_more_than_it_can_show():
     curve = []
     for step in range(1, 1001):
-        curve = lstm_ctc_ocr._thinned([*curve, (step, 1 / step, 0.5)])
+        curve = lstm_ctc_ocr.thin_curve([*curve, (step, 1 / step, 0.5)])
         assert len(curve) <= 200 and curve[-1][0] == step
     ElementTree.fromstring(lstm_ctc_ocr.draw_curve(curve))
