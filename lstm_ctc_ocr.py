@@ -92,18 +92,11 @@ IMAGE_KINDS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "GIF": (".gif",), "B
                "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
 LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path.png,LABEL lines
-LOOK = ".look.json"  # in a folder of rendered captchas: how they were drawn
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
-# What varied captchas are made of, with weights; all of --words together has the last one.
-ALPHABETS = ((CAPITALS, 24), (CAPITALS + DIGITS, 26), (CAPITALS.lower(), 8), (CAPITALS.lower() + DIGITS, 14),
-             (DIGITS, 12), (None, 16))
-PLAIN_SHARE = 0.1  # of varied captchas: those that the captcha package draws
 GLYPH_SIZES = (20, 34, 58)  # pixels an em; a letter is drawn once at each, and scaled down from the next larger one
 MAX_ASPECT = 4.3  # width over height, about: letters far apart move closer together rather than exceed it
 FONT_SUFFIXES = {".ttf", ".otf"}
 SYMBOL_FONT = re.compile("symbol|dingbat|wingd|webdings|ornament|D050000L", re.I)  # draws something else for a letter
-FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts",
-                "/System/Library/Fonts", "C:/Windows/Fonts")
 OPENING = threading.RLock()  # held while a model is opened, or TensorFlow is imported
 HELD_SHARE, HELD_NUM = 0.1, 2000  # images held out: a tenth of a small folder, about 2,000 of a large one
 HELD_LEAST = 20  # but of a very small one these, or half of it
@@ -118,7 +111,6 @@ DECODED_HEAD = 4096  # bytes before the images of a file of decoded ones: a page
 DECODED_LOCK = ".decoded.lock"  # in a folder of images: whoever decodes them holds it
 PREPROCESSING = 1  # raised when `load_image` gives something else than before
 DECODE_BATCH = 512  # images after which what is decoded is safe on the disk
-STALE = 600  # seconds after which nobody is writing a .part file any more: it takes milliseconds
 
 DOUBTS = (0.6, 0.4, 0.3)  # confidences up to which an image is looked at again: from afar, near, without clutter
 COLOURS, ALIKE, LEAST_LEFT = 6, 0.06, 0.08  # by which clutter is told from letters, see `_without_clutter`
@@ -863,49 +855,89 @@ class LstmCtcOcr:
     # ------------------------------------------------------------------ rendering captchas
 
     def create_dataset(self):
-        """Renders image 0 to `im_total_num` - 1 into the folder `dataset`, on every core; of them, its `shard`.
+        """Renders captchas 0 to `im_total_num` - 1 into the folder `dataset`, or the part of them that `shard` names.
 
-        Image i depends on the seed and on i alone, neither on the number of workers nor on that of shards, which may
-        share the folder. Whole files are left as they are, so that an interrupted run goes on where it stopped. Returns
-        0, or 128 + the signal's number when it was told to stop. Raises `Error` if the folder holds images that these
-        settings would not have given.
+        Image i depends on the settings and on i alone, not on the number of processes or machines. Several shards may
+        share the folder. Whole files are left as they are, so that an interrupted run goes on where it stopped.
+        Returns 0, or 128 + the signal's number when it was told to stop. Raises `Error` if the folder holds other
+        images, or cannot be written.
         """
         varied = {"words": CAPITALS + CAPITALS.lower() + DIGITS}
         ocr = self.resolve(varied if self.look == "varied" else {})
         folder, (index, count) = Path(self.dataset), map(int, self.shard.split("/"))
-        if unfit := set(ocr.words) & set("/\\\0\n"):
-            raise self.Error(f"--words cannot hold {sorted(unfit)}: labels are part of file names")
-        origin = ocr._origin()
-        with self._writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            ocr._refuse_strangers(folder, origin)
-            if origin:
-                _replace(folder / LOOK, json.dumps(origin) + "\n")
         numbers = range(index - 1, self.im_total_num, count)
-        with _deferred_stop() as stop, self._renderers() as pool, \
+        chunks = [numbers[start:start + 20] for start in range(0, len(numbers), 20)]
+        rendering = ocr._rendering()
+        with self._writing(folder), _deferred_stop() as stop, self._renderers() as pool, \
                 tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None) as bar:
-            with _signals_held():  # a worker that is still starting would die of them
-                futures = [pool.submit(ocr._render_all, numbers[start:start + 20])
-                           for start in range(0, len(numbers), 20)]
-            for fault in itertools.chain.from_iterable(future.result() for future in futures):
-                bar.update()
-                if fault:
-                    raise self.Error(fault)
+            folder.mkdir(parents=True, exist_ok=True)
+            ocr._claim(folder, rendering)
+            with _signals_held():  # a process that is still starting would die of them
+                futures = [pool.submit(ocr._render_all, chunk) for chunk in chunks]
+            for chunk, future in zip(chunks, futures):
+                future.result()
+                bar.update(len(chunk))
                 if stop:
                     print(f"stopped; the same command goes on with the images that {folder} lacks", file=sys.stderr)
                     return 128 + stop[0]
         print(f"{len(numbers)} images in {folder}" + f", shard {self.shard}" * (count > 1), file=sys.stderr)
         return 0
 
+    FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts",
+                    "/Library/Fonts", "/System/Library/Fonts", "C:/Windows/Fonts")
+
+    def _fonts_found(self):
+        """Returns (path, those of `words` that it has) of each font in the folders that captchas are drawn from."""
+        folders = str(Path(_package("captcha", "render captchas").__file__).parent),
+        if self.look == "varied":
+            folders = tuple(self.fonts) or (*folders, *map(os.path.expanduser, self.FONT_FOLDERS))
+        return _find_fonts(folders, self.words)
+
+    def _rendering(self):
+        """Returns all that decides what an image looks like. Raises `Error` for letters that cannot be rendered."""
+        if unfit := set(self.words) & set("/\\\0\n"):
+            raise self.Error(f"--words cannot hold {sorted(unfit)}: labels are part of file names")
+        fonts = self._fonts_found()
+        missing = set(self.words).difference(*(letters for _, letters in fonts))
+        if self.look == "plain":
+            missing.discard(" ")  # it needs no font
+        if missing:
+            raise self.Error(f"no font has {sorted(missing)}: name folders of fonts that have them with --look varied "
+                             "--fonts, or give other --words")
+        names = "look", "seed", "words", "words_max_num", "im_width", "im_height"
+        return {name: getattr(self, name) for name in names} | {"fonts": [Path(path).name for path, _ in fonts]}
+
+    RENDERING = ".rendering.json"  # in a folder of rendered captchas: the settings they were rendered with
+
+    def _claim(self, folder, rendering):
+        """Notes in the folder what is rendered into it. Raises `Error` if it holds images of anything else."""
+        try:
+            found = dict(json.loads((folder / self.RENDERING).read_text()))
+        except (OSError, ValueError, TypeError):
+            found = {}
+        if any(LABELLED.fullmatch(name) for name in os.listdir(folder)):
+            if not found:
+                raise self.Error(f"{folder} holds images that were not rendered by this version of create_dataset: "
+                                 "give another --dataset")
+            if other := [_flag(name) for name in rendering if found.get(name) != rendering[name]]:
+                raise self.Error(f"{folder} holds images of other {', '.join(other)}: give the settings that "
+                                 f"{self.RENDERING} in there has, or another --dataset")
+        if found != rendering:
+            _replace(folder / self.RENDERING, json.dumps(rendering) + "\n")
+        for path in folder.glob(".*.part"):  # left by kill -9, or by another shard that is writing it just now
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - 600:  # seconds; to write one takes milliseconds
+                    path.unlink()
+
     @contextlib.contextmanager
     def _renderers(self):
-        """Processes that render, and end with this one, however it ends; raises `Error` if one of them is killed."""
+        """Starts processes that render and that end with this one. Raises `Error` if one of them is killed."""
         context = multiprocessing.get_context("spawn")  # fork would copy the threads of a loaded TensorFlow half
         pool = concurrent.futures.ProcessPoolExecutor(self.workers or _cores(), context, _follow_parent)
         try:
             yield pool
         except concurrent.futures.BrokenExecutor:
-            for process in multiprocessing.active_children():  # they may be waiting for what the dead one had locked
+            for process in multiprocessing.active_children():  # they may wait for what the dead one had locked
                 process.kill()
             raise self.Error("a process that renders was killed, perhaps for want of memory; run the same command "
                              "again, with fewer --workers") from None
@@ -913,85 +945,37 @@ class LstmCtcOcr:
             pool.shutdown(cancel_futures=True)
 
     def _render_all(self, numbers):
-        return [self._render(i) for i in numbers]
+        """Renders the images of these numbers that are not there yet. Raises OSError if one cannot be written."""
+        for i in numbers:
+            random.seed(f"{self.seed}-{i}")  # the captcha package draws from this generator, too
+            plain, label = self._draw_label()
+            path = Path(self.dataset, f"{i}_{label}.png")
+            if not _is_whole_png(path):
+                _replace(path, self._draw(plain, label))  # no fsync: a file torn by a power cut is rendered again
 
-    def _render(self, i):
-        """Renders image i unless it is there already. Returns what went wrong, or None."""
-        random.seed(f"{self.seed}-{i}")  # for the captcha package, too, which draws from this module's generator
-        plain, label = self._draw_label(random)
-        path = Path(self.dataset, f"{i}_{label}.png")
-        if _is_whole_png(path):
-            return None
-        try:
-            _replace(path, self._draw(plain, label))  # no fsync: what a power cut tears lacks its end, and is redrawn
-        except OSError as error:
-            return f"cannot write {path}: {error.strerror}; run the same command again once that is mended"
-
-    def _draw_label(self, generator):
-        """Whether to draw it plain, and a random label; generator: the module `random`, or a `random.Random`."""
-        letters, longest, plain = self.words, self.words_max_num, self.look == "plain"
-        length = generator.randint(1, longest)
-        if not plain:  # mostly one case, and most often 4 to 6 letters, as others have them
-            plain = generator.random() < PLAIN_SHARE
-            (alphabet, _), = generator.choices(ALPHABETS, [weight for _, weight in ALPHABETS])
-            if plain and generator.random() < .5:
+    def _draw_label(self):
+        """Draws whether a captcha is plain, and its label, from the module `random`'s generator."""
+        letters, longest = self.words, self.words_max_num
+        length, plain = random.randint(1, longest), self.look == "plain"
+        if not plain:  # mostly letters of one case, and most often 4 to 6 of them, as captchas of others have them
+            plain = random.random() < .1
+            alphabets = (CAPITALS, CAPITALS + DIGITS, CAPITALS.lower(), CAPITALS.lower() + DIGITS, DIGITS, letters)
+            alphabet, = random.choices(alphabets, (24, 26, 8, 14, 12, 16))
+            if plain and random.random() < .5:
                 alphabet = CAPITALS
-            letters = [letter for letter in letters if letter in (alphabet or letters)] or letters
+            letters = [letter for letter in letters if letter in alphabet] or letters
             if plain:  # of any length: the longest are the hardest
-                length = max(length, generator.randint(1, longest))
-            elif generator.random() < .6:
-                length = generator.randint(min(4, longest), min(6, longest))
-        return plain, "".join(generator.choice(letters) for _ in range(length))
+                length = max(length, random.randint(1, longest))
+            elif random.random() < .6:
+                length = random.randint(min(4, longest), min(6, longest))
+        return plain, "".join(random.choice(letters) for _ in range(length))
 
     def _draw(self, plain, label):
-        """A captcha as a PNG file's bytes, drawn by the module `random`'s generator."""
+        """Draws a captcha from the module `random`'s generator; returns the bytes of a PNG file."""
         if plain:
-            return _renderer(self.im_width, self.im_height).generate(label).getvalue()
-        pixels = draw_varied(label, random.getrandbits(64), _find_fonts(self._font_folders(), self.words))
+            return _captcha_package(self.im_width, self.im_height).generate(label).getvalue()
+        pixels = draw_varied(label, random.getrandbits(64), self._fonts_found())
         return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
-
-    def _font_folders(self):
-        package = str(Path(_package("captcha", "render captchas").__file__).parent)
-        if self.look == "plain":
-            return package,
-        return tuple(self.fonts) or (package, *map(os.path.expanduser, FONT_FOLDERS))
-
-    def _origin(self):
-        """What the images of a folder have in common beside what their names tell: the look, and what draws letters."""
-        fonts = _find_fonts(self._font_folders(), self.words)
-        drawn = {" "} if self.look == "plain" else set()  # a space needs no font
-        if missing := set(self.words).difference(drawn, *(letters for _, letters in fonts)):
-            raise self.Error(f"no font in {', '.join(self._font_folders())} has {sorted(missing)}: name folders of "
-                             "fonts that have them with --look varied --fonts, or give other --words")
-        return {"look": "varied", "fonts": [Path(path).name for path, _ in fonts]} if self.look == "varied" else {}
-
-    def _refuse_strangers(self, folder, origin):
-        for path in folder.glob(".*.part"):  # left behind by kill -9, or else another shard is writing it just now
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < time.time() - STALE:
-                    path.unlink()
-        files = [(path, named) for path in folder.iterdir() if (named := LABELLED.fullmatch(path.name))]
-        if files and (known := self._origin_of(folder)) != origin:
-            raise self.Error(f"{folder} holds {known.get('look', 'plain')} images, or drawn with other fonts: give the "
-                             "same --look and --fonts, or another --dataset")
-        for path, named in files:
-            _, expected = self._draw_label(random.Random(f"{self.seed}-{int(named[1])}"))
-            if named[2] != expected:
-                raise self.Error(f"{folder} holds images of another --seed, --words or --words-max-num: {path.name} "
-                                 f"would be {named[1]}_{expected}.png; give the same settings, or another --dataset")
-        for path, _ in files[:1] if self.look == "plain" else ():
-            image = cv2.imread(str(path))
-            if image is not None and image.shape[:2] != (self.im_height, self.im_width):
-                raise self.Error(f"{folder} holds images of {image.shape[1]} x {image.shape[0]} pixels: give the same "
-                                 "--im-width and --im-height, or another --dataset")
-
-    @staticmethod
-    def _origin_of(folder):
-        """How a folder's images were drawn, see `_origin`; empty if that is not known, as of plain ones."""
-        try:
-            return dict(json.loads((Path(folder) / LOOK).read_text()))
-        except (OSError, ValueError, TypeError):
-            return {}
 
     @dataclasses.dataclass
     class _Look:
@@ -1404,7 +1388,6 @@ class LstmCtcOcr:
                 run.config = ocr._training_config(folder)
                 if run.config.get("step", 0) < run.last:  # or else nothing will be validated
                     ocr._note_held_out(run, share)
-                run.config.update(ocr._origin_of(ocr.dataset))
                 ocr._save_config(folder, run.config)
             return ocr._train_loop(run)
 
@@ -4044,7 +4027,7 @@ def _is_whole_png(path):
 
 
 @functools.cache
-def _renderer(width, height):
+def _captcha_package(width, height):
     return _package("captcha.image", "render captchas").ImageCaptcha(width, height)
 
 

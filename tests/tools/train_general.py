@@ -70,7 +70,7 @@ class Renderer:
                          look="varied", fonts=fonts).resolve()
         for row in range(len(self.images)):
             random.seed(f"{seed}-{number}-{row}")
-            plain, text = ocr._draw_label(random)
+            plain, text = ocr._draw_label()
             if plain and not set(text) <= set(CAPITALS) and random.random() < CAPITALISED:
                 text = "".join(random.choice(CAPITALS) for _ in text)
             self.images[row] = ocr.load_image(ocr._draw(plain, text))
@@ -309,7 +309,7 @@ def train(arguments):
     import torch
     torch.manual_seed(arguments.seed)
     torch.backends.cudnn.benchmark = True
-    LstmCtcOcr(words=WORDS, look="varied", fonts=tuple(arguments.fonts))._origin()  # whether the fonts have all letters
+    LstmCtcOcr(words=WORDS, look="varied", fonts=tuple(arguments.fonts))._rendering()  # whether the fonts have all letters
     processes = arguments.processes or max(1, lstm_ctc_ocr._cores() - 1)
     renderers = [Renderer(number, arguments.images // processes, arguments.seed, tuple(arguments.fonts))
                  for number in range(processes)]  # forked before this process opens a GPU
