@@ -776,47 +776,58 @@ class LstmCtcOcr:
     def load_colours(self, source):
         """Decodes an image and scales it to the network's height.
 
-        source: as for `load_image`. Returns (H, w, 1 or 3) float32, grey or RGB from 0 to 1, 1 is white; what is
-        transparent is white. An image that would be wider than W is squeezed into it, as the captcha package does
-        with long texts. Of an animation only the first frame is used. Raises `Error`, which names the file.
+        source: as for `load_image`. Returns (H, w, 1 or 3) float32, grey or RGB from 0 to 1, 1 is white. An image that
+        would be wider than W is squeezed into it, as the captcha package does with long texts. Of an animation only
+        the first frame is used. Raises `Error`, which names the file.
         """
         name = "the image" if isinstance(source, bytes) else _on_one_line(source)
         data = source if isinstance(source, bytes) else self._read_file(source, name)
-        kinds = ", ".join(IMAGE_KINDS)
         try:
             with Image.open(io.BytesIO(data), formats=tuple(IMAGE_KINDS)) as image:
                 if math.prod(image.size) > self.MAX_PIXELS:  # known from the header, before anything is decoded
                     raise Image.DecompressionBombError
-                ImageOps.exif_transpose(image, in_place=True)  # as the camera was held
-                return self._resized(_colours_of(image))
+                ImageOps.exif_transpose(image, in_place=True)  # turned as the camera was held
+                return self._resized(self._colours_of(image))
         except Image.DecompressionBombError:
             raise self.TooLarge(f"{name}: more than {self.MAX_PIXELS:,} pixels") from None
         except UnidentifiedImageError:
-            raise self.Unknown(f"{name}: not a whole image of a kind that is read ({kinds})") from None
+            raise self.Unknown(f"{name}: not a whole image of a kind that is read: {', '.join(IMAGE_KINDS)}") from None
         except Exception as error:  # a damaged file can fail in many ways
             raise self.Error(f"{name}: not a whole image ({_on_one_line(error)})") from None
 
     def _read_file(self, path, name):
-        """Returns the bytes of a file. Raises `Error` with the name."""
+        """Returns the bytes of a file. Raises `Error` with that name if it cannot be read."""
         try:
             # A pipe among a folder's images would wait for ever; /dev/stdin is one that the user names.
             if Path(path).is_fifo() and not str(path).startswith("/dev/"):
                 raise self.Error(f"{name}: a pipe, not a file")
             return Path(path).read_bytes()
-        except OSError as error:
-            raise self.Error(f"{name}: {error.strerror}") from None
-        except ValueError as error:  # a NUL in the path
-            raise self.Error(f"{name}: {error}") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            raise self.Error(f"{name}: {getattr(error, 'strerror', error)}") from None
+
+    @staticmethod
+    def _colours_of(image):
+        """Decodes a Pillow image: (h, w, 1 or 3) float32, as `load_colours` returns them, in the image's size.
+
+        What is transparent is white. In an image of 16 or 32 bits a pixel, the largest number is white.
+        """
+        if image.mode.startswith(("I", "F")):
+            grey = np.nan_to_num(np.float32(image), posinf=0, neginf=0)
+            return np.atleast_3d(grey / max(grey.max(), 1e-9))
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        if image.mode not in ("L", "RGB"):
+            image = image.convert("RGB")
+        return np.atleast_3d(np.float32(image) / 255)
 
     def _resized(self, colours):
         """Scales colours (h, w, 1 or 3) float32 to the network's height H, at most W wide."""
-        height, width, channels = colours.shape
-        fitted = min(self.im_width, max(1, round(width * self.im_height / height)))
-        if (height, width) == (self.im_height, fitted):
-            return colours
+        height, width, _ = colours.shape
+        fitted = max(1, round(width * self.im_height / height))
+        size = min(self.im_width, fitted), self.im_height
         method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
-        resized = cv2.resize(colours, (fitted, self.im_height), interpolation=method)
-        return resized.reshape(self.im_height, fitted, channels)  # OpenCV drops a single channel
+        return np.atleast_3d(cv2.resize(colours, size, interpolation=method))
 
     def ink_of(self, colours):
         """Measures how far each pixel's colour is from that of the paper.
@@ -833,8 +844,8 @@ class LstmCtcOcr:
         """Returns the paper's colour, (channels,) float32: the median of the pixels along the border."""
         edge = max(1, self.im_height // 16)
         middle = colours[edge:-edge]
-        parts = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, -edge:]
-        border = np.concatenate([part.reshape(-1, colours.shape[2]) for part in parts])
+        sides = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, -edge:]
+        border = np.concatenate([side.reshape(-1, colours.shape[2]) for side in sides])
         return np.sort(border, axis=0)[len(border) // 2]  # NumPy's partition takes 4 to 8 times as long
 
     def _filled(self, ink):
@@ -880,7 +891,7 @@ class LstmCtcOcr:
                 if stop:
                     print(f"stopped; the same command goes on with the images that {folder} lacks", file=sys.stderr)
                     return 128 + stop[0]
-        print(f"{len(numbers)} images in {folder}" + f", shard {self.shard}" * (count > 1), file=sys.stderr)
+        print(f"{len(numbers)} images in {folder}, shard {self.shard}", file=sys.stderr)
         return 0
 
     FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts",
@@ -895,39 +906,34 @@ class LstmCtcOcr:
 
     def _rendering(self):
         """Returns all that decides what an image looks like. Raises `Error` for letters that cannot be rendered."""
-        if unfit := set(self.words) & set("/\\\0\n"):
-            raise self.Error(f"--words cannot hold {sorted(unfit)}: labels are part of file names")
         fonts = self._fonts_found()
-        missing = set(self.words).difference(*(letters for _, letters in fonts))
-        if self.look == "plain":
-            missing.discard(" ")  # it needs no font
-        if missing:
-            raise self.Error(f"no font has {sorted(missing)}: name folders of fonts that have them with --look varied "
-                             "--fonts, or give other --words")
+        drawn = {" "} if self.look == "plain" else set()  # a space needs no font
+        missing = set(self.words).difference(drawn, *(letters for _, letters in fonts))
+        if unfit := sorted(missing | set(self.words) & set("/\\\0\n")):
+            raise self.Error(f"cannot render {unfit}: no font has them, or names of files cannot hold them; give other "
+                             "--words, or for other letters --look varied --fonts and a folder of fonts that has them")
         names = "look", "seed", "words", "words_max_num", "im_width", "im_height"
         return {name: getattr(self, name) for name in names} | {"fonts": [Path(path).name for path, _ in fonts]}
 
     RENDERING = ".rendering.json"  # in a folder of rendered captchas: the settings they were rendered with
 
     def _claim(self, folder, rendering):
-        """Notes in the folder what is rendered into it. Raises `Error` if it holds images of anything else."""
+        """Notes in the folder what is rendered into it. Raises `Error` if it holds labelled images of anything else."""
+        path = folder / self.RENDERING
         try:
-            found = dict(json.loads((folder / self.RENDERING).read_text()))
+            found = dict(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             found = {}
-        if any(LABELLED.fullmatch(name) for name in os.listdir(folder)):
-            if not found:
-                raise self.Error(f"{folder} holds images that were not rendered by this version of create_dataset: "
-                                 "give another --dataset")
-            if other := [_flag(name) for name in rendering if found.get(name) != rendering[name]]:
-                raise self.Error(f"{folder} holds images of other {', '.join(other)}: give the settings that "
-                                 f"{self.RENDERING} in there has, or another --dataset")
-        if found != rendering:
-            _replace(folder / self.RENDERING, json.dumps(rendering) + "\n")
-        for path in folder.glob(".*.part"):  # left by kill -9, or by another shard that is writing it just now
+        other = [_flag(name) for name in rendering if found.get(name) != rendering[name]]
+        if other and any(map(LABELLED.fullmatch, os.listdir(folder))):
+            what = f"of other {', '.join(other)}, see {path}" if found else "that it has not rendered"
+            raise self.Error(f"create_dataset: {folder} holds images {what}; give another --dataset")
+        if other:
+            _replace(path, json.dumps(rendering) + "\n")
+        for part in folder.glob(".*.part"):  # left by kill -9, or another shard is writing it just now
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < time.time() - 600:  # seconds; to write one takes milliseconds
-                    path.unlink()
+                if part.stat().st_mtime < time.time() - 600:  # seconds; to write one takes milliseconds
+                    part.unlink()
 
     @contextlib.contextmanager
     def _renderers(self):
@@ -3844,21 +3850,6 @@ def _stopped(run):
 
 # ---------------------------------------------------------------------- images and files
 
-def _colours_of(image):
-    """Decodes a Pillow image: (h, w, 1 or 3) float32 from 0 to 1, grey or RGB; what is transparent is white."""
-    if image.mode.startswith(("I", "F")):  # 16 bits, or 32 whose largest value is white
-        pixels = np.nan_to_num(np.float32(image), posinf=0, neginf=0)
-        white = 65535 if image.mode.startswith("I;16") else max(pixels.max(), 1e-9)
-        return pixels[..., None] / np.float32(white)
-    if image.has_transparency_data:
-        pixels = np.float32(image.convert("RGBA")) / np.float32(255)
-        return pixels[..., :3] * pixels[..., 3:] + (1 - pixels[..., 3:])
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    pixels = np.float32(image) / np.float32(255)
-    return pixels.reshape(*pixels.shape[:2], -1)
-
-
 def _size_of(path):
     """Returns the width and height of an image file by its header, or zeros if it is none."""
     try:
@@ -4085,10 +4076,11 @@ def _page(page, **values):
 
 
 def _data_url(data):
-    """Returns an image file as a data URL, whose kind browsers find out; a TIFF as PNG."""
-    if data.startswith((b"II*\0", b"MM\0*")):  # which browsers do not show
-        colours = LstmCtcOcr().load_colours(data)
-        data = cv2.imencode(".png", 255 * colours[..., ::-1])[1].tobytes()
+    """Returns an image file as a data URL, of which browsers find out the kind; a TIFF as PNG, for they show none."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format == "TIFF":
+            colours = LstmCtcOcr._colours_of(image)[..., ::-1]  # OpenCV writes BGR
+            data = cv2.imencode(".png", 255 * colours)[1].tobytes()
     return "data:image;base64," + base64.b64encode(data).decode()
 
 

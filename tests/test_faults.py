@@ -252,7 +252,7 @@ def test_kill_9_at_any_moment_of_rendering(moments, dataset, tmp_path):
 def test_rendering_that_is_told_to_stop_goes_on_later(dataset, tmp_path, capfd):
     arguments = ["create_dataset", *flags(dataset=tmp_path, im_total_num=IMAGES, **TASK)]
     process = spawn(*arguments, start_new_session=True)
-    eventually(lambda: os.listdir(tmp_path), process)
+    eventually(lambda: contents(tmp_path), process)
     os.killpg(process.pid, signal.SIGTERM)  # to its workers too, as `timeout` or a terminal would
     message, = process.communicate()[1].splitlines()
     assert process.returncode == 128 + signal.SIGTERM and message.startswith("stopped; the same command goes on")
@@ -263,7 +263,7 @@ def test_rendering_that_is_told_to_stop_goes_on_later(dataset, tmp_path, capfd):
 
 def test_a_renderer_that_is_killed_is_one_line(tmp_path, capfd):
     def kill():
-        while not os.listdir(tmp_path):
+        while not contents(tmp_path):
             pass
         multiprocessing.active_children()[0].kill()
 
@@ -276,7 +276,7 @@ def test_a_full_disk_while_rendering(disk, dataset, capfd):
     path, _ = disk
     arguments = ["create_dataset", *flags(dataset=path / "train", im_total_num=IMAGES, **TASK)]
     assert main(arguments) == 2
-    assert "No space left on device; run the same command again" in said(capfd).splitlines()[-1]
+    assert "(No space left on device); run the same command again" in said(capfd).splitlines()[-1]
     files = contents(path / "train")
     assert files.items() <= contents(dataset).items()  # and so no part of one takes room
     (path / "train" / min(files)).unlink()

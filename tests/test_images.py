@@ -20,8 +20,8 @@ from lstm_ctc_ocr import LstmCtcOcr, main
 
 
 def contents(folder):
-    """What is in a folder of images; the file into which training has decoded them is not."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".decoded")}
+    """The visible files of a folder: its images, not what rendering and training note there."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def test_the_seed_alone_decides_every_byte(dataset, tmp_path):
@@ -37,7 +37,7 @@ def test_rendering_goes_on_and_leaves_whole_files_alone(tmp_path):
     arguments = ["create_dataset", *flags(dataset=tmp_path, im_total_num=12, **TASK)]
     assert main(arguments) == 0
     first = contents(tmp_path)
-    gone, torn, kept = sorted(tmp_path.iterdir())[:3]
+    gone, torn, kept = sorted(tmp_path.glob("*.png"))[:3]
     gone.unlink()
     torn.write_bytes(first[torn.name][:100])
     os.utime(kept, (1, 1))
@@ -55,8 +55,8 @@ def test_shards_are_parts_of_the_same_dataset(dataset, tmp_path):
     processes = [spawn("create_dataset", *settings, "--shard", shard) for shard in ("1/3", "2/3", "3/3", "3/3")]
     counts = [int(re.search(r"(\d+) images in", process.communicate()[1])[1]) for process in processes]
     assert counts == [11, 10, 10, 10]
-    (tmp_path / ".9-ab.part").unlink()
     files = contents(tmp_path)
+    assert (tmp_path / ".9-ab.part").exists() and not (tmp_path / ".8-ab.part").exists()
     assert len(files) == 31 and files.items() <= contents(dataset).items()
 
 
@@ -72,7 +72,20 @@ def test_a_folder_of_other_images_is_not_mixed_into(dataset, capfd, other):
     before = contents(dataset)
     assert main(["create_dataset", *flags(**{**TASK, "dataset": dataset, "im_total_num": 810, **other})]) == 2
     assert contents(dataset) == before
-    assert "another --dataset" in capfd.readouterr().err
+    message, = capfd.readouterr().err.splitlines()
+    (flag, _), = [flags(**other)]
+    assert f"images of other {flag}, see" in message and "another --dataset" in message
+
+
+@pytest.mark.parametrize("settings", [None, "no JSON", "[1]"])
+def test_images_that_somebody_else_has_labelled_are_left_alone(settings, tmp_path, capfd):
+    (tmp_path / "7_XA.png").write_bytes(b"mine")
+    if settings is not None:
+        (tmp_path / ".rendering.json").write_text(settings)
+    assert main(["create_dataset", *flags(dataset=tmp_path, im_total_num=9, **TASK)]) == 2
+    message, = capfd.readouterr().err.splitlines()
+    assert "images that it has not rendered; give another --dataset" in message
+    assert contents(tmp_path) == {"7_XA.png": b"mine"}
 
 
 # ---- captchas of every look
@@ -90,7 +103,7 @@ def test_the_seed_decides_every_byte_of_varied_captchas(tmp_path):
     for shard in ("2/2", "1/2"):
         assert varied(tmp_path / "2", im_total_num=40, workers=2, shard=shard) == 0
     files = contents(tmp_path / "1")
-    assert len(files) == 41 and contents(tmp_path / "2") == files  # the images, and what they were drawn with
+    assert len(files) == 40 and contents(tmp_path / "2") == files
     assert varied(tmp_path / "3", im_total_num=5, seed=1) == 0
     assert not set(contents(tmp_path / "3").values()) <= set(files.values())
 
@@ -116,7 +129,7 @@ def test_a_font_of_symbols_draws_no_letters(tmp_path):
         shutil.copy(os.path.join(FONTS, "DroidSansMono.ttf"), tmp_path / "fonts" / name)
     assert main(["create_dataset", *flags(look="varied", fonts=tmp_path / "fonts", dataset=tmp_path / "images",
                                           im_total_num=1)]) == 0
-    assert json.loads((tmp_path / "images" / ".look.json").read_text())["fonts"] == ["Letters.ttf"]
+    assert json.loads((tmp_path / "images" / ".rendering.json").read_text())["fonts"] == ["Letters.ttf"]
 
 
 @pytest.mark.parametrize("other", [dict(look="plain"), dict(look="varied", words="ÄÖ"),
@@ -192,7 +205,7 @@ def test_numbers_of_32_bits_are_shares_of_the_largest(kind, tmp_path):
     np.testing.assert_array_equal(ink[:, :100], np.where(pixels == 200, 0, 255))
 
 
-@pytest.mark.parametrize("words, complaint", [("A/", "labels are part of file names"), ("AB验", "has ['验']")])
+@pytest.mark.parametrize("words, complaint", [("A/", "cannot render ['/']"), ("AB验", "cannot render ['验']")])
 def test_letters_that_cannot_be_rendered_are_one_line(words, complaint, tmp_path, capfd):
     assert main(["create_dataset", *flags(dataset=tmp_path / "new", words=words, im_total_num=2)]) == 2
     message, = capfd.readouterr().err.splitlines()
