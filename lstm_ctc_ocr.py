@@ -2744,30 +2744,6 @@ class LstmCtcOcr:
         letters = tf.where_v2(counts, letters, len(self.words))
         return tf.strings.reduce_join(tf.gather([*self.words, ""], letters), axis=1)
 
-    @dataclasses.dataclass
-    class _OnnxGraph:
-        """An ONNX graph in the making: calling it adds an operation."""
-        onnx: object  # the package
-        nodes: list = dataclasses.field(default_factory=list)
-        constants: list = dataclasses.field(default_factory=list)
-
-        def __call__(self, kind, *inputs, name=None, **attributes):
-            """Adds an operation and returns the name of its first output.
-
-            inputs: names of other operations' outputs, or arrays. attributes: as ONNX defines them.
-            """
-            name = name or f"{kind}_{len(self.nodes)}"
-            inputs = [each if isinstance(each, str) else self.constant(each) for each in inputs]
-            outputs = [name, f"{name}_places"] if kind == "TopK" else [name]
-            self.nodes.append(self.onnx.helper.make_node(kind, inputs, outputs, name, **attributes))
-            return name
-
-        def constant(self, array):
-            """Adds a constant and returns its name."""
-            name = f"constant_{len(self.constants)}"
-            self.constants.append(self.onnx.numpy_helper.from_array(np.asarray(array), name))
-            return name
-
     def _export_onnx(self, path):
         """Writes an ONNX file of standard operators, and beside it the .json that ddddocr needs.
 
@@ -2775,21 +2751,24 @@ class LstmCtcOcr:
         height H. Those wider than W are squeezed, as in `load_image`. Negative numbers, 0 to -255,
         are ink that `load_image` has prepared.
         Its output: scores (T, B, C) float32, the logarithms of probabilities, the blank first.
+        The model's config.json becomes the file's metadata.
         """
         onnx = _package("onnx", "write ONNX files")
         ocr, config, weights = self._load_model(self._model_to_read())
-        graph = self._OnnxGraph(onnx)
-        ocr._onnx_network(graph, weights, config.get("temperature", 1))
+        for name in "dense/kernel", "dense/bias":  # the blank, last in ours, comes first
+            scale = np.float32(1 / config.get("temperature", 1))
+            weights[name] = np.roll(weights[name], 1, axis=-1) * scale
+        graph = onnx.GraphProto(name="lstm_ctc_ocr")
+        ocr._onnx_network(functools.partial(_add_to_onnx, onnx, graph), weights)
         value, real = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
-        inputs = [value("images", real, ["batch", "channels", ocr.im_height, "width"])]
-        classes = len(ocr.words) * ocr.label_parts + 1
-        outputs = [value("scores", real, ["steps", "batch", classes])]
+        classes = weights["dense/bias"].size
+        graph.input.append(
+            value("images", real, ["batch", "channels", ocr.im_height, "width"]))
+        graph.output.append(value("scores", real, ["steps", "batch", classes]))
         model = onnx.helper.make_model(
-            onnx.helper.make_graph(graph.nodes, "lstm_ctc_ocr", inputs, outputs, graph.constants),
-            opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8,
-            producer_name="lstm_ctc_ocr", producer_version=VERSION)
-        kept = {name: config[name] for name in (*self.FORMAT, *ARCHITECTURE, *self.NUMBERS) if name in config}
-        onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in kept.items()})
+            graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+        onnx.helper.set_model_props(
+            model, {name: json.dumps(setting) for name, setting in config.items()})
         onnx.checker.check_model(model)
         settings = path.with_suffix(".json")
         with self._writing(path.parent):
@@ -2809,61 +2788,70 @@ class LstmCtcOcr:
         return {"charset": ["", *charset], "word": False, "image": [-1, self.im_height],
                 "channel": 3}
 
-    def _onnx_network(self, add, weights, temperature):
-        """`_logits` as ONNX operations, blank first, from "images" to "scores"."""
-        x = add("Mul", self._onnx_ink(add), np.float32(3 / 255))  # (B, 1, H, W)
-        names = ["lstm"]
-        if NETWORKS[self.net].convolutions:
-            x, names = self._onnx_convolutions(add, x, weights), ["forward", "backward"]
-        x = add("Reshape", add("Transpose", x, perm=[3, 0, 2, 1]), np.array([0, 0, -1]))  # (T, B, F)
-        layers = [_onnx_lstm(weights[f"{name}/kernel"], weights[f"{name}/bias"]) for name in names]
-        x = add("LSTM", x, *map(np.stack, zip(*layers)), hidden_size=layers[0][1].shape[1],
-                direction="bidirectional" if len(names) > 1 else "forward")  # (T, directions, B, N)
-        x = add("Reshape", add("Transpose", x, perm=[0, 2, 1, 3]), np.array([0, 0, -1]))
-        kernel, bias = (np.roll(weights[f"dense/{name}"], 1, axis=-1) / np.float32(temperature)
-                        for name in ("kernel", "bias"))  # rolled, so that the blank comes first
-        add("LogSoftmax", add("Add", add("MatMul", x, kernel), bias), axis=2, name="scores")
+    def _onnx_network(self, add, weights):
+        """The network as ONNX operations, from "images" to "scores"."""
+        network = NETWORKS[self.net]
 
-    def _onnx_convolutions(self, add, x, weights):
-        """`convolutions`, and the projection behind them, as ONNX operations: (B, 1, H, W) -> (B, units, 1, T).
-
-        Batch normalisation is folded in.
-        """
         def convolution(x, name, strides=(1, 1)):
-            kernel, scale, offset, mean, variance = (
-                weights[f"{name}/{part}"] for part in ("kernel", "scale", "offset", "mean", "variance"))
-            scale = scale / np.sqrt(variance + np.float32(self.NORM_EPSILON))
-            return add("Conv", x, (kernel * scale).transpose(3, 2, 0, 1), offset - mean * scale, strides=strides,
-                       auto_pad="SAME_UPPER")
+            kernel, *norm = (weights[f"{name}/{part}"]
+                             for part in ("kernel", "scale", "offset", "mean", "variance"))
+            kernel = kernel.transpose(3, 2, 0, 1)
+            x = add("Conv", x, kernel, strides=strides, auto_pad="SAME_UPPER")
+            return add("BatchNormalization", x, *norm, epsilon=self.NORM_EPSILON)
 
-        for number, (channels, _, down, across, blocks) in enumerate(NETWORKS[self.net].convolutions, 1):
+        def dense(x, name):
+            return add("Add", add("MatMul", x, weights[f"{name}/kernel"]), weights[f"{name}/bias"])
+
+        x = add("Mul", self._onnx_ink(add), np.float32(3 / 255))  # (B, 1, H, W)
+        for number, (_, _, down, across, blocks) in enumerate(network.convolutions, 1):
             name = f"convolution{number}"
-            x = add("Relu", convolution(x, name, (down, across)))
+            x = add("Relu", convolution(x, name, (down, across)))  # (B, channels, h, T)
             for block in range(1, blocks + 1):
                 y = add("Relu", convolution(x, f"{name}/residual{block}a"))
                 x = add("Relu", add("Add", x, convolution(y, f"{name}/residual{block}b")))
-        # The projection of each step, as a convolution over all that is above it: less is left to be transposed.
-        kernel = weights["projection/kernel"].reshape(-1, channels, NETWORKS[self.net].projection)
-        return add("Relu", add("Conv", x, kernel.transpose(2, 1, 0)[..., None], weights["projection/bias"]))
+        x = add("Transpose", x, perm=[3, 0, 2, 1])
+        x = add("Reshape", x, [0, 0, -1])  # (T, B, h * channels)
+        if network.projection:
+            x = add("Relu", dense(x, "projection"))
+        if network.bidirectional:
+            forward = self._onnx_lstm(add, x, weights, "forward", "forward")
+            backward = self._onnx_lstm(add, x, weights, "backward", "reverse")
+            x = add("Concat", forward, backward, axis=2)
+        else:
+            x = self._onnx_lstm(add, x, weights, "lstm", "forward")
+        add("LogSoftmax", dense(x, "dense"), axis=2, name="scores")
+
+    @staticmethod
+    def _onnx_lstm(add, x, weights, name, direction):
+        """`lstm` as ONNX operations: (T, B, I) -> (T, B, N)."""
+        kernel, bias = weights[f"{name}/kernel"], weights[f"{name}/bias"]
+        i, c, f, o = np.split(np.vstack([kernel, bias]), 4, axis=1)  # (I + N + 1, N) each
+        f[-1] += 1  # BlockLSTM adds it, ONNX does not
+        gates = np.hstack([i, o, f, c]).T[None]  # (1, 4 N, I + N + 1), in ONNX's order
+        cells, bias = len(bias) // 4, gates[..., -1]
+        inputs, recurrent = gates[..., :-cells - 1], gates[..., -cells - 1:-1]
+        x = add("LSTM", x, inputs, recurrent, np.hstack([bias, 0 * bias]), hidden_size=cells,
+                direction=direction)  # its second bias is not needed
+        return add("Squeeze", x, [1])  # of (T, directions, B, N)
 
     def _onnx_ink(self, add):
         """`ink_of` as ONNX operations: "images" -> ink (B, 1, H, `_read_width`) of 0 to 255."""
         height, most = [self.im_height], [self.im_width]
         fitted = add("Min", add("Shape", "images", start=3), most)
-        size = add("Concat", add("Shape", "images", end=3), fitted, axis=0)
-        given = add("Resize", "images", "", "", size, mode="linear",
+        given = add("Resize", "images", "", "", fitted, axes=[3], mode="linear",
                     coordinate_transformation_mode="half_pixel")
-        prepared = add("ReduceMax", add("Relu", add("Neg", given)), axes=[1])  # 0 for colours
+        prepared = add("ReduceMax", add("Relu", add("Neg", given)), [1])  # 0 for colours
         colours = add("Relu", given)  # 0 for prepared ink
         away = add("Abs", add("Sub", colours, self._onnx_paper(add, colours)))
-        ink = add("ReduceMax", away, axes=[1])
-        strongest = add("Max", add("ReduceMax", ink, axes=[2, 3]), np.float32(MIN_CONTRAST))
+        ink = add("ReduceMax", away, [1])
+        strongest = add("Max", add("ReduceMax", ink, [2, 3]), np.float32(MIN_CONTRAST))
         ink = add("Round", add("Mul", ink, add("Div", np.float32(255), strongest)))
         ink = add("Add", ink, prepared)
         needed = add("Max", fitted, [self._least_steps * self._stride])
-        squares = add("Div", add("Add", needed, [self.im_height - 1]), height)
-        width = add("Min", add("Mul", squares, height), most)
-        return add("Pad", ink, add("Concat", [0] * 7, add("Sub", width, fitted), axis=0))
+        more = add("Mod", add("Neg", needed), height)  # up to a multiple of H
+        width = add("Min", add("Add", needed, more), most)
+        padding = add("Concat", [0], add("Sub", width, fitted), axis=0)
+        return add("Pad", ink, padding, "", [3])
 
     def _onnx_paper(self, add, colours):
         """`_paper_of` as ONNX operations: (B, channels, H, w) -> (B, channels, 1, 1)."""
@@ -2877,7 +2865,23 @@ class LstmCtcOcr:
                     part(edge, -edge, 0, edge), part(edge, -edge, -edge, end), axis=2)
         half = add("Div", add("Shape", along, start=2, end=3), [2])
         lower_half = add("TopK", along, add("Add", half, [1]), axis=2, largest=0)
-        return add("ReduceMax", lower_half, axes=[2])  # the median
+        return add("ReduceMax", lower_half, [2])  # the median
+
+
+def _add_to_onnx(onnx, graph, kind, *inputs, name=None, **attributes):
+    """Adds an operation to an ONNX graph and returns the name of its first output.
+
+    inputs: names of other operations' outputs, or arrays. attributes: as ONNX defines them.
+    """
+    name, names = name or f"{kind}_{len(graph.node)}", []
+    for each in inputs:
+        if not isinstance(each, str):
+            array, each = np.asarray(each), f"constant_{len(graph.initializer)}"
+            graph.initializer.append(onnx.numpy_helper.from_array(array, each))
+        names.append(each)
+    outputs = [name, f"{name}_places"] if kind == "TopK" else [name]
+    graph.node.append(onnx.helper.make_node(kind, names, outputs, name, **attributes))
+    return name
 
 
 def _onnx_session(runtime, data, threads):
@@ -2886,16 +2890,6 @@ def _onnx_session(runtime, data, threads):
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # nothing is printed, for what is wrong is raised
     return runtime.InferenceSession(data, options, ["CPUExecutionProvider"])
-
-
-def _onnx_lstm(kernel, bias):
-    """Weights of BlockLSTM, kernel (I + N, 4 N) and bias (4 N,), as ONNX has them: (4 N, I), (4 N, N), (8 N,)."""
-    i, c, f, o = np.split(np.vstack([kernel, bias]), 4, axis=1)
-    f[-1] += 1  # BlockLSTM's forget_bias
-    ordered = np.concatenate([i, o, f, c], axis=1).T
-    inputs = len(kernel) - len(bias) // 4
-    bias = np.concatenate([ordered[:, -1], np.zeros_like(bias)])
-    return ordered[:, :inputs], ordered[:, inputs:-1], bias
 
 
 # ---------------------------------------------------------------------- captchas of every look

@@ -36,7 +36,7 @@ def test_it_reads_what_recognise_reads(tmp_path, capsys):
     paths = [blank, *SAMPLES.values(), *sorted((tmp_path / "repeats").glob("*.png"))]
     ocr, read = LstmCtcOcr(model=str(SHIPPED)), saved(SHIPPED, tmp_path / "exported")
     ours = ocr.recognise(paths)
-    ink = np.stack([ocr.load_image(path) for path in paths])
+    ink = np.stack([ocr.resolve().load_image(path) for path in paths])
     texts, confidences = read(ink)
     assert texts == [text for text, _ in ours] and texts[1:4] == [*SAMPLES]
     assert confidences == pytest.approx([confidence for _, confidence in ours], abs=0.02)
@@ -51,7 +51,7 @@ def test_a_models_temperature_lowers_its_confidence(tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "temperature": 3.0}))
     ocr = LstmCtcOcr(model=str(tmp_path / "model"))
     texts, confidences = saved(tmp_path / "model", tmp_path / "exported")(
-        np.stack([ocr.load_image(path) for path in SAMPLES.values()]))
+        np.stack([ocr.resolve().load_image(path) for path in SAMPLES.values()]))
     ours = ocr.recognise(list(SAMPLES.values()))
     assert texts == [*SAMPLES] and max(confidences) < 0.95
     assert confidences == pytest.approx([confidence for _, confidence in ours], abs=0.05)  # float32, not bfloat16
