@@ -39,7 +39,6 @@ import html
 import importlib
 import importlib.util
 import io
-import ipaddress
 import itertools
 import json
 import math
@@ -2302,23 +2301,18 @@ class LstmCtcOcr:
     SERVE_BATCH = 8  # images that a thread reads at once; more cost hardly less an image
 
     @dataclasses.dataclass
-    class _Counts:
-        """Counters that /healthz shows."""
+    class _Service:
+        """State that the requests to an application share; `lock` is held to change it."""
+        labelling: object  # _Labelling, with --label
+        pool: object  # threads that read, one a core; the first job starts them
+        jobs: list  # (bytes, Restriction, Future) of images that wait
+        latencies: collections.deque  # seconds, of the last requests for a reading
+        lock: object
         waiting: int = 0  # images that wait, or are being read
         images_read: int = 0
         errors: int = 0  # requests for a reading that were answered with an error
         other_requests: int = 0  # requests that asked for no reading, or were refused before it
-
-    @dataclasses.dataclass
-    class _Service:
-        """State that the requests to an application share."""
-        labelling: object  # _Labelling, with --label
-        counts: object  # _Counts
-        latencies: collections.deque  # seconds, of the last requests for a reading
-        pool: object  # threads that read, one a core; the first job starts them
-        jobs: list = dataclasses.field(default_factory=list)  # waiting (bytes, Restriction, Future)
         stopping: bool = False
-        lock: object = dataclasses.field(default_factory=threading.Lock)  # held to change the above
 
         def close(self):
             """Refuses new jobs, waits until those that wait are done, and ends the threads."""
@@ -2337,8 +2331,8 @@ class LstmCtcOcr:
         ocr = self._reader.ocr
         blank = np.zeros((1, ocr.im_height, ocr.im_width), np.uint8)
         self._reader.logits(blank, alone=True)  # the first run takes long
-        service = self._Service(labelling, self._Counts(), collections.deque(maxlen=1000),
-                                concurrent.futures.ThreadPoolExecutor(_cores()))
+        service = self._Service(labelling, concurrent.futures.ThreadPoolExecutor(_cores()), [],
+                                collections.deque(maxlen=1000), threading.Lock())
         if labelling:
             service.pool.submit(self._guess_all, service, iter(labelling.left()))
         app = flask.Flask(__name__, static_folder=None)
@@ -2381,10 +2375,10 @@ class LstmCtcOcr:
         seconds = time.perf_counter() - flask.g.begun
         with service.lock:
             if request.path == "/captchaOcr" and status not in (401, 404, 405):
-                service.counts.errors += status >= 400
+                service.errors += status >= 400
                 service.latencies.append(seconds)
             else:
-                service.counts.other_requests += 1
+                service.other_requests += 1
         response.headers.update(self.HEADERS)
         response.headers.setdefault("Content-Security-Policy", "default-src 'none'")
         target = ascii(request.full_path.rstrip("?"))[1:-1]  # no control characters in a log
@@ -2412,19 +2406,17 @@ class LstmCtcOcr:
 
     def _answer_post(self, service):
         """POST /captchaOcr: reads an image, sent as the body or in JSON, or files of a form."""
-        request, kind = flask.request, flask.request.mimetype
+        request, kind, datas = flask.request, flask.request.mimetype, []
         if kind == "multipart/form-data":
             datas = [file.read() for file in request.files.getlist("image")]
         elif kind == "application/json":
-            datas = [_base64_image(_json_body())]
+            with contextlib.suppress(KeyError, AttributeError, ValueError):
+                datas = [base64.b64decode(_json_body()["image"].rpartition(",")[2])]  # or data URL
         elif kind.startswith("image/"):
             datas = [request.get_data()]
-        else:
-            flask.abort(415, "send an image/* body, JSON with the image as base64, or a form with "
-                             "files named image")
         if not 1 <= len(datas) <= self.MAX_IMAGES:
-            flask.abort(400, f"send 1 to {self.MAX_IMAGES} images, as files named image, of "
-                             f"{self.MAX_BODY:,} bytes together at most")
+            flask.abort(400, f"send an image/* body, JSON with the image as base64, or a form with 1 "
+                             f"to {self.MAX_IMAGES} files named image")
         answers = self._answer(service, datas)
         return answers[0] if len(answers) == 1 else {"results": answers}
 
@@ -2435,30 +2427,29 @@ class LstmCtcOcr:
         settings. An image that cannot be read has its error in its place; if no image can be
         read, the first error is raised.
         """
-        given, counts = {**flask.request.values, **_json_body()}, service.counts
+        given = {**flask.request.values, **_json_body()}
         restriction = self._reader.ocr.restrict(str(given.get("letters") or self.letters),
                                                 str(given.get("length") or self.length))
-        jobs = [(data, restriction, concurrent.futures.Future()) for data in datas]
+        futures = [concurrent.futures.Future() for _ in datas]
         with service.lock:
-            if service.stopping or counts.waiting >= self.QUEUE:
+            if service.stopping or service.waiting >= self.QUEUE:
                 raise ServiceUnavailable("too many images are waiting, or the service is stopping; "
                                          "try again soon", retry_after=1)
-            counts.waiting += len(jobs)  # of a form all, or under load it would never fit
-            service.jobs += jobs
-            for _ in jobs:
+            service.waiting += len(datas)  # of a form all, or under load it would never fit
+            for data, future in zip(datas, futures):
+                service.jobs.append((data, restriction, future))
                 service.pool.submit(self._read_jobs, service)
-        try:
-            readings = [future.result() for _, _, future in jobs]
-        finally:
-            with service.lock:
-                counts.waiting -= len(jobs)
-        errors = [reading for reading in readings if isinstance(reading, self.Error)]
-        if len(errors) == len(readings):
-            raise errors[0]
+        concurrent.futures.wait(futures)
         with service.lock:
-            counts.images_read += len(readings) - len(errors)
-        return [{"error": str(reading)} if isinstance(reading, self.Error) else
-                dict(zip(("ocr_ret", "confidence"), reading)) for reading in readings]
+            service.waiting -= len(datas)
+        readings = [future.result() for future in futures]
+        read = [reading for reading in readings if isinstance(reading, tuple)]
+        if not read:
+            raise readings[0]
+        with service.lock:
+            service.images_read += len(read)
+        return [dict(zip(("ocr_ret", "confidence"), reading)) if isinstance(reading, tuple) else
+                {"error": str(reading)} for reading in readings]
 
     def _read_jobs(self, service):
         """Reads a batch of the images that wait, if others have left any.
@@ -2468,8 +2459,8 @@ class LstmCtcOcr:
         more requests a second than reading one batch at a time on all cores.
         """
         with service.lock:
-            batch, rest = service.jobs[:self.SERVE_BATCH], service.jobs[self.SERVE_BATCH:]
-            service.jobs = rest
+            batch = service.jobs[:self.SERVE_BATCH]
+            del service.jobs[:self.SERVE_BATCH]
         if not batch:
             return
         datas, restrictions, futures = zip(*batch)
@@ -2487,11 +2478,12 @@ class LstmCtcOcr:
         told = ("net", "words", "words_max_num", "step", "accuracy")
         with service.lock:
             milliseconds = np.array(service.latencies or [0]) * 1e3
-            counts = dataclasses.asdict(service.counts)
+        p50, p95, p99 = np.percentile(milliseconds, (50, 95, 99)).round(2).tolist()
         return {"status": "stopping" if service.stopping else "ok", "version": VERSION,
-                "model": {name: config[name] for name in told if name in config}, **counts,
-                "latency_ms": {f"p{percent}": round(float(np.percentile(milliseconds, percent)), 2)
-                               for percent in (50, 95, 99)}}
+                "model": {name: config.get(name) for name in told},
+                "waiting": service.waiting, "images_read": service.images_read,
+                "errors": service.errors, "other_requests": service.other_requests,
+                "latency_ms": {"p50": p50, "p95": p95, "p99": p99}}
 
     def _answer_description(self, service):
         """GET /openapi.json"""
@@ -2500,8 +2492,7 @@ class LstmCtcOcr:
     def _answer_page(self, service):
         """GET /: a page that reads what is dropped on it, with the first three images to try."""
         paths = sorted((HOME / "dataset" / "test").glob("*.png"))[:3]
-        samples = [SAMPLE.format(name=html.escape(path.stem), data=_data_url(path.read_bytes()))
-                   for path in paths]
+        samples = [SAMPLE % _data_url(path.read_bytes()) for path in paths]
         return _page(PAGE, samples="".join(samples), net=self._reader.config["net"])
 
     MAX_BUFFER = 2_900_000  # bytes of a request; above `MAX_BODY`, so that senders hear of that
@@ -2521,8 +2512,7 @@ class LstmCtcOcr:
             threads=self.QUEUE + 8,  # one is always free to say that too many images wait
             connection_limit=self.CONNECTIONS)
         waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        address = f"http://{host}:{server.effective_port}"
+        address = f"http://{self.host}:{server.effective_port}"
         with _deferred_stop() as stop:
             print(f"{address}/captchaOcr?img_path=./dataset/test/0_PIY.png", file=sys.stderr,
                   flush=True)
@@ -2540,13 +2530,11 @@ class LstmCtcOcr:
     def _listen(self):
         """Returns a socket that listens; raises `Error` if the address cannot be had."""
         try:
-            family, *_, address = socket.getaddrinfo(self.host, self.port,
-                                                     type=socket.SOCK_STREAM)[0]
-            listening = socket.create_server(address[:2], family=family, backlog=1024)
+            listening = socket.create_server((self.host, self.port), backlog=1024)
         except (OSError, UnicodeError) as error:
             raise self.Error(f"cannot serve on {self.host}:{self.port} ({error}); choose another "
                              "--port or --host") from None
-        if not ipaddress.ip_address(address[0]).is_loopback:
+        if self.host not in ("127.0.0.1", "localhost"):
             print("other machines can reach this service, the images under "
                   f"{self.image_root} and those to label; --token keeps strangers out",
                   file=sys.stderr)
@@ -2554,7 +2542,7 @@ class LstmCtcOcr:
 
     def _drain(self, server, service):
         """Takes no more connections, and answers the requests under way, for 4 seconds at most."""
-        service.stopping, server.accepting = True, False
+        service.stopping = True
         server.del_channel()
         server.socket.shutdown(socket.SHUT_RD)  # who comes now is refused, rather than cut off
         deadline = time.monotonic() + 4
@@ -2574,19 +2562,17 @@ class LstmCtcOcr:
         labels: dict  # by name
         guesses: dict  # by name (text, confidence), None before it is read; without unreadable ones
         read: object  # function from paths to readings, see `_read_each`
-        skipped: collections.Counter = dataclasses.field(  # how often, by name
-            default_factory=collections.Counter)
-        lock: object = dataclasses.field(default_factory=threading.Lock)  # held to write
+        skipped: collections.Counter  # how often, by name
+        lock: object  # held to write
 
         def left(self):
             """Returns the names of the images that have no label."""
             return [name for name in list(self.guesses) if name not in self.labels]
 
         def guess(self, name):
-            """Reads an image; drops one that has gone or cannot be read, and names it on stderr."""
+            """Reads an image; one that has gone or cannot be read is named on stderr and dropped."""
             path = _file_under(self.folder, self.folder / name)
-            gone = LstmCtcOcr.Error(f"{name} has gone")
-            reading, = self.read([path]) if path else [gone]
+            reading, = self.read([path]) if path else [LstmCtcOcr.Error(f"{name} has gone")]
             if isinstance(reading, LstmCtcOcr.Error):
                 print(reading, file=sys.stderr)
                 self.guesses.pop(name, None)
@@ -2595,14 +2581,13 @@ class LstmCtcOcr:
 
         def show(self, name):
             """Returns what the page shows of an image, or None if it cannot be read any more."""
-            if name in self.guesses:
-                self.guess(name)
+            self.guess(name)
             if name not in self.guesses:
                 return None
-            guess, confidence = self.guesses[name]
+            text, confidence = self.guesses[name]
             image = _data_url((self.folder / name).read_bytes())
-            return {"path": name, "image": image, "guess": guess, "confidence": confidence,
-                    "label": self.labels.get(name, "")}
+            return {"path": name, "image": image, "confidence": confidence,
+                    "text": self.labels.get(name, text)}
 
         def show_next(self):
             """Shows the image that was skipped least often, and of those the least surely read.
@@ -2620,14 +2605,14 @@ class LstmCtcOcr:
 
         def write(self, name, label):
             """Adds a line to the list of labels, whole or not at all; it is then on the disk."""
-            path, line = self.folder / LABELS, io.StringIO()
-            csv.writer(line, delimiter=self.separator, lineterminator="\n").writerow([name, label])
+            path = self.folder / LABELS
             with self.lock:
                 path.touch()
                 end = path.stat().st_size
                 try:
-                    with open(path, "ab") as file:
-                        file.write(line.getvalue().encode())
+                    with open(path, "a", encoding="utf-8", newline="") as file:
+                        lines = csv.writer(file, delimiter=self.separator, lineterminator="\n")
+                        lines.writerow([name, label])
                     _to_disk(path, self.folder)
                 except OSError:
                     os.truncate(path, end)
@@ -2645,7 +2630,8 @@ class LstmCtcOcr:
                              "you want to label")
         separator = _separator(_whole_lines(folder / LABELS))
         _, labels, _ = self._listed(folder, names, others)
-        return self._Labelling(folder, separator, labels, guesses, self._read_each)
+        return self._Labelling(folder, separator, labels, guesses, self._read_each,
+                               collections.Counter(), threading.Lock())
 
     def _guess_all(self, service, names):
         """Reads the next image to label, then lets requests be read, and goes on with the others.
@@ -2675,20 +2661,19 @@ class LstmCtcOcr:
             flask.abort(400, 'send JSON: {"path": an image of the folder, "label": its text}')
         if label is None:
             labelling.skipped[name] += 1
-            return self._answer_image_to_label(service)
-        label = label.strip() if isinstance(label, str) else ""
-        if not label.isprintable() or not 1 <= len(label) <= self.LONGEST_LABEL:
+        elif isinstance(label, str) and label.isprintable() and \
+                1 <= len(label.strip()) <= self.LONGEST_LABEL:
+            labelling.write(name, label.strip())
+        else:
             flask.abort(400, f"a label is 1 to {self.LONGEST_LABEL} letters, and holds no control "
                              "characters")
-        labelling.write(name, label)
         return self._answer_image_to_label(service)
 
     def _answer_image_to_label(self, service):
-        """GET /label/image?path=P: shows the image P, or without it the next one to label."""
+        """GET /label/image?path=P: shows the image P if it is there, else the next one to label."""
         labelling, asked = service.labelling, flask.request.args.get("path")
-        shown = labelling.show(asked) if asked else labelling.show_next()
-        if not shown:
-            flask.abort(404, "no such image in the folder to label")
+        shown = labelling.show(asked) if asked in labelling.guesses else None
+        shown = shown or labelling.show_next()
         labelled, left = len(labelling.labels), len(labelling.left())
         return {**shown, "labelled": labelled, "images": labelled + left}
 
@@ -4051,14 +4036,6 @@ def _json_body():
     return body if isinstance(body, dict) else {}
 
 
-def _base64_image(body):
-    """Returns the bytes of the image in a JSON body {"image": base64}, which may be a data URL."""
-    try:
-        return base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", body["image"]), validate=True)
-    except (KeyError, TypeError, ValueError):
-        flask.abort(400, 'send {"image": base64 of the file}')
-
-
 def _page(page, **values):
     """Fills in the $names of a page; its policy lets no script and no style run but its own."""
     nonce = secrets.token_urlsafe(16)
@@ -4169,7 +4146,34 @@ DESCRIPTION = """{
       "summary": "A page that reads images",
       "responses": {
         "200": {"description": "HTML", "content": {"text/html": {"schema": {"type": "string"}}}},
-        "401": {"$ref": "#/components/responses/Error"}}}},
+        "401": {"$ref": "#/components/responses/Error"}}}}$label_paths},
+"components": {
+  "parameters": {
+    "letters": {"name": "letters", "in": "query",
+                "schema": {"$ref": "#/components/schemas/Letters"}},
+    "length": {"name": "length", "in": "query", "schema": {"$ref": "#/components/schemas/Length"}}},
+  "responses": {
+    "Error": {"description": "what is wrong", "content": {"application/json": {
+      "schema": {"$ref": "#/components/schemas/Error"}}}}},
+  "schemas": {
+    "Number": {"type": "number", "minimum": 0},
+    "Letters": {"type": "string", "description": "the only letters to read, such as ABC"},
+    "Length": {"type": "string", "pattern": "^[0-9]{1,4}(-[0-9]{1,4})?$",
+               "description": "letters of the text: N or MIN-MAX"},
+    "Error": {"type": "object", "required": ["error"],
+              "properties": {"error": {"type": "string"}}},
+    "Reading": {"type": "object", "required": ["ocr_ret", "confidence"], "properties": {
+      "ocr_ret": {"type": "string"}, "confidence": {"$ref": "#/components/schemas/Number"}}},
+    "ToLabel": {"type": "object", "required": ["path", "labelled", "images"], "properties": {
+      "path": {"type": "string", "description": "empty when all images have a label"},
+      "image": {"type": "string", "description": "a data URL"},
+      "text": {"type": "string", "description": "its label, or what it may say"},
+      "confidence": {"$ref": "#/components/schemas/Number"},
+      "labelled": {"$ref": "#/components/schemas/Number"},
+      "images": {"$ref": "#/components/schemas/Number"}}}}}}"""
+
+
+LABEL_PATHS = """,
   "/label": {
     "get": {
       "operationId": "answer_label_page",
@@ -4200,43 +4204,14 @@ DESCRIPTION = """{
       "responses": {
         "200": {"description": "the image, and what it may say", "content": {"application/json": {
           "schema": {"$ref": "#/components/schemas/ToLabel"}}}},
-        "401": {"$ref": "#/components/responses/Error"},
-        "404": {"$ref": "#/components/responses/Error"}}}}},
-"components": {
-  "parameters": {
-    "letters": {"name": "letters", "in": "query",
-                "schema": {"$ref": "#/components/schemas/Letters"}},
-    "length": {"name": "length", "in": "query", "schema": {"$ref": "#/components/schemas/Length"}}},
-  "responses": {
-    "Error": {"description": "what is wrong", "content": {"application/json": {
-      "schema": {"$ref": "#/components/schemas/Error"}}}}},
-  "schemas": {
-    "Number": {"type": "number", "minimum": 0},
-    "Letters": {"type": "string", "description": "the only letters to read, such as ABC"},
-    "Length": {"type": "string", "pattern": "^[0-9]{1,4}(-[0-9]{1,4})?$",
-               "description": "letters of the text: N or MIN-MAX"},
-    "Error": {"type": "object", "required": ["error"],
-              "properties": {"error": {"type": "string"}}},
-    "Reading": {"type": "object", "required": ["ocr_ret", "confidence"], "properties": {
-      "ocr_ret": {"type": "string"}, "confidence": {"$ref": "#/components/schemas/Number"}}},
-    "ToLabel": {"type": "object", "required": ["path", "labelled", "images"], "properties": {
-      "path": {"type": "string", "description": "empty when all images have a label"},
-      "image": {"type": "string", "description": "a data URL"},
-      "guess": {"type": "string"},
-      "confidence": {"$ref": "#/components/schemas/Number"},
-      "label": {"type": "string"},
-      "labelled": {"$ref": "#/components/schemas/Number"},
-      "images": {"$ref": "#/components/schemas/Number"}}}}}}"""
+        "401": {"$ref": "#/components/responses/Error"}}}}"""
 
 
-def describe_service(labelling):
-    """Returns the service's OpenAPI description; labelling: the page /label is served too."""
-    values = {"version": VERSION, "max_images": LstmCtcOcr.MAX_IMAGES}
-    description = json.loads(string.Template(DESCRIPTION).safe_substitute(values))
-    if not labelling:
-        paths = description["paths"]
-        description["paths"] = {path: paths[path] for path in paths if "/label" not in path}
-    return description
+def describe_service(label):
+    """Returns the service's OpenAPI description; label: whether the page /label is served."""
+    values = {"version": VERSION, "max_images": LstmCtcOcr.MAX_IMAGES,
+              "label_paths": LABEL_PATHS if label else ""}
+    return json.loads(string.Template(DESCRIPTION).safe_substitute(values))
 
 
 HEAD = """<!doctype html>
@@ -4294,7 +4269,7 @@ LABEL_PAGE = HEAD.replace("$title", "Label captchas") + """\
     progress.textContent = `${answer.labelled} of ${answer.images}; start training with about 200`;
     image.hidden = !shown;
     image.src = answer.image || "";
-    field.value = answer.label || answer.guess || "";
+    field.value = answer.text || "";
     field.focus();
     field.select();
     const sure = `${shown}: read with confidence ${(100 * answer.confidence).toFixed(1)} %`;
@@ -4317,7 +4292,7 @@ LABEL_PAGE = HEAD.replace("$title", "Label captchas") + """\
 </script>
 </html>
 """
-SAMPLE = """<button class="sample"><img alt="sample {name}" src="{data}"></button>"""
+SAMPLE = """<button class="sample"><img alt="a sample" src="%s"></button>"""
 PAGE = HEAD.replace("$title", "Captcha reader") + """\
   #drop { display: block; padding: 2rem 1rem; border: 2px dashed GrayText; border-radius: .75rem }
   #drop { text-align: center; cursor: pointer }
