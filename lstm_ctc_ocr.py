@@ -786,13 +786,14 @@ class LstmCtcOcr:
                 if math.prod(image.size) > self.MAX_PIXELS:  # known from the header, before anything is decoded
                     raise Image.DecompressionBombError
                 ImageOps.exif_transpose(image, in_place=True)  # turned as the camera was held
-                return self._resized(self._colours_of(image))
+                colours = self._colours_of(image)
         except Image.DecompressionBombError:
             raise self.TooLarge(f"{name}: more than {self.MAX_PIXELS:,} pixels") from None
         except UnidentifiedImageError:
             raise self.Unknown(f"{name}: not a whole image of a kind that is read: {', '.join(IMAGE_KINDS)}") from None
         except Exception as error:  # a damaged file can fail in many ways
             raise self.Error(f"{name}: not a whole image ({_on_one_line(error)})") from None
+        return self._resized(colours)
 
     def _read_file(self, path, name):
         """Returns the bytes of a file. Raises `Error` with that name if it cannot be read."""

@@ -1,5 +1,6 @@
 """Rendering, and the one way in which images are loaded."""
 
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, TASK, flags, spawn
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from lstm_ctc_ocr import LstmCtcOcr, main
 
@@ -146,51 +147,79 @@ def test_varied_captchas_are_not_mixed_with_others(other, tmp_path, capfd):
 
 # ---- loading
 
+OCR = LstmCtcOcr().resolve()
+
+
 def png(pixels, suffix=".png"):
     return cv2.imencode(suffix, pixels)[1].tobytes()
 
 
 @pytest.fixture(scope="module")
 def colour():
-    """A captcha's pixels: dark strokes on white, (64, 256, 3) uint8."""
-    pixels = np.full((64, 256, 3), 255, np.uint8)
-    cv2.putText(pixels, "PIY", (5, 50), cv2.FONT_HERSHEY_SIMPLEX, 1.5, (90, 40, 20), 4)
-    return pixels
+    """A captcha's pixels: strokes of one dark colour on white, (64, 256, 3) uint8, BGR."""
+    mask = np.zeros((64, 256), np.uint8)
+    cv2.putText(mask, "PIY", (5, 50), cv2.FONT_HERSHEY_SIMPLEX, 1.5, 255, 4)
+    return np.where(mask[..., None] > 127, (90, 40, 20), (255, 255, 255)).astype(np.uint8)
+
+
+def saved(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def variants(colour):
-    grey = cv2.cvtColor(colour, cv2.COLOR_BGR2GRAY)
-    alpha = np.where(grey < 255, 255, 0).astype(np.uint8)
-    black_below = np.dstack([colour * (alpha > 0)[..., np.newaxis], alpha])  # what is transparent is black underneath
+    """The same picture, which has two colours, as files of many kinds, modes and depths."""
+    rgb = Image.fromarray(colour[..., ::-1])
+    grey, palette, turned = rgb.convert("L"), rgb.quantize(2), Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    alpha = grey.point(lambda value: 0 if value == 255 else 255)
+    transparent = rgb.copy()
+    transparent.paste((0, 0, 0), mask=ImageOps.invert(alpha))  # what is transparent is black underneath
+    transparent.putalpha(alpha)
+    alpha16 = np.array(transparent)[..., [2, 1, 0, 3]].astype(np.uint16) * 257
+    white = palette.getpixel((0, 0))
+    other = ImageOps.mirror(palette)
     return {
-        "grey": png(grey), "16 bit": png(grey.astype(np.uint16) * 257),
-        "RGB 16 bit": png(colour.astype(np.uint16) * 257),
-        "RGBA": png(np.dstack([colour, np.full_like(grey, 255)])), "transparent": png(black_below),
-        "transparent 16 bit": png(black_below.astype(np.uint16) * 257), "BMP": png(colour, ".bmp"),
-        "TIFF": png(colour, ".tiff"), "float TIFF": png(grey.astype(np.float32) / 255, ".tiff"),
-        "twice as large": png(cv2.resize(colour, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)),
-        "narrow": png(colour[:, :150]), "JPEG": png(colour, ".jpg"),
+        "grey": saved(grey), "1 bit": saved(grey.point(lambda value: value // 255 * 255).convert("1")),
+        "palette": saved(palette), "palette tRNS": saved(palette, transparency=white),
+        "LA": saved(transparent.convert("LA")),
+        "RGB tRNS": saved(rgb, transparency=(255, 255, 255)), "grey tRNS": saved(grey, transparency=255),
+        "RGBA": saved(rgb.convert("RGBA")), "transparent": saved(transparent),
+        "16 bit": png(np.array(grey).astype(np.uint16) * 257), "RGB 16 bit": png(colour.astype(np.uint16) * 257),
+        "transparent 16 bit": png(alpha16), "turned": saved(rgb.rotate(90, expand=True), exif=turned),
+        "BMP": saved(rgb, "BMP"), "grey BMP": saved(grey, "BMP"), "palette BMP": saved(palette, "BMP"),
+        "GIF": saved(palette, "GIF"), "transparent GIF": saved(palette, "GIF", transparency=white),
+        "animated GIF": saved(palette, "GIF", save_all=True, append_images=[other]),
+        "WebP": saved(rgb, "WEBP", lossless=True), "transparent WebP": saved(transparent, "WEBP", lossless=True),
+        "TIFF": saved(rgb, "TIFF"), "CMYK TIFF": saved(rgb.convert("CMYK"), "TIFF"),
+        "compressed TIFF": saved(rgb, "TIFF", compression="tiff_lzw"),
+        "16 bit TIFF": png(np.array(grey).astype(np.uint16) * 257, ".tiff"),
+        "float TIFF": saved(Image.fromarray(np.float32(grey) / 255), "TIFF"),
+        "JPEG": saved(rgb, "JPEG", quality=98), "grey JPEG": saved(grey, "JPEG", quality=98),
+        "CMYK JPEG": saved(rgb.convert("CMYK"), "JPEG", quality=98),
+        "twice as large": saved(rgb.resize((512, 128), Image.NEAREST)), "narrow": saved(rgb.crop((0, 0, 150, 64))),
     }
 
 
 @pytest.mark.parametrize("kind", sorted(variants(np.zeros((64, 256, 3), np.uint8))))
 def test_the_same_picture_in_any_file_gives_the_same_input(colour, kind):
-    ink = LstmCtcOcr().resolve().load_image(png(colour))
+    ink = OCR.load_image(png(colour))
     assert ink.shape == (64, 256) and ink.dtype == np.uint8 and ink.max() == 255 and ink[0, -1] == 0
-    loaded = LstmCtcOcr().resolve().load_image(variants(colour)[kind])
-    difference = np.abs(loaded.astype(int) - ink)
-    assert difference.mean() < 1 and difference.max() < (40 if kind in ("JPEG", "twice as large") else 3)
+    np.testing.assert_array_equal(ink, np.where((colour == 255).all(axis=2), 0, 255))
+    loaded = OCR.load_image(variants(colour)[kind])
+    np.testing.assert_allclose(loaded, ink, atol=40 if "JPEG" in kind else 0)
 
 
-def test_a_palette_is_looked_up(colour, tmp_path):
-    Image.fromarray(colour[..., ::-1]).convert("P").save(tmp_path / "palette.png")
-    ink, palette = (LstmCtcOcr().resolve().load_image(source) for source in (png(colour), tmp_path / "palette.png"))
-    assert np.abs(palette.astype(int) - ink).mean() < 4
+def test_colours_are_rgb_and_mixed_with_white_where_they_are_half_transparent(ocr):
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 128))
+    np.testing.assert_allclose(ocr.load_colours(saved(image))[5, 5], [1, .5, .5], atol=.003)
+    assert ocr.load_colours(saved(image.convert("L"))).shape == (64, 64, 1)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (64, 256), (20, 2000), (700, 90)])
 def test_any_size_gives_the_networks_size(size):
-    assert LstmCtcOcr().resolve().load_image(png(np.full((*size, 3), 200, np.uint8))).tolist() == np.zeros((64, 256)).tolist()
+    assert OCR.load_image(png(np.full((*size, 3), 200, np.uint8))).tolist() == np.zeros((64, 256)).tolist()
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
@@ -201,7 +230,7 @@ def test_numbers_of_32_bits_are_shares_of_the_largest(kind, tmp_path):
     if kind is np.float32:
         pixels[20:30, 30:60] = np.inf
     Image.fromarray(pixels).save(tmp_path / "it.tif")
-    ink = LstmCtcOcr().resolve().load_image(tmp_path / "it.tif")
+    ink = OCR.load_image(tmp_path / "it.tif")
     np.testing.assert_array_equal(ink[:, :100], np.where(pixels == 200, 0, 255))
 
 
@@ -223,21 +252,21 @@ def test_what_is_no_whole_image_is_one_error_that_names_the_file(colour, kind, t
     path = tmp_path / "broken.png"
     path.write_bytes(broken(colour)[kind])
     with pytest.raises(LstmCtcOcr.Error, match="broken.png: not a whole image"):
-        LstmCtcOcr().resolve().load_image(path)
+        OCR.load_image(path)
     with pytest.raises(LstmCtcOcr.Error, match="the image: not a whole image"):
-        LstmCtcOcr().resolve().load_image(path.read_bytes())
+        OCR.load_image(path.read_bytes())
 
 
 @pytest.mark.parametrize("name, fault", [("gone.png", "No such file"), ("", "Is a directory"), ("a\0b", "null")])
 def test_an_unreadable_path_is_one_error(name, fault, tmp_path):
     with pytest.raises(LstmCtcOcr.Error, match=fault):
-        LstmCtcOcr().resolve().load_image(tmp_path / name)
+        OCR.load_image(tmp_path / name)
 
 
 def test_a_pipe_in_a_folder_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "0_A.png")
     with pytest.raises(LstmCtcOcr.Error, match="0_A.png: a pipe, not a file"):
-        LstmCtcOcr().resolve().load_image(tmp_path / "0_A.png")
+        OCR.load_image(tmp_path / "0_A.png")
 
 
 def huge(kind):
@@ -256,7 +285,7 @@ def test_too_many_pixels_are_refused_from_the_header(tmp_path):
         path = tmp_path / kind
         path.write_bytes(huge(kind))
         with pytest.raises(LstmCtcOcr.TooLarge, match=f"{kind}: more than 4,000,000 pixels"):
-            LstmCtcOcr().resolve().load_image(path)
+            OCR.load_image(path)
 
 
 # ---- decoded once
