@@ -1,25 +1,32 @@
 """Reads captchas of 1 to 10 letters with an LSTM, CTC and a beam search.
 
-    python lstm_ctc_ocr.py create_dataset     renders dataset/train/<i>_<LABEL>.png
-    python lstm_ctc_ocr.py train              learns from them, saves to my-model/lstm; run again, it resumes; or from
-                                              a few of your own, --dataset FOLDER --start-from general
-    python lstm_ctc_ocr.py test [PATH...]     reads images, dataset/test by default
-    python lstm_ctc_ocr.py start              serves GET /captchaOcr?img_path=./dataset/test/0_PIY.png, and a page, and
-                                              with --label FOLDER one to label its images on
-    python lstm_ctc_ocr.py export DIR         writes a SavedModel, or with export FILE.onnx an ONNX file
+    python lstm_ctc_ocr.py create_dataset    renders dataset/train/<i>_<LABEL>.png
+    python lstm_ctc_ocr.py train             learns from them, saves to my-model/lstm; run again,
+                                             it goes on
+    python lstm_ctc_ocr.py train --dataset FOLDER --start-from general
+                                             learns from a few labelled images of your own
+    python lstm_ctc_ocr.py test [PATH...]    reads images, those of dataset/test by default
+    python lstm_ctc_ocr.py start             serves GET /captchaOcr?img_path=..., and a page; with
+                                             --label FOLDER also a page to label images on
+    python lstm_ctc_ocr.py export PATH       writes a SavedModel, or an ONNX file if PATH ends so
 
-The idea: the columns of an image are the time steps of an LSTM. At each of them it says which letter it has just seen,
-or none (the blank); CTC adds up every way in which those steps can spell the label, so nobody has to say where in the
-image a letter stands.
+The columns of an image are the time steps of an LSTM. At each step it says which letter it has
+just seen, or that it has seen none (the blank). CTC adds up all ways in which these steps can
+spell the label, so nobody has to say where in the image a letter stands.
 
-    text "PIY" -> sequence [15, 8, 24] -> sparse tensor -----------------------.
-    image (B, H, W) -> columns (T, B, H) -> LSTM (T, B, N) -> logits (T, B, C) +-> CTC loss
-                                                                               '-> beam search -> sequence -> text
+    text "PIY" -> sequence [15, 8, 24] -> sparse tensor --------------------.
+    image (B, H, W) -> (convolutions) -> LSTM (T, B, N) -> logits (T, B, C) +-> CTC loss
+                                                                            '-> beam search
+                                                             text "PIY" <- sequence <-'
 
-The networks cnn_lstm and wide_cnn_lstm put convolutions between the image and the LSTM, and read in both directions.
+Dimensions: B images of a batch, H height, W width, T time steps (W, or W / 4 behind convolutions),
+F features of a step, I inputs and N cells of an LSTM, C classes (the letters, the blank last).
 
-Dimensions: B batch, H height, W width, T time steps (W; W / 4 behind convolutions), F features, N LSTM cells, C classes
-(the letters, the blank last).
+Sections: settings; text, sequences, sparse tensors; the network; CTC: loss and search; graphs
+(here ends what the 2018 article is about); images; rendering captchas; labels; model folders;
+training; reading; training on several machines; service; labelling page; export. Functions that
+need no settings: captchas of every look; few images, distorted; Baidu's Warp-CTC; the most
+probable text; accuracy; pictures of it; images and files; HTTP; the machine; command line.
 """
 
 import argparse
@@ -57,7 +64,7 @@ import time
 import types
 import warnings
 from multiprocessing.pool import ThreadPool
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported ends it without a traceback
@@ -82,9 +89,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # nor does it matter what Pi
 VERSION = "1.0.0"
 HOME = Path(__file__).resolve().parent
 MODELS = HOME / "my-model"
-# What a model folder fixes:
-ARCHITECTURE = ("net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height")
-PLANNED = (*ARCHITECTURE, "start_from", "seed", "batch_size")  # what a training must go on with
 PLAN = "plan"  # the collection of a variable by which the chief tells the workers how it trains; never saved
 # The kinds of images that are read, as Pillow calls them, and the suffixes of their files.
 IMAGE_KINDS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "GIF": (".gif",), "BMP": (".bmp",),
@@ -96,7 +100,6 @@ GLYPH_SIZES = (20, 34, 58)  # pixels an em; a letter is drawn once at each, and 
 MAX_ASPECT = 4.3  # width over height, about: letters far apart move closer together rather than exceed it
 FONT_SUFFIXES = {".ttf", ".otf"}
 SYMBOL_FONT = re.compile("symbol|dingbat|wingd|webdings|ornament|D050000L", re.I)  # draws something else for a letter
-OPENING = threading.RLock()  # held while a model is opened, or TensorFlow is imported
 HELD_SHARE, HELD_NUM = 0.1, 2000  # images held out: a tenth of a small folder, about 2,000 of a large one
 HELD_LEAST = 20  # but of a very small one these, or half of it
 FEW = 20_000  # images below which a training that starts from a model distorts each anew whenever it is shown
@@ -104,7 +107,6 @@ DISTORTED = 0.9  # of the training; the rest is on the images as they are
 PATIENCE = 6  # validations in a row without any gain, after which a training on few images ends
 MIN_IMAGES = 10  # to train on, started from a model
 MIN_VALIDATED = 100  # held-out images that a temperature can be fitted on, and the best accuracy told by
-LOCK = ".lock"  # in a model folder: whoever trains there holds it
 LENGTH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # N or MIN-MAX
 DECODED_HEAD = 4096  # bytes before the images of a file of decoded ones: a page, so that these begin at one
 DECODED_LOCK = ".decoded.lock"  # in a folder of images: whoever decodes them holds it
@@ -120,6 +122,7 @@ VALIDATION_SHARE = 0.05  # the most of training's CPU time that validating may t
 
 TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
 
+# ---------------------------------------------------------------------- settings
 
 NETWORKS = {
     # convolutions: (channels, size, stride down, stride across, residual blocks behind it) each.
@@ -137,6 +140,9 @@ NETWORKS = {
         convolutions=((32, 5, 2, 2, 0), (48, 3, 2, 2, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 2)),
         projection=160, bidirectional=True, views=True),
 }
+ARCHITECTURE = (  # the settings that a model folder fixes
+    "net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height")
+PLANNED = (*ARCHITECTURE, "start_from", "seed", "batch_size")  # those that a training fixes
 COUNT, COUNT_OR_NONE = range(1, 10 ** 9), range(10 ** 9)  # what numbers of things may be
 
 
@@ -409,20 +415,19 @@ class LstmCtcOcr:
         x = ink[..., None]  # (B, H, W, 1)
         layers = NETWORKS[self.net].convolutions
         for number, (channels, size, down, across, blocks) in enumerate(layers, 1):
-            with tf.variable_scope(f"convolution{number}"):
-                x = tf.nn.relu(self.convolution(x, channels, size, down, across, training))
+            name = f"convolution{number}"
+            x = tf.nn.relu(self.convolution(x, training, name, channels, size, down, across))
             for block in range(1, blocks + 1):  # residual (He et al., 2015, arXiv:1512.03385)
-                with tf.variable_scope(f"convolution{number}/residual{block}a"):
-                    y = tf.nn.relu(self.convolution(x, channels, 3, 1, 1, training))
-                with tf.variable_scope(f"convolution{number}/residual{block}b"):
-                    x = tf.nn.relu(x + self.convolution(y, channels, 3, 1, 1, training))
+                y = self.convolution(x, training, f"{name}/residual{block}a", channels)
+                y = self.convolution(tf.nn.relu(y), training, f"{name}/residual{block}b", channels)
+                x = tf.nn.relu(x + y)
         x = tf.transpose(x, [2, 0, 1, 3])  # (T, B, height, channels)
         return tf.reshape(x, tf.concat([tf.shape(x)[:2], [x.shape[2] * x.shape[3]]], axis=0))
 
     NORM_EPSILON = 1e-3  # added to the variance
     STATISTICS = "statistics"  # the graph's collection of (mean or variance, its value in a batch)
 
-    def convolution(self, x, channels, size, down, across, training):
+    def convolution(self, x, training, name, channels, size=3, down=1, across=1):
         """Convolves and normalises x (B, h, w, I): (B, h / down, w / across, channels).
 
         Batch normalisation (Ioffe and Szegedy, 2015, arXiv:1502.03167) scales each channel. In
@@ -430,12 +435,13 @@ class LstmCtcOcr:
         the moving averages of these variables become part of the kernel and of a bias.
         """
         tf, strides = _tensorflow(), [1, down, across, 1]
-        kernel = tf.get_variable("kernel", [size, size, x.shape[3], channels])
-        ones, zeros = tf.ones_initializer, tf.zeros_initializer
-        scale = tf.get_variable("scale", channels, initializer=ones())
-        offset = tf.get_variable("offset", channels, initializer=zeros())
-        mean = tf.get_variable("mean", channels, initializer=zeros(), trainable=False)
-        variance = tf.get_variable("variance", channels, initializer=ones(), trainable=False)
+        ones, zeros = tf.ones_initializer(), tf.zeros_initializer()
+        with tf.variable_scope(name):
+            kernel = tf.get_variable("kernel", [size, size, x.shape[3], channels])
+            scale = tf.get_variable("scale", channels, initializer=ones)
+            offset = tf.get_variable("offset", channels, initializer=zeros)
+            mean = tf.get_variable("mean", channels, initializer=zeros, trainable=False)
+            variance = tf.get_variable("variance", channels, initializer=ones, trainable=False)
         if not training:
             scale = scale * tf.math.rsqrt(variance + self.NORM_EPSILON)
             x = tf.nn.conv2d(x, kernel * scale, strides, "SAME")
@@ -447,18 +453,21 @@ class LstmCtcOcr:
 
     def dense(self, x, units, name="dense"):
         """Projects every time step in the same way: (T, B, N) -> (T, B, units)."""
-        tf = _tensorflow()
-        kernel = tf.get_variable(f"{name}/kernel", [x.shape[2], units])
-        bias = tf.get_variable(f"{name}/bias", [units], initializer=tf.zeros_initializer())
-        return tf.einsum("tbn,nc->tbc", x, kernel) + bias
+        kernel, bias = self._weights(name, x.shape[2], units)
+        return _tensorflow().einsum("tbn,nc->tbc", x, kernel) + bias
 
     def lstm(self, x, name="lstm"):
         """Runs one LSTM layer over time: x (T, B, I) float32 -> outputs (T, B, N)."""
-        tf = _tensorflow()
         cells = self.n_hidden // (2 if NETWORKS[self.net].bidirectional else 1)
-        kernel = tf.get_variable(f"{name}/kernel", [x.shape[2] + cells, 4 * cells])
-        bias = tf.get_variable(f"{name}/bias", [4 * cells], initializer=tf.zeros_initializer())
-        return self._lstm_layer()(x, kernel, bias)
+        return self._lstm_layer()(x, *self._weights(name, x.shape[2] + cells, 4 * cells))
+
+    @staticmethod
+    def _weights(name, inputs, outputs):
+        """Returns the variables kernel (inputs, outputs) and bias (outputs,) of a layer."""
+        tf = _tensorflow()
+        with tf.variable_scope(name):
+            return (tf.get_variable("kernel", [inputs, outputs]),
+                    tf.get_variable("bias", [outputs], initializer=tf.zeros_initializer()))
 
     @staticmethod
     def _lstm_layer():
@@ -1281,12 +1290,14 @@ class LstmCtcOcr:
             f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing, torn or of another "
             "network, and there is no other: restore it, or name another model with --model")
 
+    LOCK = ".lock"  # in a model folder: whoever trains there holds it
+
     @contextlib.contextmanager
     def _alone_in(self, folder):
         """Keeps other trainings out of a model folder until it ends, or until this process does."""
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / LOCK, "w")
+            lock = open(folder / self.LOCK, "w")
         with lock:
             try:
                 if fcntl:
@@ -1376,7 +1387,7 @@ class LstmCtcOcr:
     def _train(self, place, folder, found):
         """As `train`, with all settings known but those of the recipe; found: what `find_labels` says."""
         config = self._training_config(folder) if place.chief else {}
-        if place.chief and (folder / LOCK).exists():
+        if place.chief and (folder / self.LOCK).exists():
             with self._alone_in(folder):
                 pass  # if not, that is said now, before the images are decoded
         files = self.labelled_files(self.dataset, found, place.number, place.workers)
@@ -4379,71 +4390,73 @@ PAGE = HEAD.replace("$title", "Captcha reader") + """\
 # ---------------------------------------------------------------------- the machine
 
 def _package(name, purpose):
-    """Imports a package that is not needed by everything; raises `Error` where it is not installed."""
+    """Imports a package that not everything needs; raises `Error` where it is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         package = name.partition(".")[0]
         if error.name != package:  # it is there, but lacks something itself
             raise
-        raise LstmCtcOcr.Error(f"to {purpose}, install {package}: pip install {package}") from None
+        raise LstmCtcOcr.Error(
+            f"to {purpose}, install {package}: pip install {package}") from None
+
+
+OPENING = threading.RLock()  # held while TensorFlow is imported, or a model is opened
 
 
 @functools.cache
 def _tensorflow():
-    """TensorFlow's graph-and-session API, imported when first needed: it takes seconds, and rendering needs none."""
+    """Returns TensorFlow's graph-and-session API. Only the first call imports it, for seconds."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with OPENING, _quiet_stderr(), _objects_that_stay():  # no setting stops the lines that it prints while loaded
-        tf = _package("tensorflow.compat.v1", "train, export or read with a model folder (an ONNX file reads without)")
+    gc.disable()  # it would go through the large package again and again, for a second in all
+    try:
+        with OPENING, _quiet_stderr():  # no setting stops the lines that the import prints
+            tf = _package("tensorflow.compat.v1", "train, export or read with a model folder (an "
+                          "ONNX file reads without)")
+    finally:
+        gc.freeze()
+        gc.enable()
     tf.logging.set_verbosity(tf.logging.FATAL)
     with contextlib.suppress(RuntimeError):  # somebody has used TensorFlow before
-        tf.config.threading.set_intra_op_parallelism_threads(1)  # or a tf.function gives every operation all cores
+        # Otherwise a tf.function gives every operation all cores.
+        tf.config.threading.set_intra_op_parallelism_threads(1)
     return tf
 
 
 @contextlib.contextmanager
-def _objects_that_stay():
-    """Keeps the garbage collector from what is made meanwhile: going through a large package takes it a second."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()  # nor will it look at it later, or at the exit
-        if enabled:
-            gc.enable()
-
-
-@contextlib.contextmanager
 def _quiet_stderr():
+    """Drops what is written to stderr until it ends, by compiled libraries too."""
     sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
     try:
-        os.dup2(null, 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(null)
 
 
 def _session_config(place=LstmCtcOcr._Place()):
-    """One core an operation, as many operations at once as there are cores: see `LstmCtcOcr.logits`.
+    """Returns a session's settings: one core an operation, as many at once as there are cores.
 
-    Where the processor can, convolutions, their normalisation and all matrix products but BlockLSTM's are done in
-    bfloat16: the same accuracy, and cnn_lstm trains in two thirds of the time. Graph and weights stay float32.
+    Where the processor has bfloat16, convolutions, their normalisation and all matrix products
+    but BlockLSTM's use it: accuracy stays, and cnn_lstm trains in two thirds of the time. Graph
+    and weights stay float32.
     """
-    config = _tensorflow().ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=_cores(),
-                                       device_filters=place.sees)
-    config.graph_options.rewrite_options.auto_mixed_precision_onednn_bfloat16 = int(_has_bfloat16())  # 1: ON
-    if place.servers:  # in a cluster there is no bfloat16 operation for a convolution, its bias and its ReLU in one
-        config.graph_options.rewrite_options.remapping = 2  # OFF
+    config = _tensorflow().ConfigProto(
+        intra_op_parallelism_threads=1, inter_op_parallelism_threads=_cores(),
+        device_filters=place.sees)
+    rewrite = config.graph_options.rewrite_options
+    rewrite.auto_mixed_precision_onednn_bfloat16 = int(_has_bfloat16())  # 1: ON
+    if place.servers:  # there, a convolution with its bias and its ReLU does not know bfloat16
+        rewrite.remapping = 2  # OFF
     return config
 
 
 @functools.cache
 def _has_bfloat16():
-    """Whether the processor has instructions for it; without them TensorFlow imitates it, at half float32's speed."""
+    """Whether the processor has such instructions. TensorFlow's imitation takes twice as long."""
     try:
         return bool(re.search(r"\b(avx512|amx)_bf16\b", Path("/proc/cpuinfo").read_text()))
     except OSError:  # not Linux
@@ -4488,28 +4501,30 @@ def _is_lost_server(error):
 
 
 def _cores():
-    """The cores that this process may use: those it is bound to, and no more than its container's quota pays for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Counts the cores that this process may use, and that its container's quota pays for."""
+    bound = hasattr(os, "sched_getaffinity")  # not on Windows and macOS
+    cores = len(os.sched_getaffinity(0)) if bound else os.cpu_count()
     return max(1, math.ceil(min(cores, _cpu_quota())))
 
 
 def _cpu_quota(root=Path("/")):
-    """CPUs that the process's control group and those above it leave it (Linux's cgroup v2, `cpu.max`), or inf."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # not Linux
-        return math.inf
-    own = next((line.removeprefix("0::") for line in groups if line.startswith("0::")), "/")
-    quotas, group = [math.inf], PurePosixPath(own)
-    for folder in (group, *group.parents):
-        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # without a limit: max 100000
-            quota, period = (root / "sys/fs/cgroup" / str(folder).lstrip("/") / "cpu.max").read_text().split()
-            quotas.append(int(quota) / int(period))
+    """Returns the CPUs that the process's control group, and those above it, leave it, or inf.
+
+    They are those of Linux's cgroup v2, each with a file cpu.max.
+    """
+    quotas = [math.inf]
+    with contextlib.suppress(OSError):  # not Linux
+        groups = (root / "proc/self/cgroup").read_text()
+        own = root / "sys/fs/cgroup" / re.search("^0::/(.*)", groups + "\n0::/", re.M)[1]
+        for folder in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max 100000": none
+                quota, period = (folder / "cpu.max").read_text().split()
+                quotas.append(int(quota) / int(period))
     return min(quotas)
 
 
 def _follow_parent():
-    """Makes this process end when its parent has ended, and only then: signals to the whole group are the parent's."""
+    """Makes this process end when its parent has ended, and not by a signal to both of them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)
@@ -4522,7 +4537,7 @@ def _follow_parent():
 
 
 def _one_ahead(iterable):
-    """Yields from an iterable, computing the next item in another thread meanwhile."""
+    """Yields what an iterable yields; another thread computes the next item meanwhile."""
     iterator, end = iter(iterable), object()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(next, iterator, end)
@@ -4533,7 +4548,7 @@ def _one_ahead(iterable):
 
 @contextlib.contextmanager
 def _signals_held():
-    """Holds Ctrl-C and SIGTERM back until it ends, and for good in the processes that are started meanwhile."""
+    """Holds Ctrl-C and SIGTERM back until it ends; processes started meanwhile never get them."""
     hold = getattr(signal, "pthread_sigmask", lambda *_: None)  # Windows has none
     hold(getattr(signal, "SIG_BLOCK", 0), (signal.SIGINT, signal.SIGTERM))
     try:
@@ -4544,13 +4559,11 @@ def _signals_held():
 
 @contextlib.contextmanager
 def _deferred_stop():
-    """Turns Ctrl-C and SIGTERM into an entry of the list that it yields, so that what is under way is finished."""
-    caught = []
-    if threading.current_thread() is not threading.main_thread():  # only that one hears signals
-        yield caught
-        return
-    before = {number: signal.signal(number, lambda number, _: caught.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    """Yields a list to which Ctrl-C and SIGTERM add their number, and nothing else happens."""
+    caught, before = [], {}
+    if threading.current_thread() is threading.main_thread():  # no other thread hears signals
+        before = {number: signal.signal(number, lambda number, _: caught.append(number))
+                  for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
@@ -4561,15 +4574,20 @@ def _deferred_stop():
 # ---------------------------------------------------------------------- command line
 
 COMMANDS = {
-    "create_dataset": ("render captchas to train on",
-                       "dataset look fonts im_total_num words words_max_num im_width im_height seed workers shard"),
-    "train": ("train on rendered captchas or on your own, or go on from the last checkpoint",
-              "dataset labels start_from model net words words_max_num im_width im_height train_max_num val_num "
-              "n_hidden batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
-    "test": ("read images: one line each", "model net labels beam_width letters length"),
-    "start": ("serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
-              "model net beam_width letters length host port image_root label token"),
-    "export": ("write a SavedModel for TensorFlow Serving, or an ONNX file", "model net beam_width"),
+    "create_dataset": (
+        "render captchas to train on",
+        "dataset look fonts im_total_num words words_max_num im_width im_height seed workers "
+        "shard"),
+    "train": (
+        "train on rendered captchas or on your own, or go on from the last checkpoint",
+        "dataset labels start_from model net words words_max_num im_width im_height train_max_num "
+        "val_num n_hidden batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
+    "test": ("read images, one line each", "model net labels beam_width letters length"),
+    "start": (
+        "serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
+        "model net beam_width letters length host port image_root label token"),
+    "export": (
+        "write a SavedModel for TensorFlow Serving, or an ONNX file", "model net beam_width"),
 }
 
 
@@ -4578,36 +4596,43 @@ def _flag(name):
 
 
 def _parser():
+    """Builds the parser of the command line; most flags are fields of `LstmCtcOcr`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     fields = {field.name: field for field in dataclasses.fields(LstmCtcOcr)}
     for command, (text, names) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        for field in map(fields.get, names.split()):
-            several = dict(type=str, nargs="+", metavar="DIR") if field.type is tuple else {}
+        for name in names.split():
+            field = fields[name]
             usual = field.metadata["usual"] if field.default is None else field.default
-            shown = "" if usual in ("", (), None) else f" ({usual})"
-            sub.add_argument(_flag(field.name), **{"type": field.type, "metavar": field.type.__name__, **several},
-                             default=field.default, help=field.metadata["help"] + shown)
+            shown = f" ({usual})" if usual not in ("", (), None) else ""
+            options = {"type": field.type, "metavar": field.type.__name__}
+            if field.type is tuple:
+                options = {"nargs": "+", "metavar": "DIR"}
+            sub.add_argument(_flag(name), default=field.default,
+                             help=field.metadata["help"] + shown, **options)
         if command == "export":
-            sub.add_argument("target", metavar="DIR|FILE.onnx",
-                             help="a new folder; TensorFlow Serving wants <name>/<number>; or a new ONNX file")
+            sub.add_argument(
+                "target", metavar="DIR|FILE.onnx", help="a new folder; TensorFlow Serving wants "
+                "<name>/<number>; or a new ONNX file")
         if command == "test":
-            sub.add_argument("paths", nargs="*", metavar="PATH", help="images and folders of images (dataset/test)")
-            sub.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an image")
-            sub.add_argument("--report", default="", metavar="FILE.html", help="of labelled images: write a page to "
-                             "look at, what is read wrong, and whether the confidence is right")
+            sub.add_argument("paths", nargs="*", metavar="PATH",
+                             help="images and folders of images (dataset/test)")
+            sub.add_argument("--json", action="store_true", dest="as_json",
+                             help="print one JSON object an image")
+            sub.add_argument("--report", default="", metavar="FILE.html",
+                             help="of labelled images: write a page that shows what is read wrong, "
+                             "and whether the confidence is right")
     return parser
 
 
 def main(argv=None):
-    """Runs one command; returns its exit code (0 done, 1 some images could not be read, 2 wrong use)."""
-    settings = vars(_parser().parse_args(argv))
-    command = settings.pop("command")
+    """Runs one command; returns its exit code: 0, or 1 if some images could not be read, or 2."""
+    arguments = vars(_parser().parse_args(argv))
+    command = arguments.pop("command")
+    settings = {name: arguments.pop(name) for name in COMMANDS[command][1].split()}
     with contextlib.suppress(AttributeError):  # not a stream of Python's own
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
-    arguments = {name: settings.pop(name) for name in settings.keys() & {
-        "paths", "as_json", "report", "target"}}
     try:
         return getattr(LstmCtcOcr(**settings), command)(**arguments) or 0
     except KeyboardInterrupt as stop:
@@ -4629,9 +4654,10 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)  # it ends a command as Ctrl-C does
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: what is said would go to whatever is opened next
+    # With stderr closed, messages would go to whatever file is opened next.
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     if sys.argv[1:2] == ["train"]:
-        # oneDNN, which TensorFlow leaves to AVX-512: an eighth off cnn_lstm's training, but five times as long for an
-        # image alone.
+        # With AVX-512, TensorFlow leaves oneDNN off by default. It takes an eighth off
+        # cnn_lstm's training, but makes reading a single image five times as slow.
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     sys.exit(main())
