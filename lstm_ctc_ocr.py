@@ -22,11 +22,34 @@ spell the label, so nobody has to say where in the image a letter stands.
 Dimensions: B images of a batch, H height, W width, T time steps (W, or W / 4 behind convolutions),
 F features of a step, I inputs and N cells of an LSTM, C classes (the letters, the blank last).
 
-Sections: settings; text, sequences, sparse tensors; the network; CTC: loss and search; graphs
-(here ends what the 2018 article is about); images; rendering captchas; labels; model folders;
-training; reading; training on several machines; service; labelling page; export. Functions that
-need no settings: captchas of every look; few images, distorted; Baidu's Warp-CTC; the most
-probable text; accuracy; pictures of it; images and files; HTTP; the machine; command line.
+Contents of this file:
+    settings                            every hyper-parameter and path, declared once
+    text, sequences, sparse tensors     "PIY" to [15, 8, 24] to a sparse tensor, and back
+    the network                         from an image's ink to logits
+    CTC: loss and search                from logits to a loss, or to a text and its confidence;
+                                        here ends what the article of 2018 is about
+    graphs                              the network ready to train, or ready to read
+    images                              from a file to ink; the only preprocessing
+    rendering captchas                  the command create_dataset
+    labels                              which text stands on which image of a folder
+    model folders                       what is saved, atomically, and how it is loaded
+    training                            the command train
+    reading                             the command test, and `recognise` for other programs
+    training on several machines        what a cluster adds to train
+    service                             the command start
+    labelling page                      what --label adds to start
+    export                              the command export
+Functions that need no settings:
+    captchas of every look              images for create_dataset --look varied
+    few images, distorted               more variety for a training on few images
+    Baidu's Warp-CTC                    another CTC loss
+    the most probable text              the beam search, and exact probabilities
+    accuracy                            scores, and how sure they are
+    pictures of it                      the learning curve and the report
+    images and files                    names, paths and safe writes
+    HTTP                                requests, answers, pages and their description
+    the machine                         TensorFlow, cores, processes and signals
+    command line                        flags from the settings, exit codes
 """
 
 import argparse
@@ -1215,13 +1238,12 @@ class LstmCtcOcr:
     def _checked(self, config, path):
         """Returns what the file `path` says of a model; raises `Error` if that makes no sense."""
         types = {field.name: field.type for field in dataclasses.fields(self)}
-        if not isinstance(config, dict) or not config.items() >= self.FORMAT.items() or not all(
-                type(config.get(name)) is types[name] for name in ARCHITECTURE) or not all(
-                isinstance(config.get(name, 0), (int, float)) for name in self.NUMBERS) or not (
-                0 < config.get("temperature", 1) < math.inf):
+        if not (isinstance(config, dict) and self.FORMAT.items() <= config.items()
+                and all(isinstance(config.get(name), types[name]) for name in ARCHITECTURE)
+                and all(isinstance(config.get(name, 0), (int, float)) for name in self.NUMBERS)):
             raise self.Error(
-                f"{path} is not of the format {self.FORMAT}, which this version reads, or was "
-                "changed: train anew, or name another model with --model")
+                f"{path} is not what this version writes, with {self.FORMAT}: train anew, or name "
+                "another model with --model")
         return config
 
     def _with_architecture(self, config, folder):
@@ -1488,12 +1510,9 @@ class LstmCtcOcr:
         return config
 
     def _say_task(self, folder, labels):
-        """Says on stderr what is to be learnt from {path: text}, and what may be missing."""
-        counts = collections.Counter(letter for text in labels.values() for letter in set(text))
+        """Says on stderr what is to be learnt from {path: text}, and how to need fewer images."""
         print(f"1 to {self.words_max_num} letters of {self.words} in {self.im_width} x "
               f"{self.im_height} pixels; the model goes to {_shown(folder)}", file=sys.stderr)
-        if rare := sorted(letter for letter, count in counts.items() if count == 1):
-            print(f"in one image only, and so hardly learnt: {' '.join(rare)}", file=sys.stderr)
         if len(labels) < FEW and not self.start_from:
             print(f"{len(labels):,} images are few to learn from nothing: a model to start from, "
                   "such as --start-from general, needs far fewer", file=sys.stderr)

@@ -231,8 +231,9 @@ def changed(**settings):
     (changed(net="cnn_lstm"), "not those of the network that its config.json"),
     (lambda folder: shutil.rmtree(folder), "no model in"),
     (lambda folder: (folder / "config.json").write_text('{"format": 1,'), "config.json cannot be read"),
-    (lambda folder: (folder / "config.json").write_text('{"format": 99}'), "not of format 1"),
-    (lambda folder: (folder / "config.json").write_text('[]'), "not of format 1"),
+    (changed(paper="brightest"), "config.json is not what this version writes"),
+    (lambda folder: (folder / "config.json").write_text('{"format": 99}'), "config.json is not what this version writes"),
+    (lambda folder: (folder / "config.json").write_text('[]'), "config.json is not what this version writes"),
     (cut_in_half, "missing, torn or of another network"),
     (lambda folder: [path.unlink() for path in folder.glob("LstmCtcOcr-*")], "missing, torn or of another network"),
 ])

@@ -77,6 +77,13 @@ def test_impossible_settings_are_refused_at_once(settings, complaint):
     assert "\n" not in str(caught.value)
 
 
+def test_the_first_source_that_has_an_open_setting_decides_it():
+    given = LstmCtcOcr(n_hidden=8)
+    ocr = given.resolve({"n_hidden": 9, "lr": None}, {"lr": 1.0, "words": "AB"}, {"words": "C"})
+    assert (ocr.n_hidden, ocr.lr, ocr.words, ocr.im_width) == (8, None, "AB", 256)
+    assert ocr.resolve().lr == 4e-3 and given.words is None
+
+
 @pytest.mark.parametrize("settings", [
     dict(words_max_num=128), dict(words_max_num=32, net="cnn_lstm"),
     dict(words_max_num=21, net="cnn_lstm", label_parts=3)])
