@@ -1976,7 +1976,7 @@ class LstmCtcOcr:
         try:
             data = path.read_bytes()
             session = _onnx_session(runtime, data, _cores())
-            config = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+            config = json.loads(session.get_modelmeta().custom_metadata_map["config"])
         except OSError as error:
             raise self.Error(f"no model in {path} ({error.strerror}): write it with `python lstm_ctc_ocr.py export "
                              f"{path.name}`, or name another with --model") from None
@@ -2725,40 +2725,32 @@ class LstmCtcOcr:
         write(target)
 
     def _export_saved_model(self, directory):
-        """Writes a SavedModel: ink (B, H, W) uint8 -> text (B,) string, confidence (B,) float32.
+        """Writes a SavedModel: ink (B, H, w) uint8 -> text (B,) string, confidence (B,) float32.
 
-        The ink is that of `load_image`. Any number of columns is read. It reads each image once,
-        with TensorFlow's beam search.
+        The ink is that of `load_image`, w of its W columns. Each image is read once, with
+        TensorFlow's beam search.
         """
         tf, folder = _tensorflow(), self._model_to_read()
         ocr, config, weights = self._load_model(folder)
         with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, \
                 self._writing(directory), _constants(weights, folder):
             net = ocr._build_reading(ocr._build_input(), config.get("temperature", 1))
-            outputs = {"text": ocr._texts_in_graph(net.sparse), "confidence": net.confidence}
+            written = [*ocr._written(), ""]  # the last one fills the shorter texts up
+            classes = tf.sparse.to_dense(net.sparse, default_value=len(written) - 1)
+            text = tf.strings.reduce_join(tf.gather(written, classes), axis=1)
             directory.parent.mkdir(parents=True, exist_ok=True)
             # The folder appears whole or not at all.
             with tempfile.TemporaryDirectory(prefix=".", dir=directory.parent) as part:
-                tf.saved_model.simple_save(session, f"{part}/model", {"ink": net.images}, outputs)
+                tf.saved_model.simple_save(
+                    session, f"{part}/model", inputs={"ink": net.images},
+                    outputs={"text": text, "confidence": net.confidence})
                 os.replace(f"{part}/model", directory)
-        print(f"{directory} takes ink (images, {ocr.im_height}, columns) uint8, and gives text and "
-              "confidence", file=sys.stderr)
+        print(f"{directory} takes ink (images, {ocr.im_height}, columns) uint8", file=sys.stderr)
 
-    def _texts_in_graph(self, sparse):
-        """`sequence_to_text` as TensorFlow operations: sequences (B, .) sparse -> (B,) string."""
-        tf = _tensorflow()
-
-        def previous(values, first):
-            return tf.pad(values, [[0, 0], [1, 0]], constant_values=first)[:, :-1]
-
-        numbers = tf.sparse.to_dense(sparse, default_value=-1)  # (B, longest), which may be 0
-        letters, before = numbers // self.label_parts, previous(numbers, -1)
-        counts = numbers >= 0
-        if self.label_parts > 1:  # a letter counts at the second of its parts that is there
-            goes_on = tf.equal(letters, before // self.label_parts) & (numbers > before)
-            counts = goes_on & ~previous(goes_on, False)
-        letters = tf.where_v2(counts, letters, len(self.words))
-        return tf.strings.reduce_join(tf.gather([*self.words, ""], letters), axis=1)
+    def _written(self):
+        """Returns what each class adds to a text in an export; of several parts the middle one."""
+        return [letter if part == self.label_parts // 2 else ""
+                for letter in self.words for part in range(self.label_parts)]
 
     def _export_onnx(self, path):
         """Writes an ONNX file of standard operators, and beside it the .json that ddddocr needs.
@@ -2767,45 +2759,38 @@ class LstmCtcOcr:
         height H. Those wider than W are squeezed, as in `load_image`. Negative numbers, 0 to -255,
         are ink that `load_image` has prepared.
         Its output: scores (T, B, C) float32, the logarithms of probabilities, the blank first.
-        The model's config.json becomes the file's metadata.
+        The metadata's `config` is the model's config.json.
         """
         onnx = _package("onnx", "write ONNX files")
         ocr, config, weights = self._load_model(self._model_to_read())
+        temperature = np.float32(config.get("temperature", 1))
         for name in "dense/kernel", "dense/bias":  # the blank, last in ours, comes first
-            scale = np.float32(1 / config.get("temperature", 1))
-            weights[name] = np.roll(weights[name], 1, axis=-1) * scale
+            weights[name] = np.roll(weights[name], 1, axis=-1) / temperature
         graph = onnx.GraphProto(name="lstm_ctc_ocr")
         ocr._onnx_network(functools.partial(_add_to_onnx, onnx, graph), weights)
         value, real = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
-        classes = weights["dense/bias"].size
         graph.input.append(
             value("images", real, ["batch", "channels", ocr.im_height, "width"]))
-        graph.output.append(value("scores", real, ["steps", "batch", classes]))
+        graph.output.append(
+            value("scores", real, ["steps", "batch", weights["dense/bias"].size]))
         model = onnx.helper.make_model(
             graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
-        onnx.helper.set_model_props(
-            model, {name: json.dumps(setting) for name, setting in config.items()})
+        onnx.helper.set_model_props(model, {"config": json.dumps(config)})
         onnx.checker.check_model(model)
-        settings = path.with_suffix(".json")
+        # ddddocr drops repeated classes, and joins what the charset has for the others.
+        settings = {"charset": ["", *ocr._written()], "word": False,
+                    "image": [-1, ocr.im_height], "channel": 3}
         with self._writing(path.parent):
             _replace(path, model.SerializeToString())
-            _replace(settings, json.dumps(ocr._ddddocr_settings()) + "\n")
-        print(f"{path} takes images (1 or 3 channels, {ocr.im_height} rows, any width, 0 to 1) and "
-              f"gives scores; {settings} is for ddddocr", file=sys.stderr)
-
-    def _ddddocr_settings(self):
-        """Returns what ddddocr asks of a model's .json file.
-
-        ddddocr drops repeated classes, then joins the charset's strings of the others. Of a letter
-        in several parts only the middle one writes the letter.
-        """
-        charset = [letter if part == self.label_parts // 2 else ""
-                   for letter in self.words for part in range(self.label_parts)]
-        return {"charset": ["", *charset], "word": False, "image": [-1, self.im_height],
-                "channel": 3}
+            _replace(path.with_suffix(".json"), json.dumps(settings) + "\n")
+        print(f"{path} takes images (1 or 3 channels, {ocr.im_height} rows, any width, 0 to 1); "
+              f"{path.with_suffix('.json')} is for ddddocr", file=sys.stderr)
 
     def _onnx_network(self, add, weights):
-        """The network as ONNX operations, from "images" to "scores"."""
+        """Adds the network's operations to an ONNX graph, from "images" to "scores".
+
+        add: adds one operation, see `_add_to_onnx`. weights: {name: array} as in TensorFlow.
+        """
         network = NETWORKS[self.net]
 
         def convolution(x, name, strides=(1, 1)):
@@ -2839,19 +2824,25 @@ class LstmCtcOcr:
 
     @staticmethod
     def _onnx_lstm(add, x, weights, name, direction):
-        """`lstm` as ONNX operations: (T, B, I) -> (T, B, N)."""
-        kernel, bias = weights[f"{name}/kernel"], weights[f"{name}/bias"]
-        i, c, f, o = np.split(np.vstack([kernel, bias]), 4, axis=1)  # (I + N + 1, N) each
-        f[-1] += 1  # BlockLSTM adds it, ONNX does not
-        gates = np.hstack([i, o, f, c]).T[None]  # (1, 4 N, I + N + 1), in ONNX's order
-        cells, bias = len(bias) // 4, gates[..., -1]
-        inputs, recurrent = gates[..., :-cells - 1], gates[..., -cells - 1:-1]
-        x = add("LSTM", x, inputs, recurrent, np.hstack([bias, 0 * bias]), hidden_size=cells,
-                direction=direction)  # its second bias is not needed
+        """Adds one LSTM layer to an ONNX graph: x (T, B, I) -> (T, B, N).
+
+        direction: "forward", or "reverse" for a layer that reads the last step first.
+        """
+        layer = np.vstack([weights[f"{name}/kernel"], weights[f"{name}/bias"]])
+        i, c, f, o = np.split(layer, 4, axis=1)  # (I + N + 1, N) each
+        f[-1] += 1  # BlockLSTM adds it to the bias, ONNX does not
+        gates = np.hstack([i, o, f, c]).T[None]  # (1, 4 N, I + N + 1)
+        cells = i.shape[1]
+        kernel, recurrent, bias = np.split(gates, [-cells - 1, -1], axis=2)
+        biases = np.hstack([bias, 0 * bias])[..., 0]  # ONNX has a second one
+        x = add("LSTM", x, kernel, recurrent, biases, hidden_size=cells, direction=direction)
         return add("Squeeze", x, [1])  # of (T, directions, B, N)
 
     def _onnx_ink(self, add):
-        """`ink_of` as ONNX operations: "images" -> ink (B, 1, H, `_read_width`) of 0 to 255."""
+        """Adds `ink_of` to an ONNX graph: "images" -> ink (B, 1, H, w) of 0 to 255.
+
+        w is the `_read_width` of the images' width, at most W.
+        """
         height, most = [self.im_height], [self.im_width]
         fitted = add("Min", add("Shape", "images", start=3), most)
         given = add("Resize", "images", "", "", fitted, axes=[3], mode="linear",
@@ -2870,7 +2861,7 @@ class LstmCtcOcr:
         return add("Pad", ink, padding, "", [3])
 
     def _onnx_paper(self, add, colours):
-        """`_paper_of` as ONNX operations: (B, channels, H, w) -> (B, channels, 1, 1)."""
+        """Adds `_paper_of` to an ONNX graph: (B, channels, H, w) -> (B, channels, 1, 1)."""
         edge, end = max(1, self.im_height // 16), np.iinfo(np.int64).max
 
         def part(top, bottom, left, right):
@@ -2901,10 +2892,10 @@ def _add_to_onnx(onnx, graph, kind, *inputs, name=None, **attributes):
 
 
 def _onnx_session(runtime, data, threads):
-    """Opens an ONNX file's bytes for reading; each reading takes so many threads, which wait for work by spinning."""
+    """Opens the bytes of an ONNX file; each reading uses so many threads."""
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # nothing is printed, for what is wrong is raised
+    options.log_severity_level = 4  # print nothing: every error is raised too
     return runtime.InferenceSession(data, options, ["CPUExecutionProvider"])
 
 

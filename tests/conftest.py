@@ -1,12 +1,14 @@
 """Shared by the tests: a task small enough to be learnt for real within seconds."""
 
 import functools
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +20,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # as the program sets it, which some t
 
 import lstm_ctc_ocr  # noqa: E402
 from lstm_ctc_ocr import LstmCtcOcr, main  # noqa: E402
+from train_general import save_weights  # noqa: E402
 
 # One to three letters out of two: everything that the real task has, repeats above all.
 TASK = dict(words="AX", words_max_num=3, im_width=96, im_height=64)
@@ -45,6 +48,21 @@ def spawn(*arguments, **kwargs):
     """The real program as a process of its own, its output piped and read as text."""
     return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **kwargs)
+
+
+def untrained(folder, **settings):
+    """A model folder of first weights, but with statistics and biases that are not the neutral ones."""
+    tf, ocr, generator = lstm_ctc_ocr._tensorflow(), LstmCtcOcr(**settings).resolve(), np.random.default_rng(0)
+    with tf.Graph().as_default(), tf.Session() as session:
+        ocr._build_reading(ocr._build_input())
+        session.run(tf.global_variables_initializer())
+        weights = {variable.op.name: variable.eval() for variable in tf.global_variables()}
+    folder.mkdir()
+    save_weights({name: generator.uniform(0.5, 1.5, value.shape).astype(np.float32) if value.ndim == 1 else value
+                  for name, value in weights.items()}, folder, 1)
+    config = {name: getattr(ocr, name) for name in lstm_ctc_ocr.ARCHITECTURE}
+    (folder / "config.json").write_text(json.dumps({**ocr.FORMAT, **config, "best_step": 1}))
+    return folder
 
 
 def needs_warp():

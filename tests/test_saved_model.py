@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tensorflow2
 import tensorflow.compat.v1 as tf
-from conftest import ROOT, SHIPPED
+from conftest import ROOT, SHIPPED, untrained
 
 from lstm_ctc_ocr import LstmCtcOcr, main
 
@@ -58,12 +58,13 @@ def test_a_models_temperature_lowers_its_confidence(tmp_path):
 
 
 @pytest.mark.parametrize("label_parts", [1, 3])
-def test_its_texts_are_those_of_the_sequences(label_parts):
-    """A batch without any letter among them, and letters of which a part is missing."""
-    ocr = LstmCtcOcr(words="ABC", words_max_num=4, label_parts=label_parts).resolve()
-    sequences = [[], [0], [0, 1, 2, 3, 4, 5], [1, 2, 0], [0, 2, 0, 1], [8, 8, 7], [0, 1, 2] * 3]
-    sequences = [[number % (3 * label_parts) for number in sequence] for sequence in sequences]
-    for batch in (sequences, sequences[:1], [[], []]):
-        with tf.Graph().as_default(), tf.Session() as session:
-            texts = session.run(ocr._texts_in_graph(tf.SparseTensor(*ocr.sequences_to_sparse(batch))))
-        assert [text.decode() for text in texts] == [ocr.sequence_to_text(sequence) for sequence in batch]
+def test_its_texts_are_those_of_the_network(label_parts, tmp_path, monkeypatch):
+    """No letter, repeats, and the longest text in one batch; with parts, the middle one writes the letter."""
+    expected = ["", "A", "AAA", "CBAC", ""]
+    model = untrained(tmp_path / "model", words="ABC", words_max_num=4, label_parts=label_parts)
+    ocr = LstmCtcOcr(words="ABC", label_parts=label_parts).resolve()
+    sparse = ocr.sequences_to_sparse([ocr.text_to_sequence(text) for text in expected])
+    monkeypatch.setattr(LstmCtcOcr, "decode", lambda self, logits: (
+        tf.SparseTensor(sparse[0], tf.cast(sparse[1], tf.int64), sparse[2]), tf.zeros([len(expected)])))
+    texts, confidences = saved(model, tmp_path / "exported")(np.zeros((5, 64, 256), np.uint8))
+    assert texts == expected and confidences.tolist() == [1] * 5
