@@ -118,6 +118,7 @@ IMAGE_KINDS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "GIF": (".gif",), "B
                "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
 LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
 LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path.png,LABEL lines
+NO_UTF8 = "[\ud800-\udfff]"  # what Python has for bytes that are no UTF-8, in names and in text
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
 GLYPH_SIZES = (20, 34, 58)  # pixels an em; a letter is drawn once at each, and scaled down from the next larger one
 MAX_ASPECT = 4.3  # width over height, about: letters far apart move closer together rather than exceed it
@@ -1053,11 +1054,11 @@ class LstmCtcOcr:
         for name, label in labels.items():
             if not lines:
                 lines.append(f"{folder.resolve().name}: {len(labels):,} images, labels as in {way} "
-                             f"({_quoted(name)} is {label})")
-            if re.search("[\ud800-\udfff]", label):  # Python's stand-ins for bytes that are no UTF-8
+                             f'("{_on_one_line(name)}" is {label})')
+            if re.search(NO_UTF8, label):
                 raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8: save the "
                                  "list, or rename the image, in UTF-8")
-        faults = [f"{len(those):,} {what}, such as {_quoted(those[0])}"
+        faults = [f'{len(those):,} {what}, such as "{_on_one_line(those[0])}"'
                   for what, those in left_out.items() if those]
         lines += ["left out: " + "; ".join(faults)] * bool(faults)
         return labels, way, "\n".join(lines)
@@ -1127,7 +1128,7 @@ class LstmCtcOcr:
                 return way, rivals[way]
             name = next(iter(last))
             raise self.Error(f"the names in {folder} can be read in two ways: give --labels " + " or --labels ".join(
-                f"'{way}' ({_quoted(name)} is {labels[name]})" for way, labels in rivals.items()))
+                f"""'{way}' ("{_on_one_line(name)}" is {labels[name]})""" for way, labels in rivals.items()))
         way, labels = "LABEL_*", every
         if len(whole) >= 0.9 * len(every):
             way, labels = "LABEL", whole
@@ -1260,13 +1261,9 @@ class LstmCtcOcr:
 
     def _save_config(self, folder, config):
         """Writes config.json whole or not at all, and waits until it is on the disk."""
-        part = folder / ".config.json.part"
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(config, indent=2) + "\n")
-            _to_disk(part)
-            os.replace(part, folder / "config.json")
-            _to_disk(folder)
+            _replace(folder / "config.json", json.dumps(config, indent=2) + "\n", durable=True)
 
     AVERAGE = "/ExponentialMovingAverage"  # how TensorFlow ends the name of a moving average
 
@@ -3886,54 +3883,57 @@ def _read_at(file, buffer, offset):
 
 
 def _image_files(path):
-    """The images of a folder and those below it in the order of their numbers, or the path itself if it is none."""
+    """Lists the images in a folder and below it, see `_files_in`; a path that is no folder is one."""
     return [path / name for name in _files_in(path)[0]] if path.is_dir() else [path]
 
 
 def _files_in(folder):
-    """The images of a folder and its subfolders in the order of their numbers, and its other files: paths in there.
+    """Lists the images in a folder and its subfolders, and the other files: (images, others).
 
-    What is hidden is none of them. Raises OSError if one of the folders cannot be listed.
+    All are paths from the folder on. Images of one folder come in the order of the numbers at the
+    beginning of their names. A folder that is named like an image counts as one: whoever opens it
+    tells the user. Hidden files and folders are left out. What is no folder has none of either.
+    Raises OSError if a folder cannot be listed.
     """
-    def refuse(error):  # os.walk would pass over it
+    def refuse(error):  # os.walk would pass over the folder
         raise error
+
+    def place(name):
+        return int(re.match(r"\d*", name)[0] or -1), name
 
     images, others = [], []
     for path, folders, files in os.walk(folder, onerror=refuse) if os.path.isdir(folder) else ():
-        start = os.path.join(os.path.relpath(path, folder), "") if path != os.fspath(folder) else ""
-        named = [name for name in folders if _is_image_name(name)]  # whoever opens one will say what is wrong with it
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is_image_name(name))
-        named += filter(_is_image_name, files)
-        named.sort(key=lambda name: (int(re.match(r"\d*", name)[0] or -1), name))
-        images += [start + name for name in named]
-        others += [start + name for name in files if not name.startswith(".") and not _is_image_name(name)]
+        start = "" if path == os.fspath(folder) else os.path.relpath(path, folder)
+        shown = {name for name in (*folders, *files) if not name.startswith(".")}
+        named = set(filter(_is_image_name, shown))
+        folders[:] = sorted(shown.intersection(folders) - named)
+        images += [os.path.join(start, name) for name in sorted(named, key=place)]
+        others += [os.path.join(start, name) for name in shown.intersection(files) - named]
     return images, sorted(others)
 
 
-def _quoted(text):
-    """A name in a message: on one line, whatever it is."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _on_one_line(path):
-    """A path in a line of output: quoted if it holds line breaks or what else would not be seen."""
-    return _quoted(str(path)) if re.search(r"[\0-\x1f\x7f]", str(path)) else path
+def _on_one_line(text):
+    """Returns a path, or what it is given, as text on one line, for messages."""
+    text = str(text)
+    return text if text.isprintable() else json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _is_image_name(name):
-    """Whether a file's name is that of an image that is read and not hidden."""
-    suffix = os.path.splitext(name)[1].lower()
-    return any(suffix in suffixes for suffixes in IMAGE_KINDS.values()) and not name.startswith(".")
+    """Tells by its ending whether a file's name is that of an image."""
+    return name.lower().endswith(tuple(itertools.chain(*IMAGE_KINDS.values())))
 
 
 def _number_of(name):
-    """The number in a file's name, <i>_<LABEL>.png, or else one that the name decides."""
+    """Returns the number of an image <number>_<text>.png; of other names, one made from a digest."""
     named = LABELLED.fullmatch(os.path.basename(name))
     return int(named[1]) if named else int(_digest(name) * 2 ** 32)
 
 
 def _file_under(folder, path):
-    """The regular file at `path`, links resolved, if it is under `folder` (links resolved); else None."""
+    """Returns a regular file's path, links resolved, or None if that is not below `folder`.
+
+    folder: its links are resolved already.
+    """
     try:
         path = Path(os.path.realpath(path))
         return path if path.is_relative_to(folder) and path.is_file() else None
@@ -3942,45 +3942,45 @@ def _file_under(folder, path):
 
 
 def _text_of(path):
-    """Reads a small text file. Bytes that are no UTF-8 are kept as Python keeps those of file names."""
+    """Reads a small text file. Bytes that are no UTF-8 become what Python makes of them in names."""
     return path.read_text("utf-8-sig", "surrogateescape")
 
 
 def _separator(text):
-    """What stands between the columns of a list, by its first line."""
+    """Returns the sign between the columns of a list, by its first line."""
     return next((sign for sign in "\t,;" if sign in text.partition("\n")[0]), ",")
 
 
 def _whole_lines(path):
-    """The text of a list that is added to, if there is one; a last line without its end is given one.
+    """Reads the list that labels are added to, "" if there is none, and ends its last line.
 
-    Such a line may have been cut short by a power cut, and its label too. Raises `Error` if the file is not text.
+    A line without its end may have been cut short by a power cut, so that the user has to look at
+    it. Raises `Error` if the file is no text in UTF-8.
     """
-    data = path.read_bytes() if path.exists() else b""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LstmCtcOcr.Error(f"{path} is no CSV file in UTF-8 ({error}): mend it, or move it away") from None
-    if data and not data.endswith((b"\n", b"\r")):
-        with open(path, "ab") as file:
-            file.write(b"\n")
-        print(f"{path}: the last line had no end, see whether it is whole: {data.splitlines()[-1]!r}", file=sys.stderr)
+    text = _text_of(path) if path.exists() else ""
+    if re.search(NO_UTF8, text):
+        raise LstmCtcOcr.Error(f"{path} is no CSV file in UTF-8: mend it, or move it away")
+    if text and not text.endswith("\n"):
+        with open(path, "a") as file:
+            file.write("\n")
+        print(f"{path}: the last line had no end, see whether it is whole: "
+              f"{text.splitlines()[-1]!r}", file=sys.stderr)
     return text
 
 
 def _digest(name):
-    """A number of 0 to 1 that an image's name, its path in its folder, alone decides."""
+    """Returns a number from 0 to 1 that depends on an image's name alone, its path in its folder."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little") / 2 ** 64
 
 
 def _model_folder(model):
-    """The folder of a model: of that path, or of that name if it ships."""
+    """Returns the folder of a model, which is given as a path or as the name of one that ships."""
     shipped = MODELS / "pretrained" / model
     return shipped if not Path(model).exists() and shipped.is_dir() else Path(model)
 
 
 def _shown(folder):
-    """A path as messages have it: from this script's folder on, if it is in there."""
+    """Shortens a path for messages: it begins at this script's folder if it is in there."""
     return folder.relative_to(HOME) if folder.is_relative_to(HOME) else folder
 
 
@@ -3997,12 +3997,19 @@ def _to_disk(*paths):
             os.close(descriptor)
 
 
-def _replace(path, content):
-    """Writes a small file of text or bytes whole or not at all; several may do so at once."""
+def _replace(path, content, durable=False):
+    """Writes a small file of text or bytes as a whole or not at all; several processes may do so.
+
+    durable: waits until it is on the disk. Else a power cut may leave it empty or torn.
+    """
     part = path.with_name(f".{secrets.token_hex(4)}.part")
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     try:
-        part.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+        part.write_bytes(content)
+        _to_disk(*[part] * durable)
         os.replace(part, path)
+        _to_disk(*[path.parent] * durable)
     except OSError:
         with contextlib.suppress(OSError):
             part.unlink()

@@ -189,7 +189,7 @@ def test_a_last_line_without_an_end_is_kept_and_told_of(folder, capfd):
     (folder / "labels.csv").write_bytes(b'\xef\xbb\xbf0.png,PIY\r\nno.png,X\n1.png,BCA')
     client, service = client_of(folder)
     assert service.labelling.labels == {"0.png": "PIY", "1.png": "BCA"}
-    assert "see whether it is whole: b'1.png,BCA'" in capfd.readouterr().err
+    assert "see whether it is whole: '1.png,BCA'" in capfd.readouterr().err
     answer = client.post("/label", json={"path": "1.png", "label": "BCAVDPXT"})
     long = client.post("/label", json={"path": "1.png", "label": 200_000 * "A"})
     service.close()

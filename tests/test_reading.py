@@ -197,8 +197,8 @@ def test_a_file_without_a_label_is_read_all_the_same(trained, dataset, tmp_path,
     (tmp_path / "captcha.png").rename(tmp_path / "a\nb\x1b[31m.png")
     (tmp_path / "c\nd.png").touch()
     code, lines, messages = read(capfd, "--model", trained, tmp_path)
-    assert code == 1 and lines[0].endswith('a\\nb\\u001b[31m.png"') and len(lines) == 1
-    assert 'c\\nd.png": not a whole image' in messages.splitlines()[1]
+    assert code == 1 and lines[0].endswith('a\\nb\\u001b[31m.png') and len(lines) == 1
+    assert 'c\\nd.png: not a whole image' in messages.splitlines()[1]
 
 
 def test_the_architecture_comes_from_the_model(trained, dataset, engine):
