@@ -84,6 +84,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import warnings
 from multiprocessing.pool import ThreadPool
@@ -105,7 +106,8 @@ import waitress
 from PIL import Image, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import HTTPException, ServiceUnavailable, Unauthorized
+from werkzeug.exceptions import (
+    HTTPException, InternalServerError, ServiceUnavailable, Unauthorized)
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # nor does it matter what Pillow thinks of a header
 
@@ -2467,15 +2469,13 @@ class LstmCtcOcr:
             for data, future in zip(datas, futures):
                 service.jobs.append((data, restriction, future))
                 service.pool.submit(self._read_jobs, service)
-        concurrent.futures.wait(futures)
-        with service.lock:
-            service.waiting -= len(datas)
         readings = [future.result() for future in futures]
         read = [reading for reading in readings if isinstance(reading, tuple)]
+        with service.lock:
+            service.waiting -= len(datas)
+            service.images_read += len(read)
         if not read:
             raise readings[0]
-        with service.lock:
-            service.images_read += len(read)
         return [dict(zip(("ocr_ret", "confidence"), reading)) if isinstance(reading, tuple) else
                 {"error": str(reading)} for reading in readings]
 
@@ -2494,11 +2494,12 @@ class LstmCtcOcr:
         datas, restrictions, futures = zip(*batch)
         try:
             readings = self._read_each(datas, restrictions, alone=True)
-            for future, reading in zip(futures, readings):
-                future.set_result(reading)
-        except Exception as error:  # whoever asked is told
-            for future in futures:
-                future.set_exception(error)
+        except Exception:  # a fault of this program
+            readings = [InternalServerError()] * len(batch)
+            with contextlib.suppress(OSError):  # nobody may be reading the log
+                traceback.print_exc()
+        for future, reading in zip(futures, readings):
+            future.set_result(reading)
 
     def _answer_health(self, service):
         """GET /healthz: says which model reads, and counts."""
@@ -2582,28 +2583,31 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ labelling page
 
+    UNREAD = "", 2  # the guess of an image that is not read yet; it comes after all others
+
     @dataclasses.dataclass
     class _Labelling:
         """Images of a folder that are labelled on the page /label; a name is a path in there."""
         folder: Path  # links resolved
         separator: str  # between the columns of the list of labels
         labels: dict  # by name
-        guesses: dict  # by name (text, confidence), None before it is read; without unreadable ones
+        guesses: dict  # by name (text, confidence), of all that can be read; `UNREAD` at first
         read: object  # function from paths to readings, see `_read_each`
         skipped: collections.Counter  # how often, by name
         lock: object  # held to write
 
         def left(self):
-            """Returns the names of the images that have no label."""
-            return [name for name in list(self.guesses) if name not in self.labels]
+            """Returns the guesses of the images that have no label."""
+            return {name: guess for name, guess in list(self.guesses.items())
+                    if name not in self.labels}
 
         def guess(self, name):
             """Reads an image; one that has gone or cannot be read is named on stderr and dropped."""
             path = _file_under(self.folder, self.folder / name)
             reading, = self.read([path]) if path else [LstmCtcOcr.Error(f"{name} has gone")]
             if isinstance(reading, LstmCtcOcr.Error):
-                print(reading, file=sys.stderr)
                 self.guesses.pop(name, None)
+                print(reading, file=sys.stderr)
             else:
                 self.guesses[name] = reading
 
@@ -2622,12 +2626,9 @@ class LstmCtcOcr:
 
             When all images have a label, it returns an empty path.
             """
-            def rank(name):
-                _, confidence = self.guesses.get(name) or ("", 2)  # not read yet: last
-                return self.skipped[name], confidence
-
             while left := self.left():
-                if shown := self.show(min(left, key=rank)):
+                name = min(left, key=lambda name: (self.skipped[name], left[name][1]))
+                if shown := self.show(name):
                     return shown
             return {"path": ""}
 
@@ -2651,7 +2652,7 @@ class LstmCtcOcr:
         """Returns the state of labelling the folder `label`; raises `Error` if it has no images."""
         folder = Path(os.path.realpath(self.label))
         names, others = _files_in(folder)  # only images that really are in there can be shown
-        guesses = {name: None for name in names
+        guesses = {name: self.UNREAD for name in names
                    if name.isprintable() and _file_under(folder, folder / name)}
         if not guesses:
             raise self.Error(f"no images in {self.label}: --label takes the folder of those that "
@@ -4076,11 +4077,10 @@ def _page(page, **values):
 
 
 def _data_url(data):
-    """Returns an image file as a data URL, of which browsers find out the kind; a TIFF as PNG, for they show none."""
-    with Image.open(io.BytesIO(data)) as image:
-        if image.format == "TIFF":
-            colours = LstmCtcOcr._colours_of(image)[..., ::-1]  # OpenCV writes BGR
-            data = cv2.imencode(".png", 255 * colours)[1].tobytes()
+    """Returns an image file as a data URL, whose kind browsers find out; a TIFF as PNG."""
+    if data.startswith((b"II*\0", b"MM\0*")):  # a TIFF, which browsers do not show
+        colours = 255 * LstmCtcOcr().load_colours(data)[..., ::-1]  # OpenCV writes BGR
+        data = cv2.imencode(".png", np.uint8(colours))[1].tobytes()
     return "data:image;base64," + base64.b64encode(data).decode()
 
 

@@ -172,7 +172,7 @@ def test_what_is_read_least_surely_comes_first_and_what_is_skipped_last(folder, 
     with monkeypatch.context() as patched:
         patched.setattr(LstmCtcOcr, "_read_each", read)
         client, service = client_of(folder)
-        while "broken.png" in service.labelling.guesses or not all(service.labelling.guesses.values()):
+        while LstmCtcOcr.UNREAD in service.labelling.guesses.values():
             time.sleep(0.01)  # until it has read all
         answers = [client.get("/label/image").json]
         for body in ({}, {"label": "A"}, {"label": "B"}, {}, {}, {"label": "C"}, {"label": "D"}):
