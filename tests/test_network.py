@@ -173,7 +173,8 @@ def test_warp_ctc_is_tensorflows_loss_and_gradient():
         weights = rng.normal(size=6).astype(np.float32)  # an upstream gradient that differs from image to image
 
         def build(logits, weights, ctc):
-            losses = LstmCtcOcr(ctc=ctc).resolve().ctc_loss(tf.SparseTensor(*LstmCtcOcr.sequences_to_sparse(labels)), logits)
+            ocr = LstmCtcOcr(ctc=ctc).resolve()
+            losses = ocr.ctc_loss(tf.SparseTensor(*ocr.sequences_to_sparse(labels)), logits)
             return [losses, *tf.gradients(tf.reduce_sum(losses * weights), [logits])]
 
         theirs, ours = (evaluate(functools.partial(build, ctc=ctc), logits, weights) for ctc in ("tensorflow", "warp"))

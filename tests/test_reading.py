@@ -232,7 +232,7 @@ def changed(**settings):
     (lambda folder: shutil.rmtree(folder), "no model in"),
     (lambda folder: (folder / "config.json").write_text('{"format": 1,'), "config.json cannot be read"),
     (changed(paper="brightest"), "config.json is not what this version writes"),
-    (lambda folder: (folder / "config.json").write_text('{"format": 99}'), "config.json is not what this version writes"),
+    (changed(format=99), "config.json is not what this version writes"),
     (lambda folder: (folder / "config.json").write_text('[]'), "config.json is not what this version writes"),
     (cut_in_half, "missing, torn or of another network"),
     (lambda folder: [path.unlink() for path in folder.glob("LstmCtcOcr-*")], "missing, torn or of another network"),
@@ -372,7 +372,7 @@ def test_publishing_keeps_the_readings_and_drops_the_rest(trained, dataset, tmp_
     (["start", "--model", str(SHIPPED), "--port", "0", "--length", "some"], "length must be N or MIN-MAX"),
     (["create_dataset", "--words", "AA"], "each of them once"),
     (["start", "--image-root", "nowhere"], "--image-root nowhere is not a folder"),
-    (["start", "--model", str(SHIPPED), "--port", "70000"], "a port is 0 to 65535"),
+    (["start", "--model", str(SHIPPED), "--port", "70000"], "--port must be 0 to 65,535, not 70000"),
 ])
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, complaint, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)

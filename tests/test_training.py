@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_a_number_stops_with_the_last_checkpoint_intact(train
 
 
 @pytest.mark.parametrize("settings, complaint", [
-    (dict(words="AY"), "which is not in --words AY"),
+    (dict(words="AY"), "is not 1 to 3 letters of --words AY"),
     (dict(words_max_num=1), "1 to 1 letters"),
     (dict(batch_size=1000), "fewer than one batch of 1000"),
     (dict(dataset="nowhere"), "nowhere is no folder: render"),
