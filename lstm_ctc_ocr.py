@@ -563,16 +563,21 @@ class LstmCtcOcr:
     # ------------------------------------------------------------------ CTC: loss and search
 
     def ctc_loss(self, sequences, logits):
-        """CTC loss (Graves et al., 2006): sequences (B, .) sparse int32, logits (T, B, C), blank last -> (B,)."""
+        """Returns the CTC loss of each image (Graves et al., 2006), (B,) float32.
+
+        sequences: (B, .) sparse int32; logits: (T, B, C) float32, blank last.
+        """
         tf = _tensorflow()
+        steps, batch = tf.unstack(tf.shape(logits)[:2])
         if self.ctc == "tensorflow":
-            return tf.nn.ctc_loss(sequences, logits, tf.fill([tf.shape(logits)[1]], tf.shape(logits)[0]))
-        _warp_library()  # now, so that it is missed before anything is trained
-        lengths = tf.math.bincount(tf.cast(sequences.indices[:, 0], tf.int32), minlength=tf.shape(logits)[1])
+            return tf.nn.ctc_loss(sequences, logits, tf.fill([batch], steps))
+        _warp_library()  # now, so that a missing library is noticed before the training begins
+        lengths = tf.math.bincount(tf.cast(sequences.indices[:, 0], tf.int32), minlength=batch)
 
         @tf.custom_gradient
         def warp(logits):
-            losses, d_logits = tf.numpy_function(_warp_ctc, [logits, sequences.values, lengths], [tf.float32] * 2)
+            losses, d_logits = tf.numpy_function(
+                _warp_ctc, [logits, sequences.values, lengths], [tf.float32] * 2)
             losses.set_shape([logits.shape[1]])
             d_logits.set_shape(logits.shape)
             return losses, lambda d_losses: d_losses[:, None] * d_logits
@@ -580,107 +585,228 @@ class LstmCtcOcr:
         return warp(logits)
 
     def decode(self, logits):
-        """TensorFlow's beam search over logits (T, B, C), blank last, for validation and for the SavedModel.
+        """Decodes logits (T, B, C), blank last, by TensorFlow's beam search, as in the article.
 
-        Returns the texts as a sparse tensor (B, .) int64, and the log of the confidence, (B,) float32: the probability
-        that the network gives to the text, summed over the alignments that the beam has kept. With a wide enough beam
-        that is exp(-CTC loss) of the text.
+        Validation and the SavedModel use it. Returns the texts as a sparse tensor (B, .) int64,
+        and the logarithms of their probabilities, (B,) float32. A probability is the sum over the
+        alignments that the beam has kept: with a wide enough beam, it is exp(-CTC loss).
         """
         tf = _tensorflow()
-        steps = tf.fill([tf.shape(logits)[1]], tf.shape(logits)[0])
-        (sparse,), log_probability = tf.nn.ctc_beam_search_decoder(  # merge_repeated would read AAA as A
-            logits, steps, self.beam_width, top_paths=1, merge_repeated=False)
+        steps, batch = tf.unstack(tf.shape(logits)[:2])
+        (sparse,), log_probability = tf.nn.ctc_beam_search_decoder(  # merge_repeated: AAA is read A
+            logits, tf.fill([batch], steps), self.beam_width, top_paths=1, merge_repeated=False)
         return sparse, log_probability[:, 0]
+
+    @staticmethod
+    def softmax(logits):
+        """Turns logits (T, B, C) into probabilities (T, B, C) float64."""
+        p = np.exp(logits - logits.max(axis=2, keepdims=True), dtype=np.float64)
+        return p / p.sum(axis=2, keepdims=True)
+
+    @staticmethod
+    def greedy(p):
+        """Takes the best class of each step, merges repeats, then drops blanks.
+
+        p: (T, B, C), blank last. Returns B sequences.
+        """
+        best = p.argmax(axis=2)  # (T, B)
+        kept = best < p.shape[2] - 1
+        kept[1:] &= best[1:] != best[:-1]
+        return [classes[here].tolist() for classes, here in zip(best.T, kept.T)]
+
+    @staticmethod
+    def sequence_probabilities(sequences, p):
+        """Returns the exact probability of each sequence, the sum over all its alignments.
+
+        sequences: n; p: (T, n, C), blank last. Returns (n,) float64. This is the forward recursion
+        of Graves et al. (2006), section 4.1. It needs no logarithms, because float64 loses only
+        what ends below 1e-300.
+        """
+        blank, image = p.shape[2] - 1, np.arange(len(sequences))
+        lengths = np.array([len(sequence) for sequence in sequences], int)
+        states = np.full((len(sequences), 2 * lengths.max(initial=0) + 1), blank)  # (n, S)
+        for row, sequence in zip(states, sequences):
+            row[1:2 * len(sequence):2] = sequence  # with a blank before and after each class
+        skips = np.zeros(states.shape)  # 1 where a path may leave out the blank before the state
+        skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
+        emitted = p[:, image[:, None], states]  # (T, n, S)
+        paths = np.zeros((len(sequences), states.shape[1] + 2))  # two columns of zeros come first
+        two_before, one_before, own = paths[:, :-2], paths[:, 1:-1], paths[:, 2:]
+        own[:, :2] = emitted[0, :, :2]
+        for step in emitted[1:]:
+            own[:] = (two_before * skips + one_before + own) * step
+        return np.minimum(1, own[image, 2 * lengths] + paths[image, 2 * lengths + 1])
+
+    def _search(self, p, longest=None):
+        """Finds likely sequences by CTC's prefix beam search (Hannun et al., 2014, arXiv:1408.2873).
+
+        p: (T, C), blank last. Returns the `beam_width` likeliest sequences or, where `longest` is
+        given, as many of each length up to that number of letters, however unlikely they are.
+        """
+        # Most steps say for sure what the step before has said for sure. They change next to nothing
+        # and are left out, unless the longest text would have too few steps then.
+        best = np.where(p.max(axis=1) > 0.999, p.argmax(axis=1), -1)
+        kept = np.append(True, (best[1:] < 0) | (best[1:] != best[:-1]))
+        if kept.sum() >= 2 * (longest or 0) * self.label_parts:
+            p = p[kept]
+        # Longer by other than the W + 1 likeliest classes, no prefix gets into a beam of W: one of
+        # these may be a repeat, but W are not. Of parts of letters, so many of each kind.
+        likely = np.argsort(-p[:, :-1].reshape(len(p), -1, self.label_parts), axis=1)
+        likely = likely[:, :self.beam_width + 1] * self.label_parts + np.arange(self.label_parts)
+        group_of = functools.cache(functools.partial(self._group_of, longest))
+        beam = {(): (0.0, -math.inf)}  # see `_extended`
+        for step, classes in zip(np.log(np.maximum(p, 1e-300)), likely.reshape(len(p), -1)):
+            extended = self._extended(beam, step.tolist(), classes.tolist())
+            beam, places = {}, collections.Counter({"too long": self.beam_width})
+            for prefix in sorted(extended, key=lambda prefix: -_log_sum(*extended[prefix])):
+                places[group_of(prefix)] += 1
+                if places[group_of(prefix)] <= self.beam_width:
+                    beam[prefix] = extended[prefix]
+        return [list(prefix) for prefix in beam]
+
+    def _extended(self, beam, step, classes):
+        """Takes a beam over one step: its prefixes as they are, and longer by each of `classes`.
+
+        beam: {prefix: (logarithm of the probability of its paths that end with a blank, and of
+        those that end with its last class)}; step: logarithms of the C probabilities, blank last.
+        """
+        extended = collections.defaultdict(lambda: [-math.inf, -math.inf])
+        for prefix, (blank, letter) in beam.items():
+            last, either, own = prefix[-1:], _log_sum(blank, letter), extended[prefix]
+            own[0] = either + step[-1]
+            next_part = {c + 1 for c in last if (c + 1) % self.label_parts}
+            for c in last:
+                own[1] = _log_sum(own[1], letter + step[c])
+            for c in next_part.union(classes):
+                longer = extended[(*prefix, c)]  # if it is in the beam too, this is more of its own
+                longer[1] = _log_sum(longer[1], step[c] + (blank if c in last else either))
+        return extended
+
+    def _group_of(self, longest, prefix):
+        """Says with which others a prefix competes for places in the beam.
+
+        If a length is asked for, a prefix competes with those that are as long. Of parts of letters
+        that holds for whole letters, the last of which may be under way; all others go together.
+        """
+        parts = self.label_parts
+        if longest is None or parts > 1 and any(
+                c % parts != i % parts or c // parts != prefix[i - i % parts] // parts
+                for i, c in enumerate(prefix)):
+            return "any"
+        return len(prefix) if len(prefix) <= longest * parts else "too long"
+
+    def _most_probable(self, p, fits, longest, enough=0.5):
+        """Returns the most probable sequence of each image and its probability, B pairs.
+
+        p: (T, B, C), blank last; fits(sequence) says which sequences may be answered; longest: see
+        `_search`. The probabilities are exact, and so mean the same however a sequence was found.
+        First the best class of each step is tried. If these spell a sequence that has more than
+        half of the probability, there can be none that is more probable, and no search is needed.
+        enough: do without the search from a lower probability on.
+        """
+        sequences = self.greedy(p)
+        found = list(zip(sequences, self.sequence_probabilities(sequences, p).tolist()))
+        for b, (sequence, probability) in enumerate(found):
+            if probability <= enough or not fits(sequence):
+                candidates = [sequence, *self._search(p[:, b], longest)]
+                found[b], = self._likeliest([list(filter(fits, candidates))], [p[:, [b]]])
+        return found
+
+    def _likeliest(self, candidates, seen):
+        """Chooses the candidate that is most probable on average over some views of the image.
+
+        candidates: a list of sequences for each of B images; seen: (T, B, C) for each view.
+        Returns B pairs (sequence, average), ([], 0) where there is no candidate.
+        """
+        rows = [b for b, sequences in enumerate(candidates) for _ in sequences]
+        sequences = sum(candidates, [])
+        averages = iter(np.mean([self.sequence_probabilities(sequences, p[:, rows]) for p in seen],
+                                axis=0).tolist())
+        return [max(zip(each, averages), key=lambda pair: pair[1], default=([], 0))
+                for each in candidates]
 
     @dataclasses.dataclass(frozen=True)
     class Restriction:
-        """What is known of a text before it is read: the settings `letters` and `length`, or those of a request."""
+        """What is known of a text before it is read."""
         letters: str = ""  # the only letters that the text can hold; "": all that the model knows
         length: str = ""  # "N" or "MIN-MAX": how many letters the text has; "": any number
 
     def restrict(self, letters="", length=""):
-        """Makes a `Restriction` for `texts`; raises `Error` where this model cannot read such texts."""
+        """Makes a `Restriction` for `texts`; raises `Error` if this model cannot read such texts.
+
+        A letter of which only one case is among `letters` is read in either case.
+        """
         letters = "".join(dict.fromkeys(letters))
         for letter in letters:
-            if not self._read_as(letter, letters):
-                raise self.Error(f"letters: this model does not know {letter!r}, it knows {self.words}")
-        if length:
-            self._bounds(length)
+            if letter not in self._read_as(letters):
+                raise self.Error(f"letters: this model does not know {letter!r}, it knows "
+                                 f"{self.words}")
+        self._bounds(length)
         return self.Restriction(letters, length)
 
+    def _read_as(self, letters):
+        """Says as which letter each of `words` is read, if it is one of `letters`."""
+        return [word if word in letters else word.swapcase() for word in self.words]
+
     def _bounds(self, length):
-        """The least and the most letters that "N" or "MIN-MAX" allows."""
+        """Returns the least and the most letters that a restriction's length allows."""
+        if not length:
+            return 0, math.inf
         match = LENGTH.fullmatch(length)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= low <= high <= self.words_max_num:  # so many fit into the steps, see `__post_init__`
-            raise self.Error(f"length must be N or MIN-MAX, from 1 to this model's {self.words_max_num}, not "
-                             f"{length!r}")
+        if not 1 <= low <= high <= self.words_max_num:  # `__post_init__` makes sure that these fit
+            raise self.Error(f"length must be N or MIN-MAX, from 1 to this model's "
+                             f"{self.words_max_num}, not {length!r}")
         return low, high
 
-    def _read_as(self, letter, letters):
-        """The model's letters that are read as `letter` where only `letters` can be: it, and its other case."""
-        return [word for word in self.words if word == letter or word.swapcase() == letter and word not in letters]
+    def texts(self, logits, restriction=Restriction(), views=()):
+        """Decodes logits (T, B, C), blank last, into B pairs (text, confidence).
 
-    def texts(self, logits, restriction=Restriction(), looks=()):
-        """Decodes logits (T, B, C), blank last, to B (text, confidence) pairs.
+        The confidence is the probability that the network gives to the text (with --label-parts, to
+        the sequence of parts): exp(-CTC loss). A restriction does not raise it: the confidence is
+        low where the image holds something else.
 
-        The confidence is the probability that the network gives to the text (with --label-parts, to the sequence of
-        parts), exp(-CTC loss). A restriction does not raise it: it is low where the image holds something else. Where
-        only one case of a letter is allowed, the other one is read as it.
-        looks: functions of rows to logits (T', rows, C) of a further look at these, of which each is asked about those
-        whose confidence so far is at most its one of `DOUBTS`. Of their text and that which the best classes of the
-        look spell (or if a length is known, its search finds), they get the one to which all looks so far give the most
-        probability on average; that is its confidence.
+        views: pairs (doubt, function of rows (n,) that returns the logits (T', n, C) of another
+        view of these images). A view is tried for images whose confidence is at most its doubt. It
+        proposes the text that its best classes spell or, if that does not fit, the most probable.
+        The image gets the proposal that is most probable on average over the views so far, and this
+        average is the confidence.
         """
-        words, parts = restriction.letters or self.words, self.label_parts
-        folds = self._folds(words) if restriction.letters else None
-        probabilities = lambda logits: softmax(logits) if folds is None else softmax(logits) @ folds  # noqa: E731
-        low, high = self._bounds(restriction.length) if restriction.length else (0, self.words_max_num)
-        longest, fits, follows = high if parts == 1 else self.words_max_num * parts, None, None
-        if restriction.length:
-            fits = lambda sequence: low <= len(self.sequence_to_text(sequence, words)) <= high  # noqa: E731
-            follows = self._whole_letters(len(words)) if parts > 1 else None
-        search = functools.partial(most_probable, beam_width=self.beam_width, longest=longest, fits=fits,
-                                   follows=follows)
-        found = search(p := probabilities(logits))
-        spell = greedy if fits is None else lambda p: [sequence for sequence, _ in search(p)]
-        rows, seen, spelled = range(len(found)), [p], [[sequence] for sequence, _ in found]
-        for doubt, look in zip(DOUBTS, looks):
+        words, (low, high) = restriction.letters or self.words, self._bounds(restriction.length)
+
+        def fits(sequence):
+            return low <= len(self.sequence_to_text(sequence, words)) <= high
+
+        def probabilities(logits):
+            p = self.softmax(logits)
+            return p @ self._folds(words) if restriction.letters else p
+
+        longest = high if restriction.length else None
+        found = self._most_probable(p := probabilities(logits), fits, longest)
+        rows, seen, proposed = np.arange(len(found)), [p], [[sequence] for sequence, _ in found]
+        for doubt, view in views:
             doubtful = [place for place, b in enumerate(rows) if found[b][1] <= doubt]
             if not doubtful:
                 break
-            rows = [rows[place] for place in doubtful]
-            seen = [q[:, doubtful] for q in seen] + [probabilities(look(rows))]
-            spelled = [spelled[place] + [sequence] for place, sequence in zip(doubtful, spell(seen[-1]))]
-            for b, agreed in zip(rows, likeliest(spelled, seen)):
-                found[b] = agreed
-        return [(self.sequence_to_text(sequence, words), probability) for sequence, probability in found]
+            rows, seen = rows[doubtful], [p[:, doubtful] for p in seen]
+            seen.append(p := probabilities(view(rows)))
+            proposed = [proposed[place] + [sequence] for place, (sequence, _) in zip(
+                doubtful, self._most_probable(p, fits, longest, enough=0))]
+            for b, best in zip(rows, self._likeliest(proposed, seen)):
+                found[b] = best
+        return [(self.sequence_to_text(sequence, words), confidence)
+                for sequence, confidence in found]
 
     def _folds(self, letters):
-        """The matrix that adds up the classes read as each of `letters`, and drops the others, the blank last."""
-        matrix = np.zeros((len(self.words), len(letters)))
-        for column, letter in enumerate(letters):
-            for word in self._read_as(letter, letters):
-                matrix[self._class_of[word], column] = 1
-        folds = np.zeros((len(self.words) * self.label_parts + 1, len(letters) * self.label_parts + 1))
-        folds[:-1, :-1], folds[-1, -1] = np.kron(matrix, np.eye(self.label_parts)), 1
+        """Returns the matrix (C, C') that adds up the classes that are read as the same letter.
+
+        C' are the classes of `letters`; what can be read as none of these is dropped.
+        """
+        same = [[read == letter for letter in letters] for read in self._read_as(letters)]
+        folds = np.zeros([len(words) * self.label_parts + 1 for words in (self.words, letters)])
+        folds[:-1, :-1] = np.kron(same, np.eye(self.label_parts))
+        folds[-1, -1] = 1  # the blank
         return folds
-
-    def _whole_letters(self, count):
-        """Which class may follow which, 0 or -inf, where each of `count` letters has all its parts in order."""
-        classes = np.arange(count * self.label_parts + 1)  # the blank, last, stands for nothing before
-        begins, ends = classes % self.label_parts == 0, (classes + 1) % self.label_parts == 0
-        ends[-1] = True
-        return np.where(ends[:, None] & begins | ~ends[:, None] & (classes == classes[:, None] + 1), 0, -np.inf)
-
-    @dataclasses.dataclass
-    class _Beam:
-        """The W likeliest prefixes of each length L from 0 on; arrays (B, L, W)."""
-        blank: np.ndarray  # log of the probability of a prefix by the paths that end with a blank
-        letter: np.ndarray  # and of those that end with its last class
-        last: np.ndarray  # its last class; the blank, if it is empty
-        key: np.ndarray  # its hash, by which it is known if it comes a second way; 0 where there is none yet
-        sequence: np.ndarray  # (B, L, W, L - 1), what is not used of it arbitrary
 
     # ------------------------------------------------------------------ graphs
 
@@ -3449,200 +3575,41 @@ def _warp_ctc(logits, labels, lengths):
     return losses, gradients
 
 
-# ---------------------------------------------------------------------- the most probable text
-
-TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)  # by which logits may be divided
-TINY = 1e-300  # what a probability counts at least in the search, so that every text has one to compare
-SURE = 0.999  # a probability from which on a step says so for sure: see `_without_sure_repeats`
-ODD = np.uint64(0x9E3779B97F4A7C15)  # hashes a prefix: that of a longer one is the shorter one's times this, + class
-
-
-def softmax(logits):
-    """(T, B, C) -> probabilities (T, B, C) float64."""
-    p = np.exp(logits - logits.max(axis=2, keepdims=True), dtype=np.float64)
-    return p / p.sum(axis=2, keepdims=True)
-
-
-def most_probable(p, beam_width, longest, fits=None, follows=None):
-    """The most probable of the sequences that CTC can read from p (T, B, C), each step's probabilities, blank last.
-
-    Returns B pairs (sequence, probability); the probability is exact: exp(-CTC loss), so it means the same however the
-    sequence was found. First the best class of each step is tried. If the sequence that they spell has more than one
-    half, it is the most probable, as all probabilities add up to at most 1. Otherwise a beam search (`_beam_search`)
-    looks at the steps that are in doubt, among sequences of up to `longest` classes, and what it finds is compared by
-    exact probabilities.
-    fits(sequence) says which sequences may be answered; None: all. follows: see `_beam_search`; where given, a second
-    search keeps to it, as the first may find nothing that fits.
-    """
-    sequences = greedy(p)
-    results = list(zip(sequences, sequence_probabilities(sequences, p).tolist()))
-    hard = [b for b, (sequence, probability) in enumerate(results)
-            if probability <= 0.5 or fits and not fits(sequence)]
-    rules = [None] if follows is None else [None, follows]
-    for shorten in (_without_sure_repeats, np.asarray):
-        searches = [_beam_search(shorten(p[:, hard]), beam_width, longest, fits, rule) for rule in rules if hard]
-        candidates = [sum(found, [sequences[b]] * (not fits or fits(sequences[b])))
-                      for b, *found in zip(hard, *searches)]
-        for b, best in zip(hard, likeliest(candidates, [p[:, hard]])):
-            results[b] = best
-        # All that the steps left out could spell besides is no likelier than this; so what fits may have to be there.
-        hard = [b for b in hard if fits and results[b][1] <= len(p) * (1 - SURE)]
-    return results
-
-
-def likeliest(candidates, looks):
-    """Of each of B images' candidates, sequences, the one to which looks at it give the most probability on average.
-
-    looks: p (T, B, C) of each. Returns B pairs (sequence, that average), ([], 0) where there are no candidates.
-    """
-    sequences, rows = sum(candidates, []), np.repeat(np.arange(len(candidates)), list(map(len, candidates)))
-    means = iter(np.mean([sequence_probabilities(sequences, p, rows) for p in looks], axis=0) if sequences else ())
-    return [max(zip(each, map(float, means)), key=lambda pair: pair[1], default=([], 0)) for each in candidates]
-
+# ---------------------------------------------------------------------- accuracy
 
 def greedy_confidences(logits, sequences):
-    """Which of logits (T, B, C) the best classes alone read right, (B,) bool, and how sure they are, (K, B).
+    """Tells which images the best classes alone read right, and how sure they are of it.
 
-    A row for each of `TEMPERATURES`: which text it is does not depend on the temperature, but its probability does.
+    logits: (T, B, C), blank last; sequences: the B true ones. Returns (B,) bool, and the
+    probabilities (K, B) of what was read, one row for each of `TEMPERATURES`. The temperature
+    changes how probable a text is, but not which text the best classes spell.
     """
-    found = greedy(logits)
+    found = LstmCtcOcr.greedy(logits)
     return (np.array([one == other for one, other in zip(found, sequences)]),
-            np.array([sequence_probabilities(found, softmax(logits / temperature)) for temperature in TEMPERATURES]))
+            np.array([LstmCtcOcr.sequence_probabilities(found, LstmCtcOcr.softmax(logits / divisor))
+                      for divisor in TEMPERATURES]))
+
+
+TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)
 
 
 def fit_temperature(right, confidences):
-    """Of `TEMPERATURES`, the one whose confidences (K, n) are the likeliest, given which readings were right (n,).
+    """Returns the temperature at which the confidences tell best which readings are right.
 
-    right may differ with the temperature, (K, n), where the reading does.
-    Temperature scaling (Guo et al., 2017, arXiv:1706.04599), of whole texts: of those with confidence 0.9, nine in ten
-    shall be right.
+    confidences: (K, n), one row for each of `TEMPERATURES`; right: (n,) bool, or (K, n) where the
+    reading changes with the temperature. This is temperature scaling (Guo et al., 2017,
+    arXiv:1706.04599) of whole texts: of those with confidence 0.9, nine in ten should be right.
     """
     p = np.clip(confidences, 1e-6, 1 - 1e-6)
     return TEMPERATURES[int(np.where(right, np.log(p), np.log(1 - p)).sum(axis=1).argmax())]
 
 
-def greedy(p):
-    """The best class of each step, repeats merged and blanks dropped: p (T, B, C) -> B sequences."""
-    best = p.argmax(axis=2)  # (T, B)
-    begins = best < p.shape[2] - 1
-    begins[1:] &= best[1:] != best[:-1]
-    return [column[kept].tolist() for column, kept in zip(best.T, begins.T)]
+def _log_sum(a, b):
+    """Returns log(exp(a) + exp(b)); NumPy's takes three times as long for single numbers."""
+    if a < b:
+        a, b = b, a
+    return a if b == -math.inf else a + math.log1p(math.exp(b - a))
 
-
-def sequence_probabilities(sequences, p, rows=None):
-    """The probability of each of n sequences, all its alignments added up: p (T, B, C), blank last -> (n,) float64.
-
-    The forward recursion of Graves et al. (2006), section 4.1. It needs no logarithms: float64 loses only what is below
-    1e-300 in the end.
-    rows: (n,) int, of which of the B images each sequence is; by default one is of each.
-    """
-    lengths, (states, skips) = np.array([len(sequence) for sequence in sequences]), _states(sequences, p.shape[2] - 1)
-    each = np.arange(len(sequences))
-    emitted = p[:, (each if rows is None else rows)[:, None], states]  # (T, n, S)
-    paths = np.zeros((len(sequences), states.shape[1] + 2))  # (n, S + 2): what ends in each state, two zeros before
-    before_last, last, own = paths[:, :-2], paths[:, 1:-1], paths[:, 2:]
-    own[:, :2] = emitted[0, :, :2]
-    for step in emitted[1:]:
-        now = before_last * skips
-        now += last
-        now += own
-        np.multiply(now, step, out=own)
-    return np.minimum(1, paths[each, 2 * lengths + 2] + paths[each, 2 * lengths + 1])
-
-
-def _states(sequences, blank):
-    """CTC's states of B sequences: classes (B, S) with blanks around each, and 1 (B, S) where one may be skipped to.
-
-    That is where a path may come from the state before the last one.
-    """
-    states = np.full((len(sequences), 2 * max(map(len, sequences)) + 1), blank)
-    for row, sequence in zip(states, sequences):
-        row[1:2 * len(sequence):2] = sequence
-    skips = np.zeros(states.shape)
-    skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
-    return states, skips
-
-
-def _without_sure_repeats(p):
-    """p (T, B, C) without the steps that say for sure what the step before did for sure, mostly a blank.
-
-    Leaving them out changes next to nothing, and they are most of the steps. Those of the B that are left with fewer
-    are filled up with blanks.
-    """
-    best = np.where(p.max(axis=2) > SURE, p.argmax(axis=2), -1)
-    kept = best < 0
-    kept[0] = True
-    kept[1:] |= best[1:] != best[:-1]
-    steps, rows = np.nonzero(kept)
-    places = np.cumsum(kept, axis=0) - 1
-    shorter = np.zeros((places[-1].max() + 1, *p.shape[1:]))
-    shorter[..., -1] = 1
-    shorter[places[steps, rows], rows] = p[steps, rows]
-    return shorter
-
-
-def _beam_search(p, beam_width, longest, fits=None, follows=None):
-    """CTC's prefix beam search (Hannun et al., 2014, arXiv:1408.2873), with a beam for every length up to `longest`.
-
-    So a sequence of every length is found, however unlikely. p (T, B, C), blank last; follows (C, C), 0 or -inf, by a
-    last class and the next one: which may come next. Returns for each of B the `beam_width` best sequences that fit.
-    """
-    steps, batch, classes = p.shape
-    shape = batch, longest + 1, beam_width
-    beam = LstmCtcOcr._Beam(np.full(shape, -np.inf), np.full(shape, -np.inf), np.full(shape, classes - 1),
-                 np.zeros(shape, np.uint64), np.zeros((*shape, longest), np.int16))
-    beam.blank[:, 0, 0], beam.key[:, 0, 0] = 0, 1
-    # Those beyond cannot win: of a prefix's extensions W at most are in the beam already, and one is its last class.
-    count = min(classes - 1, 2 * beam_width + 1) if follows is None else classes - 1
-    likely = np.argpartition(p[..., :-1], -count, axis=2)[..., -count:]  # (T, B, K)
-    place = np.full(p.shape, count)  # (T, B, C): where in `likely` a class is; K if it is not
-    np.put_along_axis(place, likely, np.arange(count), axis=2)
-    for log_p, *classes_of_step in zip(np.log(np.maximum(p, TINY)), likely, place):
-        _advance(beam, log_p, *classes_of_step, follows)
-    score, found = np.logaddexp(beam.blank, beam.letter).reshape(batch, -1), []
-    for b, order in enumerate(np.argsort(-score, axis=1)):
-        ranked = (beam.sequence[b, n // beam_width, n % beam_width, :n // beam_width].tolist() for n in order
-                  if score[b, n] > -np.inf)
-        found.append(list(itertools.islice(filter(fits or (lambda _: True), ranked), beam_width)))
-    return found
-
-
-def _advance(beam, log_p, likely, place, follows):
-    """Takes a beam one step on: log_p (B, C), blank last; likely (B, K) and place (B, C): see `_beam_search`."""
-    batch, lengths, width = beam.last.shape
-    b, n, w = np.ogrid[:batch, :lengths, :width]
-    log_last, total = log_p[b, beam.last], np.logaddexp(beam.blank, beam.letter)
-    stay_blank, stay_letter = total + log_p[:, None, None, -1], beam.letter + log_last
-    longer = np.empty((batch, lengths, width, likely.shape[1] + 1))  # the last for what is not among the likely
-    longer[..., :-1] = total[..., None] + np.take_along_axis(log_p, likely, axis=1)[:, None, None]
-    longer[b, n, w, place[b, beam.last]] = beam.blank + log_last  # a repeat needs a blank between
-    if follows is not None:
-        longer[..., :-1] += follows[beam.last[..., None], likely[:, None, None]]
-    # What is in the beam already, and also one of its prefixes made longer, is the same text.
-    child = beam.key[:, :-1, :, None] * ODD + beam.last[:, 1:, None].astype(np.uint64)
-    i, j, parent, known = np.nonzero(child == beam.key[:, 1:, None])
-    to, at = (i, j + 1, known), (i, j, parent)
-    gained = np.where(beam.last[at] == beam.last[to], beam.blank[at], total[at]) + log_p[i, beam.last[to]]
-    stay_letter[to] = np.logaddexp(stay_letter[to], gained)
-    longer[(*at, place[i, beam.last[to]])] = -np.inf
-    scores = np.full((batch, lengths, width * (likely.shape[1] + 1)), -np.inf)
-    scores[..., :width] = np.logaddexp(stay_blank, stay_letter)
-    scores[:, 1:, width:] = longer[:, :-1, :, :-1].reshape(batch, lengths - 1, -1)
-    best = np.argpartition(scores, -width, axis=2)[..., -width:]
-    score, stays = scores[b, n, best], best < width
-    parent, added = np.divmod(best - width, likely.shape[1])
-    added, origin = likely[b, added], (b, n - ~stays, np.where(stays, best, parent))
-    beam.blank = np.where(stays, stay_blank[origin], -np.inf)
-    beam.letter = np.where(stays, stay_letter[origin], score)
-    beam.key = np.where(stays, beam.key[origin], beam.key[origin] * ODD + added.astype(np.uint64))
-    beam.key[score == -np.inf] = 0
-    beam.last = np.where(stays, beam.last[origin], added)
-    beam.sequence = beam.sequence[origin]
-    i, j, k = np.nonzero(~stays)
-    beam.sequence[i, j, k, j - 1] = added[i, j, k]
-
-
-# ---------------------------------------------------------------------- accuracy
 
 def edits(a, b):
     """Returns the fewest edits that turn text a into text b (Levenshtein, 1965).
