@@ -139,10 +139,7 @@ DECODED_LOCK = ".decoded.lock"  # in a folder of images: whoever decodes them ho
 PREPROCESSING = 1  # raised when `load_image` gives something else than before
 DECODE_BATCH = 512  # images after which what is decoded is safe on the disk
 
-DOUBTS = (0.6, 0.4, 0.3)  # confidences up to which an image is looked at again: from afar, near, without clutter
-COLOURS, ALIKE, LEAST_LEFT = 6, 0.06, 0.08  # by which clutter is told from letters, see `_without_clutter`
 MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than stretched until its noise looks like ink
-READ_BATCH = 64  # images a step in reading files
 REPORT_STEPS = 100  # between reports, as in the article
 VALIDATION_SHARE = 0.05  # the most of training's CPU time that validating may take; a report waits until it fits in
 
@@ -2063,64 +2060,61 @@ class LstmCtcOcr:
         ocr: object  # LstmCtcOcr with the architecture of the model
         folder: Path  # or ONNX file
         config: dict  # as it was when the weights were loaded
-        restriction: object  # `Restriction`, by the settings
-        logits: object  # function (images (B, H, w) uint8, alone=False) -> (T, B, C) float32, blank last, see `_opened`
+        restriction: object  # by the settings `letters` and `length`
+        logits: object  # function: ink (B, H, w) uint8 -> (T, B, C) float32, blank last; it uses
+        #                 all cores, or with alone=True the calling thread only
 
     @property
     def _reader(self):
-        """The model that is read with, opened once, whichever thread asks first."""
-        if "_opened" not in self.__dict__:
-            with OPENING:
-                return self._opened
-        return self._opened
+        """The model that is read with; it is opened once, whichever thread asks first."""
+        with OPENING:
+            return self._opened
 
     @functools.cached_property
     def _opened(self):
-        """What reads: TensorFlow with a model folder, or ONNX Runtime with a file that `export FILE.onnx` has written.
-
-        Its `logits` use all cores, but `alone` only the calling thread: others then do the same on the other cores.
-        """
         model = self._model_to_read()
-        return self._open_onnx(model) if model.suffix.lower() == ".onnx" else self._open_folder(model)
+        opening = self._open_onnx if model.suffix.lower() == ".onnx" else self._open_folder
+        ocr, config, logits = opening(model)
+        restriction = ocr.restrict(self.letters, self.length)
+        return self._Reader(ocr, model, config, restriction, logits)
 
     def _open_folder(self, folder):
+        """Opens a model folder with TensorFlow: its architecture, config and logits, see `_Reader`."""
         tf, (ocr, config, weights) = _tensorflow(), self._load_model(folder)
         with tf.Graph().as_default() as graph, _constants(weights, folder):
             net = ocr._build_reading(ocr._build_input(), config.get("temperature", 1))
             session = tf.Session(config=_session_config())
-            graph.finalize()  # nothing may be added to it per request
+            graph.finalize()  # from now on, adding to the graph by mistake is an error
         in_this_thread = tf.RunOptions(inter_op_thread_pool=-1)
 
-        def logits(images, alone=False):
-            return session.run(net.logits, {net.images: images}, in_this_thread if alone else None)
+        def logits(ink, alone=False):
+            return session.run(net.logits, {net.images: ink}, in_this_thread if alone else None)
 
-        return self._Reader(ocr, folder, config, ocr.restrict(self.letters, self.length), logits)
+        return ocr, config, logits
 
     def _open_onnx(self, path):
+        """Opens a file that `export FILE.onnx` has written with ONNX Runtime, see `_open_folder`."""
         runtime = _package("onnxruntime", "read with an ONNX file")
+        remedy = f"write it with `python lstm_ctc_ocr.py export {path.name}`, or name another --model"
         try:
             data = path.read_bytes()
             session = _onnx_session(runtime, data, _cores())
             config = json.loads(session.get_modelmeta().custom_metadata_map["config"])
-        except OSError as error:
-            raise self.Error(f"no model in {path} ({error.strerror}): write it with `python lstm_ctc_ocr.py export "
-                             f"{path.name}`, or name another with --model") from None
-        except Exception as error:  # ONNX Runtime has many, and no class of them all
-            fault = str(error).splitlines()[0]
-            raise self.Error(f"{path} cannot be read ({fault}): export it anew, or name another with --model") from None
+        except Exception as error:  # ONNX Runtime raises many that have no class in common
+            fault = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise self.Error(f"{path} cannot be read ({fault}): {remedy}") from None
         ocr = self._with_architecture(self._checked(config, path), path)
         shape = session.get_inputs()[0].shape[2], session.get_outputs()[0].shape[2]
         if shape != (ocr.im_height, len(ocr.words) * ocr.label_parts + 1):
-            raise self.Error(f"{path} says of itself what it is not: export it anew, or name another with --model")
-
+            raise self.Error(f"{path} holds another network than it says: {remedy}")
         in_this_thread = functools.cache(functools.partial(_onnx_session, runtime, data, 1))
 
-        def logits(images, alone=False):
-            ink = -images[:, None].astype(np.float32)  # see `_export_onnx`
+        def logits(ink, alone=False):
+            ink = -ink[:, None].astype(np.float32)  # see `_export_onnx`
             scores, = (in_this_thread() if alone else session).run(None, {"images": ink})
-            return np.roll(scores, -1, axis=2)
+            return np.roll(scores, -1, axis=2)  # there, the blank is first
 
-        return self._Reader(ocr, path, config, ocr.restrict(self.letters, self.length), logits)
+        return ocr, config, logits
 
     def _say_model(self):
         """Says on stderr what is read with, and how well."""
@@ -2130,104 +2124,110 @@ class LstmCtcOcr:
             accuracy = f", {config['accuracy']:.1%} of {config.get('validated_on', 0):,} held-out images"
         print(f"reading with {_shown(self._reader.folder)} ({config['net']}{accuracy})", file=sys.stderr)
 
-    def _read(self, infer, images, restrictions, colours):
-        """n images (H, w) uint8, the `Restriction` of each, and their colours (H, w', .) -> what `texts` says of each.
+    def _read(self, infer, ink, colours, restriction):
+        """Reads images of one width under one restriction; returns B pairs (text, confidence).
 
-        infer: function from images (B, H, w) to logits (T, B, C); those of one width are read together.
+        infer: function from ink (B, H, w) uint8 to logits (T, B, C); ink: (B, H, w); colours: B
+        arrays (H, w', 1 or 3) float32, as `load_colours` gives them. In the further views images in
+        doubt are read again: more of them are read right so, but only by a network that has learnt
+        captchas of many kinds.
         """
-        alike, readings = collections.defaultdict(list), {}
-        for row, (image, each) in enumerate(zip(images, restrictions)):
-            alike[image.shape[1], each].append(row)
-        for (_, each), rows in alike.items():
-            batch = np.stack([images[row] for row in rows])
-            looks = [] if not NETWORKS[self.net].views else [
-                lambda places: infer(self._look_again(batch[places], self._from_afar)),
-                lambda places: infer(self._look_again(batch[places], self._from_near)),
-                lambda places: infer(np.stack([self._without_clutter(colours[rows[place]]) for place in places])[
-                    :, :, :batch.shape[2]])]
-            readings.update(zip(rows, self.texts(infer(batch), each, looks)))
-        return [readings[row] for row in range(len(images))]
+        def infer_again(view, rows):
+            return infer(self._viewed(view, [(ink[row], colours[row]) for row in rows]))
 
-    def _look_again(self, images, look):
-        """Images (B, H, w) uint8 as a look shows each, their ink at full strength: (B, H, w'), in whole squares."""
-        seen = np.stack([cv2.normalize(look(image), None, 255, 0, cv2.NORM_INF) for image in images])
-        filled = np.zeros((*seen.shape[:2], self._read_width(seen.shape[2])), np.uint8)
-        filled[:, :, :seen.shape[2]] = seen
+        views = [(0.6, self._from_afar), (0.4, self._from_near), (0.3, self._without_clutter)]
+        return self.texts(infer(ink), restriction, [
+            (doubt, functools.partial(infer_again, view)) for doubt, view in views
+            if NETWORKS[self.net].views])
+
+    def _viewed(self, view, images):
+        """Returns images as a view shows them, ink at full strength: (B, H, w') uint8.
+
+        view: function from ink (H, w) and colours to ink; images: B pairs of these.
+        """
+        seen = [view(*image) for image in images]
+        width = self._read_width(max(ink.shape[1] for ink in seen))
+        filled = np.zeros((len(seen), self.im_height, width), np.uint8)
+        for image, ink in zip(filled, seen):
+            image[:, :ink.shape[1]] = np.rint(cv2.normalize(ink, None, 255, 0, cv2.NORM_INF))
         return filled
 
-    def _from_afar(self, image):
-        """Narrower and blurred, so that dots run together into strokes: (H, w) uint8 -> (H, 0.87 w)."""
-        height, width = image.shape
-        narrow = cv2.resize(image, (round(.87 * width), height), interpolation=cv2.INTER_AREA)
+    @staticmethod
+    def _from_afar(ink, _):
+        """Makes ink (H, w) narrower, (H, 0.87 w), and blurs it: dots run together into strokes."""
+        height, width = ink.shape
+        narrow = cv2.resize(ink, (round(.87 * width), height), interpolation=cv2.INTER_AREA)
         return cv2.GaussianBlur(narrow, (0, 0), 2)
 
-    def _from_near(self, image):
-        """Larger and thinner, so that small letters grow and those that touch part: (H, w) uint8 -> (H, 1.3 w).
+    def _from_near(self, ink, _):
+        """Makes ink (H, w) larger, (H, 1.3 w), and thinner: small letters grow, touching ones part.
 
-        To W at most; if the ink reaches further, it grows less in width.
+        The result is at most W wide; ink that would reach further grows less in width.
         """
-        height, width = image.shape
+        height, width = ink.shape
         right = min(self.im_width, round(1.3 * width))
-        end = 1 + image.any(axis=0).nonzero()[0].max(initial=0)  # of the ink; behind it is paper alone
+        end = 1 + ink.any(axis=0).nonzero()[0].max(initial=0)  # behind it is nothing but paper
         larger = np.array([[min(1.3, right / end), 0, 0], [0, 1.3, -.15 * height]])
-        return cv2.erode(cv2.warpAffine(image, larger, (right, height)), np.ones((2, 2), np.uint8))
+        return cv2.erode(cv2.warpAffine(ink, larger, (right, height)), np.ones((2, 2), np.uint8))
 
-    def _without_clutter(self, colours):
-        """The ink but for that of the thinnest spread colour, as lines, grids and dots are: (H, w, 1 or 3) -> (H, W).
+    def _without_clutter(self, ink, colours):
+        """Removes the ink of lines, grids and dots, if it has a colour of its own: (H, w) -> (H, w').
 
-        Of the strong ink's colours, in `COLOURS` groups, that is the one with the most rows and columns for its pixels.
-        What differs from the paper in its direction, by an angle whose sine is at most `ALIKE`, goes; of the rest pale
-        and dark ink become alike. All stays, see `ink_of`, if it is of one colour.
+        The colours of the strong ink are put into 6 groups. One of them is clutter: the one that is
+        spread over the most rows and columns for its number of pixels. What differs from the paper
+        in the same direction as this group is removed. The rest gets about equal strength.
         """
         away = colours - self._paper_of(colours)
-        ink, distance = abs(away).max(axis=2), np.linalg.norm(away, axis=2).clip(1e-6)
-        strong = (ink > ink.max() / 2).ravel().nonzero()[0]
-        rows, columns = np.divmod(strong[::1 + len(strong) // 1000], ink.shape[1])  # so many are enough
-        if len(rows) <= COLOURS or colours.shape[2] == 1:
-            return self.ink_of(colours)
+        ink = ink[:, :away.shape[1]]
+        rows, columns = np.nonzero(ink > 127)
+        some = slice(None, None, 1 + len(rows) // 1000)  # 1,000 pixels are enough
+        rows, columns = rows[some], columns[some]
+        if len(rows) <= 6:
+            return ink
         cv2.setRNGSeed(0)  # of this thread
-        _, groups, centres = cv2.kmeans(away[rows, columns], COLOURS, None, (cv2.TERM_CRITERIA_COUNT, 10, 0), 1,
-                                        cv2.KMEANS_PP_CENTERS)
-        spread = [len(set(rows[here].tolist())) * len(set(columns[here].tolist())) / here.sum()
-                  for here in groups.T == np.arange(COLOURS)[:, None]]
-        thinnest = centres[np.argmax(spread)]
-        cosine = (away @ (thinnest / np.linalg.norm(thinnest)) / distance).clip(0, 1)
-        other = (np.sqrt(1 - cosine ** 2) / ALIKE - .5).clip(0, 1)
-        if other[rows, columns].mean() < LEAST_LEFT:
-            return self.ink_of(colours)
-        ink *= other
-        return self._filled(np.minimum(ink, np.median(ink[ink > ink.max() / 4])))
+        stop = cv2.TERM_CRITERIA_COUNT, 10, 0
+        _, groups, centres = cv2.kmeans(away[rows, columns], 6, None, stop, 1, cv2.KMEANS_PP_CENTERS)
+        spread = [len(np.unique(rows[here])) * len(np.unique(columns[here])) / here.sum()
+                  for here in groups.T == np.arange(6)[:, None]]
+        clutter = centres[np.argmax(spread)]
+        length = np.linalg.norm(away, axis=2).clip(1e-6) * np.linalg.norm(clutter)
+        sine = np.sqrt(1 - (away @ clutter / length).clip(0, 1) ** 2)
+        other = (sine / 0.06 - 0.5).clip(0, 1)  # 0: the colour of the clutter; 1: another one
+        if other[rows, columns].mean() < 0.08:  # nothing else would be left: all has one colour
+            return ink
+        ink = ink * other
+        return np.minimum(ink, np.median(ink[ink > ink.max() / 4]))
 
     def _read_each(self, sources, restrictions=(), alone=False):
-        """As `recognise`, but an image that cannot be read has its `Error` in its place.
+        """Reads as `recognise`, but an image that cannot be read has its `Error` in its place.
 
-        restrictions: the `Restriction` of each; by default the one by the settings. alone: see `_opened`.
+        restrictions: one for each source; by default that of the settings. alone: see `_Reader`.
         """
-        reader, images, colours, rows, results = self._reader, [], [], [], []
+        reader, alike, results = self._reader, collections.defaultdict(list), {}
         for row, source in enumerate(sources):
             try:
-                colours.append(reader.ocr.load_colours(source))
-                width = reader.ocr._read_width(colours[-1].shape[1])
-                images.append(reader.ocr.ink_of(colours[-1])[:, :width])
-                rows.append(row)
-                results.append(None)
+                colours = reader.ocr.load_colours(source)
             except self.Error as error:
-                results.append(error)
-        if images:
-            restrictions = restrictions or [reader.restriction] * len(sources)
-            infer = functools.partial(reader.logits, alone=alone)
-            readings = reader.ocr._read(infer, images, [restrictions[row] for row in rows], colours)
-            for row, reading in zip(rows, readings):
-                results[row] = reading
-        return results
+                results[row] = error
+                continue
+            width = reader.ocr._read_width(colours.shape[1])
+            restriction = restrictions[row] if restrictions else reader.restriction
+            ink = reader.ocr.ink_of(colours)[:, :width]
+            alike[width, restriction].append((row, ink, colours))
+        infer = functools.partial(reader.logits, alone=alone)
+        for (_, restriction), images in alike.items():
+            rows, ink, colours = zip(*images)
+            readings = reader.ocr._read(infer, np.stack(ink), colours, restriction)
+            results.update(zip(rows, readings))
+        return [results[row] for row in range(len(results))]
 
     def recognise(self, sources, letters="", length=""):
-        """Reads images, each a path or the bytes of a file, as one batch; returns their (text, confidence) pairs.
+        """Reads images as one batch; returns their pairs (text, confidence).
 
-        letters, length: the restriction, as the settings of these names, which hold where nothing is given.
-        The confidence is the probability that the network gives to the text, see `texts`. The model is loaded at the
-        first call. Raises `Error` if it cannot be, or cannot read such texts, or for the first image that cannot be
-        read.
+        sources: paths, or the bytes of files. letters, length: as the settings of these names,
+        which hold where nothing is given. The confidence is the probability that the network gives
+        to the text, see `texts`. The model is loaded by the first call. Raises `Error` if there is
+        no such model, if it cannot read such texts, or for the first image that cannot be read.
         """
         restriction = self._reader.ocr.restrict(letters or self.letters, length or self.length)
         readings = self._read_each(sources, [restriction] * len(sources))
@@ -2236,19 +2236,23 @@ class LstmCtcOcr:
                 raise reading
         return readings
 
+    READ_BATCH = 64  # images
+
     def recognise_files(self, paths):
-        """Yields for each path, in order: (path, text, confidence, None), or (path, None, None, what is wrong)."""
-        self._reader  # the model is opened by this thread alone
+        """Reads files on all cores, batch by batch.
 
-        def read(batch):
-            return [(path, None, None, str(reading)) if isinstance(reading, self.Error) else (path, *reading, None)
-                    for path, reading in zip(batch, self._read_each(batch, alone=len(batches) > 1))]
-
+        Yields for each path, in order, (path, text, confidence, None), or if the image cannot be
+        read (path, None, None, what is wrong).
+        """
         paths = list(paths)
-        batches = [paths[start:start + READ_BATCH] for start in range(0, len(paths), READ_BATCH)]
+        batches = [paths[start:start + self.READ_BATCH]
+                   for start in range(0, len(paths), self.READ_BATCH)]
+        read = functools.partial(self._read_each, alone=len(batches) > 1)
         with ThreadPool(_cores()) as pool:
-            for rows in pool.imap(read, batches):
-                yield from rows
+            for batch, readings in zip(batches, pool.imap(read, batches)):
+                for path, reading in zip(batch, readings):
+                    failed = isinstance(reading, self.Error)
+                    yield path, *((None, None, str(reading)) if failed else (*reading, None))
 
     def test(self, paths=(), as_json=False, report=""):
         """Reads files and folders; prints a line for each image, then how many labelled ones are right.

@@ -95,42 +95,42 @@ def test_the_network_is_given_no_more_paper_than_fills_a_square(net, width):
 
 
 @pytest.mark.parametrize("width, afar, near", [(128, 111, 166), (192, 167, 250), (256, 223, 256)])
-def test_a_doubtful_image_is_looked_at_from_afar_and_from_near(width, afar, near):
+def test_a_doubtful_image_is_viewed_from_afar_and_from_near(width, afar, near):
     """Narrower, and as much larger as there is room for, in the squares that hold it; its strokes at full strength."""
-    image = np.zeros((1, 64, width), np.uint8)
-    image[0, 24:40, 8:width] = 200
+    ink = np.zeros((64, width), np.uint8)
+    ink[24:40, 8:width] = 200
     ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
-    looks = [ocr._look_again(image, look) for look in (ocr._from_afar, ocr._from_near)]
-    assert [look.shape for look in looks] == [(1, 64, -(-seen // 64) * 64) for seen in (afar, near)]
-    for look, seen, high in zip(looks, (afar, near), (16, 16 * 1.3)):
-        assert look.max() == 255
-        down, right = np.nonzero(look[0] > 127)
+    viewed = [ocr._viewed(view, [(ink, None)]) for view in (ocr._from_afar, ocr._from_near)]
+    assert [images.shape for images in viewed] == [(1, 64, -(-seen // 64) * 64) for seen in (afar, near)]
+    for (image,), seen, high in zip(viewed, (afar, near), (16, 16 * 1.3)):
+        assert image.max() == 255
+        down, right = np.nonzero(image > 127)
         assert abs(right.max() + 1 - seen) <= 2 and abs(down.max() + 1 - down.min() - high) <= 2
         assert abs((down.min() + down.max() + 1) / 2 - 32) <= 1
 
 
 def test_dots_run_together_from_afar_and_strokes_that_touch_part_from_near():
-    dots, strokes = np.zeros((2, 1, 64, 128), np.uint8)
-    dots[0, 8:56:3, 20:100:3] = 255
-    strokes[0, 8:56, 20:60] = strokes[0, 8:56, 61:100] = 255
-    strokes[0, 30, 60] = 255  # they touch by a hair
+    dots, strokes = np.zeros((2, 64, 128), np.uint8)
+    dots[8:56:3, 20:100:3] = 255
+    strokes[8:56, 20:60] = strokes[8:56, 61:100] = 255
+    strokes[30, 60] = 255  # they touch by a hair
     ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
-    afar = ocr._look_again(dots, ocr._from_afar)
+    afar = ocr._viewed(ocr._from_afar, [(dots, None)])
     assert afar[0, 16:48, 26:80].min() > 150
-    near = ocr._look_again(strokes, ocr._from_near)
+    near = ocr._viewed(ocr._from_near, [(strokes, None)])
     assert near[0, :, 60:100].max(axis=0).min() < 150
 
 
-@pytest.mark.parametrize("net, looks", [("lstm", 1), ("cnn_lstm", 1), ("wide_cnn_lstm", 4)])
-def test_only_the_net_that_knows_many_looks_looks_again(net, looks):
+@pytest.mark.parametrize("net, views", [("lstm", 1), ("cnn_lstm", 1), ("wide_cnn_lstm", 4)])
+def test_only_the_net_that_knows_captchas_of_many_kinds_views_them_again(net, views):
     ocr, seen = LstmCtcOcr(net=net).resolve(), []
 
     def infer(images):
         seen.append(images)
         return np.zeros((12, len(images), len(ocr.words) + 1))  # every class as likely as any other
 
-    ocr._read(infer, [np.zeros((64, 256), np.uint8)], [ocr.restrict()], [np.ones((64, 256, 3), np.float32)])
-    assert len(seen) == looks
+    ocr._read(infer, np.zeros((1, 64, 256), np.uint8), [np.ones((64, 256, 3), np.float32)], ocr.restrict())
+    assert len(seen) == views
 
 
 @pytest.mark.parametrize("paper, clutter, letter", [
@@ -143,8 +143,10 @@ def test_without_clutter_a_grid_of_another_colour_goes_and_pale_letters_stay(pap
     colours[letters] = letter
     colours[:, 64:][letters[:, 64:]] = .4 * np.array(paper) + .6 * np.array(letter)  # the second is paler
     ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
-    np.testing.assert_array_equal(ocr._without_clutter(colours)[:, :128] > 127, letters)
-    assert (ocr.ink_of(colours)[:, :128] > 127).sum() > 2 * letters.sum()
+    ink = ocr.ink_of(colours)[:, :128]
+    seen, = ocr._viewed(ocr._without_clutter, [(ink, colours)])
+    np.testing.assert_array_equal(seen > 127, letters)
+    assert (ink > 127).sum() > 2 * letters.sum()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -153,14 +155,15 @@ def test_without_clutter_ink_of_one_colour_stays(channels):
     colours[10:50, 20:28] = colours[30, :] = .2
     colours[10:50, 60:68] = .5
     ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
-    np.testing.assert_array_equal(ocr._without_clutter(colours), ocr.ink_of(colours))
+    ink = ocr.ink_of(colours)[:, :128]
+    np.testing.assert_array_equal(ocr._without_clutter(ink, colours), ink)
 
 
-def test_blank_paper_stays_blank_however_it_is_looked_at():
+def test_blank_paper_stays_blank_in_every_view():
     ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
-    assert not ocr._without_clutter(np.full((64, 128, 3), .5, np.float32)).any()
-    for look in (ocr._from_afar, ocr._from_near):
-        assert not ocr._look_again(np.zeros((2, 64, 128), np.uint8), look).any()
+    colours = np.full((64, 128, 3), .5, np.float32)
+    for view in ocr._from_afar, ocr._from_near, ocr._without_clutter:
+        assert not ocr._viewed(view, [(ocr.ink_of(colours)[:, :128], colours)]).any()
 
 
 def test_images_of_many_widths_are_read_as_each_alone(engine):
