@@ -118,7 +118,7 @@ PLAN = "plan"  # the collection of a variable by which the chief tells the worke
 # The kinds of images that are read, as Pillow calls them, and the suffixes of their files.
 IMAGE_KINDS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "GIF": (".gif",), "BMP": (".bmp",),
                "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
-LABELLED = re.compile(r"(\d+)_(.*)\.\w+")  # <i>_<LABEL>.png
+LABELLED = re.compile(r"(\d+)_(.+)\.\w+")  # <i>_<LABEL>.png
 LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path.png,LABEL lines
 NO_UTF8 = "[\ud800-\udfff]"  # what Python has for bytes that are no UTF-8, in names and in text
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
@@ -1175,56 +1175,53 @@ class LstmCtcOcr:
         left_out["images without a label"] = [name for name in names if name not in labels]
         left_out["files that are no images"] = [
             name for name in others if name not in self.LISTS and not name.endswith(self.BESIDE)]
-        lines = []
+        said = []
         for name, label in labels.items():
-            if not lines:
-                lines.append(f"{folder.resolve().name}: {len(labels):,} images, labels as in {way} "
-                             f'("{_on_one_line(name)}" is {label})')
+            said = said or [f"{folder.resolve().name}: {len(labels):,} images, labels as in {way} "
+                            f'("{_on_one_line(name)}" is {label})']
             if re.search(NO_UTF8, label):
                 raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8: save the "
                                  "list, or rename the image, in UTF-8")
         faults = [f'{len(those):,} {what}, such as "{_on_one_line(those[0])}"'
                   for what, those in left_out.items() if those]
-        lines += ["left out: " + "; ".join(faults)] * bool(faults)
-        return labels, way, "\n".join(lines)
+        return labels, way, said + ["left out: " + "; ".join(faults)] * bool(faults)
 
     def _listed(self, folder, names, others):
-        """Reads the lists of a folder: lines of an image and its label, or a text file an image.
+        """Reads the lists of a folder: a line an image, or a text file beside each image.
 
         names, others: the folder's images and its other files. Returns "list", or "" if there is no
-        list that is of use; {image: label}; and {fault: images}, what is wrong with lines.
+        list that is of use; {image: label}; and {what is wrong with lines: names in them}.
         """
-        images, others, labels, replaced, strange = set(names), set(others), {}, [], []
-        rows = []  # (image, label); the later one of an image counts
+        images, others, labels, strange, replaced = set(names), set(others), {}, [], []
+        rows = []  # (number of the line, image, label)
         for name in names:
             beside = os.path.splitext(name)[0] + self.BESIDE
             if beside in others:
-                rows.append((name, _text_of(folder / beside).strip().partition("\n")[0].strip()))
+                rows.append((0, name, _text_of(folder / beside).strip().partition("\n")[0].strip()))
         for path in self.LISTS:
-            rows += self._rows(folder / path, images) if path in others else []
-        for name, label in rows:
+            rows += self._rows(folder / path) if path in others else []
+        for number, name, label in rows:
             if name not in images:
-                strange.append(name)
-            elif labels.setdefault(name, label) != label:
-                replaced.append(name)
+                name = os.path.normpath(name.replace("\\", "/"))
+            if name in images:
+                replaced += [name] * (label != labels.get(name, label))
                 labels[name] = label
-        labels = {name: label for name, label in labels.items() if label and name in images}
+            elif number:  # the first line may name the columns
+                strange.append(name)
+        labels = {name: label for name, label in labels.items() if label}
         return "list" if labels or strange else "", labels, {
             "lines of lists that name no image": strange,
             "labels that a later line replaces": replaced}
 
-    def _rows(self, path, images):
-        """Reads a list of images; returns the (image, label) of each line, without the head line."""
-        text = _text_of(path)
-        try:
-            rows = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text))
-            rows = [[cell.strip() for cell in (*row, "")] for row in rows if row]
-        except csv.Error as error:
-            raise self.Error(f"{path}: {error}: give it a line an image: its name, a comma, its "
-                             "label") from None
-        rows = [(name if name in images else os.path.normpath(name.replace("\\", "/")), label)
-                for name, label, *_ in rows]
-        return rows[1:] if rows and rows[0][0] not in images else rows
+    @staticmethod
+    def _rows(path):
+        """Reads a list; returns the (number from 0, image, label) of each line that is not empty."""
+        text, rows = _text_of(path), []
+        for number, line in enumerate(text.splitlines()):
+            for row in csv.reader([line], delimiter=_separator(text)):
+                name, label, *_ = [cell.strip() for cell in (*row, "", "")]
+                rows += [(number, name, label)] * bool(name)
+        return rows
 
     MAX_GAP = 10  # between the numbers of counted images, on average: some may be missing
 
@@ -1236,14 +1233,15 @@ class LstmCtcOcr:
         running count is. Raises `Error` if neither does.
         """
         odd = re.escape("".join(letter for letter in self.words or "" if not letter.isalnum()))
+        end = r"(?: \(\d+\)|\.\d+)?(?:\.\w+)"  # LABEL (1).png and LABEL.1.png are copies of LABEL.png
         if self.labels:
-            stem = os.path.splitext(self.labels)[0] if _is_image_name(self.labels) else self.labels
             label = rf"((?:[^\s_.(){odd}]|[/{odd}])+?)"
-            pattern = re.escape(stem).replace(r"\*", ".*").replace("LABEL", label)
-            return self.labels, self._labels_in(names, pattern)
+            pattern = re.escape(self.labels).replace(r"\*", ".*").replace("LABEL", label)
+            return self.labels, _labels_in(names, pattern + end + "?")
         label = rf"(?:[^\W_]|[/{odd}]){{1,20}}"  # what is longer is a checksum or the like
-        whole, first, last = (self._labels_in(names, pattern) for pattern in (
-            f"({label})", f"({label}?)_.*", rf"\d{{1,20}}_({label})"))
+        whole = _labels_in(names, f"({label}){end}")
+        first = _labels_in(names, f"({label}?)_.*{end}")
+        last = _labels_in(names, rf"\d{{1,20}}_({label}){end}")
         every = {**first, **whole}
         if len(last) >= len(every) / 2 > 0:
             rivals = {"LABEL_*": first, "*_LABEL": last}
@@ -1252,12 +1250,13 @@ class LstmCtcOcr:
             if high > 10 * low:
                 return way, rivals[way]
             name = next(iter(last))
-            raise self.Error(f"the names in {folder} can be read in two ways: give --labels " + " or --labels ".join(
-                f"""'{way}' ("{_on_one_line(name)}" is {labels[name]})""" for way, labels in rivals.items()))
-        way, labels = "LABEL_*", every
-        if len(whole) >= 0.9 * len(every):
-            way, labels = "LABEL", whole
-        elif len(whole) < 0.1 * len(every):  # so few are something else, such as logo.png
+            raise self.Error(
+                f"the names in {folder} can be read in two ways: give --labels 'LABEL_*' "
+                f"""("{_on_one_line(name)}" is {first[name]}) or --labels '*_LABEL' """
+                f"""("{_on_one_line(name)}" is {last[name]})""")
+        share = len(whole) / max(1, len(every))
+        way, labels = ("LABEL", whole) if share >= 0.9 else ("LABEL_*", every)
+        if share < 0.1:  # so few are something else, such as logo.png
             labels = first
         prefix = len(os.path.commonprefix([*labels.values()]))  # of captcha001, captcha002 and so on
         counts = {name: label[prefix:].lstrip("0") or "0" for name, label in labels.items()}
@@ -1272,21 +1271,14 @@ class LstmCtcOcr:
         are no count either. Labels that are all the same tell images apart as little as a count
         does, and are rated as one.
         """
-        numbers = {(os.path.dirname(name), int(label)) for name, label in labels.items()  # a subfolder counts anew
-                   if re.fullmatch("0|[1-9][0-9]*", label)}
+        numbers = {(os.path.dirname(name), int(label))  # a subfolder counts anew
+                   for name, label in labels.items() if re.fullmatch("0|[1-9][0-9]*", label)}
         if not numbers or len(numbers) < 0.98 * len(labels):
             return cls.MAX_GAP - 1 if len(set(labels.values())) < 2 else math.inf
-        _, values = zip(*numbers)
-        low, high = min(values), max(values)
-        gap = (high - low) / len(values)
-        return math.inf if gap >= cls.MAX_GAP and len(str(low)) == len(str(high)) else gap
-
-    @staticmethod
-    def _labels_in(names, pattern):
-        """Returns {name: label} of the images whose names follow a regular expression of one group."""
-        copy = r"(?: \(\d+\)|\.\d+)?"  # ends the name of another image with the same label
-        match = re.compile(pattern + copy + r"\.\w+", re.DOTALL).fullmatch
-        return {name: found[1] for name in names if (found := match(os.path.basename(name)))}
+        values = sorted(number for _, number in numbers)
+        gap = (values[-1] - values[0]) / len(values)
+        same_length = len(str(values[0])) == len(str(values[-1]))
+        return math.inf if same_length and gap >= cls.MAX_GAP else gap
 
     def labelled_files(self, folder, found=None, number=0, workers=1):
         """Lists the labelled images of a folder as (path, text), in the order of their names' digests.
@@ -1306,10 +1298,10 @@ class LstmCtcOcr:
                     f"{folder / name}: the label {label!r} is not 1 to {self.words_max_num} letters "
                     f"of --words {self.words}: correct it, or give other --words or "
                     "--words-max-num, and for a model that was trained already another --model")
-        names = [name for name in labels if workers == 1 or _number_of(name) % workers == number]
+        names = [name for name in labels if _number_of(name) % workers == number]
         if not names:
             raise self.Error(
-                f"no labelled images in {folder}{f' ({said})' if said and not labels else ''}: call "
+                f"no labelled images in {folder} ({'; '.join(said) or 'no images'}): call "
                 "them LABEL.png or the like, say with --labels how they are called, or write a "
                 "labels.csv, a line an image: its name, a comma, its label; or render some with "
                 "`python lstm_ctc_ocr.py create_dataset`, or name another folder with --dataset")
@@ -1535,7 +1527,7 @@ class LstmCtcOcr:
             with self._alone_in(folder):
                 pass  # if not, that is said now, before the images are decoded
         files = self.labelled_files(self.dataset, found, place.number, place.workers)
-        print(found[-1], file=sys.stderr)
+        print(*found[-1], sep="\n", file=sys.stderr)
         self._say_task(folder, found[0])
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only ever shrinks
         held = self._held(files, share)
@@ -2297,14 +2289,14 @@ class LstmCtcOcr:
         """
         if not path.is_dir():
             named = LABELLED.fullmatch(path.name)
-            return {path: named[2]} if named and named[2] and set(named[2]) <= set(self.words) else {}
+            return {path: named[2]} if named and set(named[2]) <= set(self.words) else {}
         try:
             labels, way, said = self.find_labels(path)
         except self.Error as error:  # the images can be read all the same
             print(error, file=sys.stderr)
             return {}
         if way or self.labels:  # without labels it is just read
-            print(said, file=sys.stderr)
+            print(*said, sep="\n", file=sys.stderr)
         return {path / name: label for name, label in labels.items()}
 
     def _print_reading(self, path, truth, text, confidence, fault, as_json):
@@ -3893,6 +3885,12 @@ def _on_one_line(text):
 def _is_image_name(name):
     """Tells by its ending whether a file's name is that of an image."""
     return name.lower().endswith(tuple(itertools.chain(*IMAGE_KINDS.values())))
+
+
+def _labels_in(names, pattern):
+    """Returns {name: label} of the images whose names follow a regular expression of one group."""
+    match = re.compile(pattern, re.DOTALL).fullmatch
+    return {name: found[1] for name in names if (found := match(os.path.basename(name)))}
 
 
 def _number_of(name):

@@ -37,7 +37,7 @@ def make(folder, files):
 def said_of(folder, **settings):
     """The labels of a folder by their images' names, and what is said of it."""
     labels, _, said = LstmCtcOcr(**settings).find_labels(folder)
-    return labels, said
+    return labels, "\n".join(said)
 
 
 def named(template, texts=TEXTS):
