@@ -126,22 +126,11 @@ GLYPH_SIZES = (20, 34, 58)  # pixels an em; a letter is drawn once at each, and 
 MAX_ASPECT = 4.3  # width over height, about: letters far apart move closer together rather than exceed it
 FONT_SUFFIXES = {".ttf", ".otf"}
 SYMBOL_FONT = re.compile("symbol|dingbat|wingd|webdings|ornament|D050000L", re.I)  # draws something else for a letter
-HELD_SHARE, HELD_NUM = 0.1, 2000  # images held out: a tenth of a small folder, about 2,000 of a large one
-HELD_LEAST = 20  # but of a very small one these, or half of it
 FEW = 20_000  # images below which a training that starts from a model distorts each anew whenever it is shown
-DISTORTED = 0.9  # of the training; the rest is on the images as they are
-PATIENCE = 6  # validations in a row without any gain, after which a training on few images ends
-MIN_IMAGES = 10  # to train on, started from a model
-MIN_VALIDATED = 100  # held-out images that a temperature can be fitted on, and the best accuracy told by
 LENGTH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # N or MIN-MAX
-DECODED_HEAD = 4096  # bytes before the images of a file of decoded ones: a page, so that these begin at one
-DECODED_LOCK = ".decoded.lock"  # in a folder of images: whoever decodes them holds it
-PREPROCESSING = 1  # raised when `load_image` gives something else than before
-DECODE_BATCH = 512  # images after which what is decoded is safe on the disk
 
 MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than stretched until its noise looks like ink
 REPORT_STEPS = 100  # between reports, as in the article
-VALIDATION_SHARE = 0.05  # the most of training's CPU time that validating may take; a report waits until it fits in
 
 TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
 
@@ -821,6 +810,7 @@ class LstmCtcOcr:
         gradient_norm: object = None  # () float32, before clipping
         train: object = None  # runs a step and returns its number
         step: object = None  # () int64
+        saver: object = None  # writes and restores all variables; it removes no checkpoint
         # Only on several machines:
         replicas: object = None  # the optimizer that averages the workers' gradients
         plan: object = None  # () string, the settings of the chief
@@ -892,7 +882,8 @@ class LstmCtcOcr:
             net = self._build_reading(images)
         return dataclasses.replace(
             net, sequences=sequences, losses=self.ctc_loss(sequences, net.logits), loss=loss,
-            gradient_norm=norm, train=train, step=step, **together)
+            gradient_norm=norm, train=train, step=step, **together,
+            saver=tf.train.Saver(max_to_keep=0, save_relative_paths=True))
 
     def _start_weights(self):
         """Returns the weights {name: array} of the model `start_from`, for the letters of this one.
@@ -1464,85 +1455,80 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ training
 
-    @dataclasses.dataclass
-    class _Run:
-        """A training under way."""
-        place: object  # _Place
-        folder: Path  # of the model
-        net: object  # _Net
-        saver: object
-        images: object  # (n, H, W) uint8, to be indexed by rows
+    @dataclasses.dataclass(frozen=True)
+    class _Dataset:
+        """The labelled images that this process trains and validates on."""
+        images: object  # (n, H, W) uint8, to be indexed by an array of rows
         files: list  # (path, text) of each
         held: np.ndarray  # rows that are validated on
         rows: np.ndarray  # rows that are trained on
+        distorts: bool  # whether an image is distorted whenever it is trained on
+
+    @dataclasses.dataclass
+    class _Run:
+        """A training under way: what its methods share, and what changes from step to step."""
+        place: object  # _Place
+        folder: Path  # of the model
+        net: object  # _Net
+        data: object  # _Dataset
         steps_per_epoch: int
         last: int  # the step at which it ends
-        distorts: bool  # each image, whenever it is trained on
-        config: dict = dataclasses.field(default_factory=dict)  # what config.json will say; the chief's
-        session: object = None  # for any thread, and to save from; another one once a parameter server was lost
-        opened: int = 0  # how many sessions there were
-        stepping: object = None  # in a cluster, the thread that runs the steps
-        bar: object = None
+        config: dict  # what config.json will say; its `step` is the newest checkpoint's; the chief's
+        session: object = None  # any thread may use it; a new one after a parameter server was lost
+        stop: list = ()  # the signals that told the chief to stop
         step: int = 0
-        saved: int = 0  # the newest checkpoint's step
-        finished: bool = False  # the last step of all is done
-        losses: list = dataclasses.field(default_factory=list)  # of each step of this process
-        reported: tuple = ()  # monotonic time and step of the last report
-        begun: float = 0.0  # CPU seconds of this process at the first step
-        cpu_before: float = 0.0  # CPU minutes of earlier parts, less those of this process before its first step
-        idle: int = 0  # validations since the last that was better in accuracy or loss
-        validation: float = 0.0  # CPU seconds of the last validation
-        validating: float = 0.0  # and of all
+        losses: list = dataclasses.field(default_factory=list)  # of the steps since the last report
+        reported: float = 0.0  # when that was, by the monotonic clock
+        begun: float = 0.0  # CPU seconds of this process at its first step
+        earlier: float = 0.0  # CPU minutes that the model was trained before
+        validations: list = dataclasses.field(default_factory=list)  # CPU seconds of each
 
         @property
         def trained_on(self):
-            """How many images all that train together train on."""
-            return len(self.rows) * self.place.workers
+            """How many images all workers together train on."""
+            return len(self.data.rows) * self.place.workers
 
     def train(self):
-        """Trains on the folder `dataset`, saves to the model folder and goes on from what is there.
+        """Trains on the images of `dataset`, and goes on from what is in the model folder.
 
-        With TF_CONFIG set, this process is one task of the cluster that it describes (see `_join_cluster`): the chief
-        saves, validates and reports, the workers add their gradients, the parameter servers hold the weights.
-        Returns 0 at `epoch_max`, or on few images once `PATIENCE` validations have gained nothing; 128 + the signal's
-        number when told to stop (and saved, if it could).
+        With TF_CONFIG set, this process is one task of a cluster, see `_join_cluster`: the chief
+        validates, reports and saves; the workers add their gradients; the parameter servers hold
+        the weights.
+        Returns 0 after `epoch_max` epochs, or on few images once `PATIENCE` validations have
+        gained nothing. Told to stop by a signal, it saves and returns 128 + the signal's number.
         """
         place, folder = self._join_cluster(), self._folder_to_train()
-        if place.job == "ps":
+        if place.server is not None:
             return self._serve_parameters(place)
         if not Path(self.dataset).is_dir():
-            raise self.Error(f"{self.dataset} is no folder: render captchas with `python lstm_ctc_ocr.py "
-                             "create_dataset`, or name the folder of your own with --dataset")
-        if 0 < self.train_max_num < place.workers:
-            raise self.Error(f"--train-max-num {self.train_max_num} leaves some of {place.workers} workers without an "
-                             "image: give at least as many")
+            raise self.Error(f"{self.dataset} is no folder: render captchas with `python "
+                             "lstm_ctc_ocr.py create_dataset`, or name the folder of your own "
+                             "with --dataset")
         found = self.find_labels(self.dataset)
         ocr = self._settings_for_training(folder, found[0])
         return ocr._train(place, folder, found)
 
     def _train(self, place, folder, found):
-        """As `train`, with all settings known but those of the recipe; found: what `find_labels` says."""
+        """Trains with settings that are complete but for `_schedule`'s.
+
+        found: what `find_labels` has found.
+        """
         config = self._training_config(folder) if place.chief else {}
-        if place.chief and (folder / self.LOCK).exists():
-            with self._alone_in(folder):
-                pass  # if not, that is said now, before the images are decoded
         files = self.labelled_files(self.dataset, found, place.number, place.workers)
-        print(*found[-1], sep="\n", file=sys.stderr)
-        self._say_task(folder, found[0])
-        share = min(self._held_share(files, place), config.get("held_share", 1))  # it only ever shrinks
-        held = self._held(files, share)
-        files = files[:held + (self.train_max_num // place.workers or len(files))]
+        share = min(self._held_share(files, place), config.get("held_share", 1))  # it only shrinks
+        held = bisect.bisect_left(files, share, key=self._digest_of)
+        if self.train_max_num:
+            files = files[:held + self.train_max_num // place.workers]
         ocr = self.resolve(self._schedule(len(files) - held))
+        ocr._require_images(len(files) - held)
+        if ocr.ctc == "warp":
+            _warp_library()  # where it is missing, that is said before the model folder is made
+        alone = ocr._alone_in(folder) if place.chief else contextlib.nullcontext()
         tf = _tensorflow()
-        with tf.Graph().as_default(), tf.device(place.device), contextlib.ExitStack() as alone:
-            run = ocr._prepare(place, folder, files, share)
-            if place.chief:
-                alone.enter_context(ocr._alone_in(folder))
-                run.config = ocr._training_config(folder)
-                if run.config.get("step", 0) < run.last:  # or else nothing will be validated
-                    ocr._note_held_out(run, share)
-                ocr._save_config(folder, run.config)
-            return ocr._train_loop(run)
+        with alone, tf.Graph().as_default(), tf.device(place.device):
+            print(*found[-1], sep="\n", file=sys.stderr)
+            ocr._say_task(folder, found[0])
+            return ocr._train_loop(ocr._prepare(place, folder, files, share))
 
     def _folder_to_train(self):
         """Returns the folder that `train` writes: `model`, or one named by dataset or network."""
@@ -1631,417 +1617,429 @@ class LstmCtcOcr:
             print(f"{len(labels):,} images are few to learn from nothing: a model to start from, "
                   "such as --start-from general, needs far fewer", file=sys.stderr)
 
+    HELD_SHARE = 0.1  # of a small folder's images are held out
+    HELD_NUM = 2000  # images are held out of a large folder, about
+    HELD_LEAST = 20  # images are held out at least, or half of a tiny folder
+
     def _held_share(self, files, place):
-        """The share of names' digests below which an image is held out: a tenth, of few at least `HELD_LEAST`."""
+        """Returns the share of images to hold out: those whose digest is below it."""
         if not self.val_num:
             return 0
-        share = min(HELD_SHARE, HELD_NUM / (len(files) * place.workers))
+        share = min(self.HELD_SHARE, self.HELD_NUM / (len(files) * place.workers))
         if place.workers == 1:
-            share = max(share, self._digest_of(files[min(HELD_LEAST, len(files) // 2)]))
+            share = max(share, self._digest_of(files[min(self.HELD_LEAST, len(files) // 2)]))
         return share
 
-    def _held(self, files, share):
-        """How many of (path, text) pairs, sorted by their names' digests, are below that share."""
-        return bisect.bisect_left(files, share, key=self._digest_of)
-
     def _digest_of(self, file):
+        """Returns a number from 0 to 1 that the image's path in the dataset decides."""
         return _digest(os.path.relpath(file[0], self.dataset))
+
+    MIN_IMAGES = 10  # to train on, when it starts from a model
+
+    def _require_images(self, count):
+        """Raises `Error` if so few images are left to train on that it makes no sense."""
+        least = self.MIN_IMAGES if self.start_from else self.batch_size
+        if count < least:
+            remedy = "label more" if self.start_from else \
+                "render or label more, or lower --batch-size"
+            raise self.Error(f"{self.dataset} leaves {count} images to train on, fewer than "
+                             f"{least}: {remedy}")
 
     def _prepare(self, place, folder, files, share):
         """Decodes the images and builds the network; returns a `_Run`.
 
-        files: this process's (path, text) pairs, those with the smallest digests first. Those below `share` are held
-        out, whatever `val_num` and the number of workers. That share only ever shrinks while the images become more,
-        and for one model whatever happens: so nothing that was trained on is validated on later.
+        files: this process's (path, text) pairs in the order of their digests. An image is held
+        out if its digest is below `share`, whatever `val_num` and the number of workers are. The
+        share only shrinks while images are added, and for one model it never grows. So no image
+        is trained on first and validated on later.
         """
-        images, files = self.load_images(files, self.dataset)
-        held = self._held(files, share)  # of those that are images
-        count = max(0, len(images) - held)
-        if self.start_from and count < MIN_IMAGES:
-            raise self.Error(f"{self.dataset} leaves {count} images to train on, fewer than {MIN_IMAGES}: label more")
-        if not self.start_from and count < self.batch_size:
-            raise self.Error(f"{self.dataset} leaves {count} images to train on, fewer than one batch of "
-                             f"{self.batch_size}: render or label more, or lower --batch-size")
+        images, files = self.load_images(files, folder / f".decoded-{place.number}")
+        held = bisect.bisect_left(files, share, key=self._digest_of)
+        count = len(files) - held
+        self._require_images(count)  # some files may have been no images
+        data = self._Dataset(
+            images, files, np.arange(min(held, self.val_num)), np.arange(held, len(files)),
+            distorts=bool(self.start_from) and count < FEW)
         steps_per_epoch = max(1, count // self.batch_size)
+        last = math.ceil(self.epoch_max * steps_per_epoch)
         begins = self.start_from and not any(folder.glob("LstmCtcOcr-*.index"))
-        net = self._build_training(steps_per_epoch, place, self._start_weights() if begins else {})
-        return self._Run(
-            place=place, folder=folder, net=net, images=images, files=files, held=np.arange(min(held, self.val_num)),
-            rows=np.arange(held, len(images)), steps_per_epoch=steps_per_epoch,
-            distorts=bool(self.start_from) and count < FEW,
-            last=math.ceil(self.epoch_max * steps_per_epoch),
-            saver=_tensorflow().train.Saver(max_to_keep=0, save_relative_paths=True))  # `_save` keeps best and newest
+        net = self._build_training(
+            steps_per_epoch, place, self._start_weights() if begins else {})
+        config = self._begin_config(folder, data, share, last) if place.chief else {}
+        return self._Run(place, folder, net, data, steps_per_epoch, last, config)
 
-    @staticmethod
-    def _note_held_out(run, share):
-        """Writes down which images are validated on; with others than before, forgets what was best on those."""
-        names = "/".join(os.path.basename(run.files[row][0]) for row in run.held)
-        held_out = hashlib.blake2b(os.fsencode(names), digest_size=8).hexdigest()
-        if run.config.get("held_out") != held_out:
-            _forget_best(run.config)
-        run.config.update(held_share=share, held_out=held_out)
+    def _begin_config(self, folder, data, share, last):
+        """Notes in config.json which images are held out; returns what it says.
+
+        If these are others than before, what was best on those before is forgotten.
+        """
+        config = self._training_config(folder)
+        if config.get("step", 0) < last:  # or else nothing will be validated
+            names = "/".join(os.path.basename(data.files[row][0]) for row in data.held)
+            held_out = hashlib.blake2b(os.fsencode(names), digest_size=8).hexdigest()
+            if config.get("held_out") != held_out:
+                _forget_best(config)
+            config.update(held_share=share, held_out=held_out)
+        self._save_config(folder, config)
+        return config
 
     @dataclasses.dataclass(frozen=True)
-    class _DecodedImages:
-        """Images in a file, to be indexed as an array (n, H, W) uint8 by a row or an array of rows.
+    class _ImageFile:
+        """Decoded images in a file, to be indexed by an array of rows like an array in memory.
 
-        Each is read when it is asked for, so that they are the system's to keep in memory or not. Mapping the file into
-        memory would be slower: of what is not there yet, it reads far more than is wanted.
+        A row is read when it is asked for, so the images take no memory of this process. Mapped
+        into memory they would, and be slower: the system reads ahead far more than is wanted.
         """
-        file: object  # open: `DECODED_HEAD` bytes, then images (H, W) uint8
-        size: tuple  # H, W
-        rows: np.ndarray  # (n,) int64: which images of the file these are
-
-        def __len__(self):
-            return len(self.rows)
+        path: Path
+        shape: tuple  # H, W
 
         def __getitem__(self, rows):
-            rows = self.rows[rows]
-            images = np.empty((*rows.shape, *self.size), np.uint8)
-            for image, row in zip(images.reshape(-1, *self.size), rows.ravel().tolist()):
-                if _read_at(self.file, image, DECODED_HEAD + row * image.nbytes) < image.nbytes:
-                    raise LstmCtcOcr.Error(f"{self.file.name} has become shorter: run the same command again, and it "
-                                           "decodes what is missing")
+            images = np.empty((len(rows), *self.shape), np.uint8)
+            with open(self.path, "rb", buffering=0) as file:
+                for image, row in zip(images, rows.tolist()):
+                    file.seek(row * image.nbytes)
+                    file.readinto(image)
             return images
 
-    @dataclasses.dataclass(frozen=True)
-    class _DecodedFile:
-        """A file beside the images of a folder that holds them decoded, and its index.
+    IN_MEMORY = 20_000  # decoded images that are kept in memory; more are kept in a file
 
-        Both begin with the same 8 random bytes: they belong together. In the index follows a stamp (8 bytes) for each
-        image that is whole. Images are only ever added, an image's stamp once it is on the disk; so whoever reads
-        meanwhile needs no lock, and what kill -9 or a power cut leaves without a stamp is written over.
+    def load_images(self, files, stem=None):
+        """Decodes the images of (path, text) pairs, and names on stderr what is none.
+
+        stem: how the path of the file begins that keeps more than `IN_MEMORY` decoded images.
+        That file is used again while the images stay the same, unless some were none. Without
+        `stem` all are kept in memory.
+        Returns images (n, H, W) uint8, to be indexed by an array of rows, and their pairs.
+        Raises `Error` if the file cannot be written.
         """
-        folder: Path
-        key: str  # what the images depend on besides their files
-        size: tuple  # H, W
+        shape = self.im_height, self.im_width
+        if stem and len(files) > self.IN_MEMORY:
+            path = self._decoded_path(stem, files)
+            if not path.exists():
+                path, files = self._decode_to_file(stem, files)
+            return self._ImageFile(path, shape), files
+        images, good = np.empty((len(files), *shape), np.uint8), []
+        for file, image in self._decode(files):
+            images[len(good)] = image
+            good.append(file)
+        return images[:len(good)], good
 
-        @property
-        def paths(self):
-            """(pixels, index)"""
-            return [self.folder / f".decoded-{self.key}.{kind}" for kind in ("pixels", "index")]
+    def _decode_to_file(self, stem, files):
+        """Decodes images to a file; returns its path, and the (path, text) pairs that are in it.
 
-        def _open(self):
-            """Returns the file of pixels and its images' stamps, (n,) uint64; None and none if they are no pair."""
-            with contextlib.suppress(FileNotFoundError):
-                file, index = open(self.paths[0], "rb"), np.fromfile(self.paths[1], "<u8")
-                if len(index) and file.read(8) == index[:1].tobytes():
-                    count = (os.fstat(file.fileno()).st_size - DECODED_HEAD) // math.prod(self.size)
-                    return file, index[1:][:max(0, count)]
-            return None, np.empty(0, np.uint64)
-
-        def find(self, stamps):
-            """Returns the images of these stamps (n,) as `_DecodedImages`, whose row is -1 where there is none."""
-            file, known = self._open()
-            if not len(known):
-                return LstmCtcOcr._DecodedImages(file, self.size, np.full(len(stamps), -1))
-            order = np.argsort(known)
-            places = order[np.minimum(np.searchsorted(known, stamps, sorter=order), len(known) - 1)]
-            return LstmCtcOcr._DecodedImages(file, self.size, np.where(known[places] == stamps, places, -1))
-
-        @contextlib.contextmanager
-        def locked(self):
-            """Keeps other processes from adding images until it ends; waits for one that does."""
-            with open(self.folder / DECODED_LOCK, "w") as lock:
-                try:
-                    if fcntl:
-                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    print(f"another process is decoding the images of {self.folder}: waiting for it", file=sys.stderr)
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                except OSError:  # of a file system that has no locks
-                    pass
-                yield
-
-        def drop_stale(self):
-            """Begins a new pair of files if there is none, or if most of its images have left the folder."""
-            file, known = self._open()
-            stamps = _stamps(_image_files(self.folder), self.folder)
-            if file and (not len(known) or np.isin(known, stamps).mean() >= 0.5):
-                return
-            token = secrets.token_bytes(8)
-            for path, head in zip(self.paths, (token.ljust(DECODED_HEAD, b"\0"), token)):
-                path.unlink(missing_ok=True)  # another training may go on with the old one
-                path.write_bytes(head)
-
-        def add(self, stamps, images):
-            """Adds n images (H, W) uint8 of stamps (n,); only under `locked`."""
-            count = len(self._open()[1])
-            with open(self.paths[0], "r+b") as pixels, open(self.paths[1], "r+b") as index:
-                pixels.seek(DECODED_HEAD + count * math.prod(self.size))
-                pixels.write(b"".join(images))
-                pixels.flush()
-                os.fsync(pixels.fileno())
-                index.truncate(8 * (1 + count))  # a stamp that was only half written
-                index.seek(8 * (1 + count))
-                index.write(stamps.tobytes())
-
-    def load_images(self, files, folder=None):
-        """Decodes the images of one folder, (path, text) pairs: returns `_DecodedImages` and their pairs.
-
-        folder: where they, and subfolders that hold some of them, are; if not given where the first is.
-
-        Decoded images stay in a file of that folder, so that later only what is new or has changed is decoded. Files
-        that are no images are named on stderr and left out. Raises `Error` if that file cannot be written.
+        It gets its name once it is whole and on the disk, so whatever has that name is whole.
+        The decoded images of before are removed.
         """
-        folder = Path(folder or Path(files[0][0]).parent)
-        decoded = self._DecodedFile(folder, self._preprocessing, (self.im_height, self.im_width))
-        stamps = _stamps((path for path, _ in files), folder)
-        images = decoded.find(stamps)
-        if (images.rows < 0).any():
-            with self._writing(folder), decoded.locked():
-                self._decode_missing(decoded, files, stamps)
-            images = decoded.find(stamps)
-        good = np.flatnonzero(images.rows >= 0)
-        return dataclasses.replace(images, rows=images.rows[good]), [files[row] for row in good]
-
-    @property
-    def _preprocessing(self):
-        """What decoded images depend on besides their files, as a part of a file's name."""
-        return f"{self.im_width}x{self.im_height}-border-{PREPROCESSING}"
-
-    def _decode_missing(self, decoded, files, stamps):
-        """Adds to a file of decoded images those of `files` that it lacks; names on stderr what is no image."""
-        decoded.drop_stale()
-        missing, faults = np.flatnonzero(decoded.find(stamps).rows < 0), []
-
-        def load(row):
+        part, good = Path(f"{stem}-part"), []
+        with self._writing(stem.parent):
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            for old in stem.parent.glob(f"{stem.name}-*"):
+                old.unlink()
             try:
-                return self.load_image(files[row][0])
-            except self.Error as error:
-                faults.append((row, error))
+                with open(part, "wb") as out:
+                    for file, image in self._decode(files):
+                        out.write(image)
+                        good.append(file)
+                _to_disk(part)
+                path = part.rename(self._decoded_path(stem, good))
+            finally:
+                part.unlink(missing_ok=True)
+        return path, good
 
-        with ThreadPool(_cores()) as pool, tqdm(total=len(missing), unit="img", desc="decoding", disable=None) as bar:
-            for start in range(0, len(missing), DECODE_BATCH):  # OpenCV decodes outside the interpreter's lock
-                rows = missing[start:start + DECODE_BATCH]
-                images = pool.map(load, rows)
-                whole = [image is not None for image in images]
-                decoded.add(stamps[rows[whole]], [image for image in images if image is not None])
-                bar.update(len(rows))
-        for _, fault in sorted(faults, key=lambda fault: fault[0]):
-            print(f"left out: {fault}", file=sys.stderr)
+    PREPROCESSING = 1  # to be raised whenever `load_image` gives something else than before
+
+    def _decoded_path(self, stem, files):
+        """Returns the path of decoded images: its end changes when they would be others.
+
+        That is by the network's input size, and each file's name, size and times of change.
+        """
+        state = hashlib.blake2b(digest_size=8)
+        state.update(f"{self.im_width}x{self.im_height}/{self.PREPROCESSING}".encode())
+        for path, _ in files:
+            with contextlib.suppress(OSError):  # not there any more: `load_image` will say so
+                about = os.stat(path)
+                state.update(os.fsencode(
+                    f"/{path}/{about.st_size}/{about.st_mtime_ns}/{about.st_ctime_ns}"))
+        return Path(f"{stem}-{state.hexdigest()}")
+
+    def _decode(self, files):
+        """Decodes the images of (path, text) pairs on all cores, and names on stderr what is none.
+
+        Yields each pair that is one, and its image (H, W) uint8.
+        """
+        def load(file):
+            try:
+                return file, self.load_image(file[0])
+            except self.Error as error:
+                tqdm.write(f"left out: {error}", file=sys.stderr)
+
+        batch = 512  # so many are decoded before the caller is given them
+        starts = tqdm(range(0, len(files), batch), "decoding", unit="img", unit_scale=batch,
+                      disable=None)
+        with ThreadPool(_cores()) as pool:
+            for start in starts:
+                yield from filter(None, pool.map(load, files[start:start + batch]))
+
+    PATIENCE = 6  # validations in a row without any gain end a training on few images
 
     def _train_loop(self, run):
-        """Steps, reports, saves, and stops: after the last step, or when told to."""
-        chief = run.place.chief
+        """Trains step by step up to the last one, an early end or a signal.
+
+        The chief reports and saves now and then. Returns the exit code.
+        """
+        chief, net = run.place.chief, run.net
         open_session = self._session_in_cluster if run.place.servers else self._session_alone
-        with open_session(run) as session, _deferred_stop() if chief else contextlib.nullcontext([]) as stop, \
-                self._begin(run) as run.bar:
-            for images, sequences in _one_ahead(self._batches(run)):
-                if chief and (run.step >= run.last or run.idle == PATIENCE):
+        with open_session(run) as run_step, \
+                _deferred_stop() if chief else contextlib.nullcontext([]) as run.stop, \
+                self._begin(run) as bar:
+            for feeds in _one_ahead(self._batches(run)):
+                if chief and (run.step >= run.last or run.config.get("idle") == self.PATIENCE):
                     break
-                feeds, before = {run.net.images: images, run.net.sequences: sequences}, run.step
-                if not self._step(run, session, feeds, stop):
-                    self._leave(run, feeds, stop)
+                before = run.step
+                loss, norm, step = run_step([net.loss, net.gradient_norm, net.train], feeds)
+                self._require_finite(run, loss, norm)
+                run.losses.append(float(loss))
+                run.step = int(step)
+                bar.update((run.step - before) * self.batch_size)
+                bar.set_postfix(loss=f"{np.mean(run.losses[-100:]):.3f}",
+                                accuracy=run.config.get("accuracy"))
                 if chief:
-                    try:
-                        self._between_steps(run, before, feeds, stop)
-                    except Exception as error:
-                        if not _is_lost_server(error):  # the next step meets that too, and waits for the server
-                            raise
-                if stop:
+                    self._between_steps(run, before, feeds)
+                if run.stop:
                     break
-            run.finished = not stop
-        if stop:
+        if run.stop:
             print(_stopped(run), file=sys.stderr)
-            return 128 + stop[0]
+            return 128 + run.stop[0]
         if chief:
-            accuracy, count = run.config.get("accuracy"), run.config.get("validated_on", 0)
-            best = f"best held-out accuracy {_counted(round(accuracy * count), count)}" if count else "none held out"
-            print(f"{run.step} steps done; {best}; in {run.folder}", file=sys.stderr)
-            if run.idle == PATIENCE:
-                print(f"it has ended early: the last {PATIENCE} validations have gained nothing", file=sys.stderr)
-            if (new := run.trained_on - run.config.get("images", math.inf)) > 0:
-                print(f"{new:,} images are new since this training ended: to learn them too, train with another "
-                      "--model", file=sys.stderr)
-            if accuracy == 0:
-                print(self._nothing_learnt(run), file=sys.stderr)
+            self._say_how_it_ended(run)
         return 0
 
-    def _nothing_learnt(self, run):
-        """The line that says what to do about a training that came to nothing."""
-        remedy = "look whether the labels are right" if self.start_from else \
-            "start from a model (--start-from general, with another --model)"
-        return (f"nothing has been learnt yet: not one of {len(run.held)} held-out images is read right. Go on with a "
-                f"larger --epoch-max than {self.epoch_max:.4g}, give more than {len(run.rows):,} images, or {remedy}")
-
     def _begin(self, run):
-        """Reads off where the training stands, and returns its progress bar."""
-        run.step = run.saved = int(run.session.run(run.net.step))
+        """Notes where the training stands and when it began; returns its progress bar."""
+        run.step = run.config["step"] = int(run.session.run(run.net.step))
         plan = {"images": run.trained_on, "epoch_max": self.epoch_max}
-        if plan.items() <= run.config.items():  # or else there may be something to gain again
-            run.idle = run.config.get("idle", 0)
-        run.reported, run.begun = (time.monotonic(), run.step), time.process_time()
-        run.cpu_before = run.config.get("cpu_minutes", 0) - run.begun / 60
-        bar = tqdm(total=run.last * self.batch_size, initial=run.step * self.batch_size, unit="img", disable=None)
-        bar.write(f"{len(run.rows)} images to train on, {len(run.held)} held out; from step {run.step} to {run.last}",
-                  file=sys.stderr)
+        if not plan.items() <= run.config.items():  # there may be something to gain again
+            run.config["idle"] = 0
+        run.reported, run.begun = time.monotonic(), time.process_time()
+        run.earlier = run.config.get("cpu_minutes", 0)
+        bar = tqdm(total=run.last * self.batch_size, initial=run.step * self.batch_size,
+                   unit="img", disable=None)
+        bar.write(f"{len(run.data.rows)} images to train on, {len(run.data.held)} held out; "
+                  f"from step {run.step} to {run.last}", file=sys.stderr)
         return bar
 
+    DISTORTED = 0.9  # of the training, if it distorts; the rest shows the images as they are
+
     def _batches(self, run):
-        """Yields (images, sparse sequences) from `run.step` on; the seed and the step alone say which images."""
-        for step in itertools.count(run.step):
+        """Yields what each step is fed, from `run.step` on.
+
+        The seed and the number of the step alone decide it, so a resumed training goes on with
+        the same batches.
+        """
+        first = run.step
+        for step in itertools.count(first):
             epoch, batch = divmod(step, run.steps_per_epoch)
-            if batch == 0 or step == run.step:
-                order = np.random.default_rng([self.seed, epoch]).permutation(run.rows)
-            rows = np.resize(order[batch * self.batch_size:(batch + 1) * self.batch_size], self.batch_size)
-            images = run.images[rows]
-            if run.distorts and step < DISTORTED * run.last:
-                images = distort(images, np.random.default_rng([self.seed, step, 1]))
-            yield images, self.sequences_to_sparse([self.text_to_sequence(run.files[row][1]) for row in rows])
+            if batch == 0 or step == first:
+                order = np.random.default_rng([self.seed, epoch]).permutation(run.data.rows)
+            rows = order[batch * self.batch_size:(batch + 1) * self.batch_size]
+            feeds = self._feeds(run, np.resize(rows, self.batch_size))
+            if run.data.distorts and step < self.DISTORTED * run.last:
+                noise = np.random.default_rng([self.seed, step, 1])
+                feeds[run.net.images] = distort(feeds[run.net.images], noise)
+            yield feeds
 
-    def _step(self, run, session, feeds, stop):
-        """Runs one training step; returns False if told to stop while the step waits for another task."""
-        fetches = [run.net.loss, run.net.gradient_norm, run.net.train]
-        if run.place.servers:
-            waiting = run.stepping.submit(session.run, fetches, feeds)
-            while not waiting.done() and not stop:
-                concurrent.futures.wait([waiting], timeout=1)  # in this thread signals are heard
-            if not waiting.done():
-                return False
-            loss, norm, step = waiting.result()
-        else:
-            loss, norm, step = session.run(fetches, feeds)
-        self._require_finite(run, loss, norm)
-        run.losses.append(float(loss))
-        run.bar.update((int(step) - run.step) * self.batch_size)
-        run.bar.set_postfix(loss=f"{np.mean(run.losses[-100:]):.3f}", accuracy=run.config.get("accuracy"))
-        run.step = int(step)
-        return True
+    def _feeds(self, run, rows):
+        """Returns what the network is fed for a batch: {tensor: images or labels}."""
+        sequences = [self.text_to_sequence(run.data.files[row][1]) for row in rows]
+        return {run.net.images: run.data.images[rows],
+                run.net.sequences: self.sequences_to_sparse(sequences)}
 
-    def _between_steps(self, run, before, feeds, stop):
-        """Reports and saves where it is time for it, after the step that followed step `before`."""
-        due = run.step // REPORT_STEPS > before // REPORT_STEPS and self._validation_is_due(run)
-        report, save_steps = run.step >= run.last or due, max(1, round(self.save_epoch * run.steps_per_epoch))
-        if report or stop or run.step // save_steps > before // save_steps:
-            self._require_finite(run, run.session.run(run.net.loss, feeds))  # of the weights to be saved
-            if report and len(run.held):
+    VALIDATION_SHARE = 0.05  # of the CPU time of a training may go to validating
+
+    def _between_steps(self, run, before, feeds):
+        """Reports and saves if it is time for it, after the step that followed step `before`.
+
+        A report waits until one more validation fits into its share of the time. What the first
+        one will take is a guess. CPU time counts, so that it does not matter if the machine was
+        busy or stopped for a while.
+        """
+        elapsed = time.process_time() - run.begun
+        cost = run.validations[-1] if run.validations else \
+            elapsed / len(run.losses) / self.batch_size * len(run.data.held) / 3
+        fits = sum(run.validations) + cost <= self.VALIDATION_SHARE * elapsed
+        ends = run.step >= run.last
+        reports = ends or fits and run.step // REPORT_STEPS > before // REPORT_STEPS
+        reports = reports and len(run.data.held)
+        save_steps = max(1, round(self.save_epoch * run.steps_per_epoch))
+        saves = run.step // save_steps > before // save_steps
+        if not (reports or saves or ends or run.stop):
+            return
+        # If a parameter server is lost here, the next step finds that too, and waits for it.
+        errors = _tensorflow().errors
+        with contextlib.suppress(errors.UnavailableError, errors.AbortedError):
+            self._require_finite(run, run.session.run(run.net.loss, feeds))  # of what is saved
+            if reports:
                 self._report(run, feeds)
             self._save(run)
 
-    def _leave(self, run, feeds, stop):
-        """Saves and ends this process, whose step still waits for another task: nothing else ends such a step."""
-        with contextlib.suppress(_tensorflow().errors.OpError, RuntimeError):  # that task may be a parameter server
-            self._between_steps(run, run.step, feeds, stop)
-        print(_stopped(run), file=sys.stderr, flush=True)
-        os._exit(128 + stop[0])
-
     def _require_finite(self, run, *values):
+        """Raises `Error` if the training has got out of hand."""
         if not np.isfinite(values).all():
-            saved = f"; the checkpoint of step {run.saved} in {run.folder} is intact" if run.saved else ""
-            raise self.Error(f"the loss or its gradient is no longer a number after step {run.step}: lower --lr{saved}")
-
-    def _validation_is_due(self, run):
-        """Whether one more validation stays under its share of the time; the first one's cost is a guess."""
-        elapsed = time.process_time() - run.begun  # a machine that was busy, or stopped, for a while does not count
-        cost = run.validation or elapsed / len(run.losses) / self.batch_size * len(run.held) / 3
-        return len(run.held) and run.validating + cost <= VALIDATION_SHARE * elapsed
+            step = run.config.get("step")
+            saved = f"; the checkpoint of step {step} in {run.folder} is intact" if step else ""
+            raise self.Error("the loss or its gradient is no longer a number after step "
+                             f"{run.step}: lower --lr{saved}")
 
     def _report(self, run, feeds):
-        """Validates on the held-out images; prints the article's figures and redraws the learning curve."""
-        begun, now, (last_time, last_step) = time.process_time(), time.monotonic(), run.reported
+        """Validates; prints the article's figures and draws the learning curve."""
+        begun = time.process_time()
+        speed = len(run.losses) * self.batch_size / (time.monotonic() - run.reported)
         epoch, batch = divmod(run.step, run.steps_per_epoch)
-        speed = (run.step - last_step) * self.batch_size / (now - last_time)
+        lr = self._learning_rate((run.step - 1) / run.steps_per_epoch)
+        train_loss = float(np.mean(run.losses))
         images, sequences = feeds.values()
-
-        train = score([self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sequences)],
-                      [text for text, _ in self.texts(run.session.run(run.net.logits, {run.net.images: images}))])
+        readings = run.session.run(run.net.sparse, {run.net.images: images})
+        train = score(self._texts_of(sequences), self._texts_of(readings))
         truths, readings, loss, temperature = self._validate(run)
         held = score(truths, readings)
-        most, least = run.config.get("accuracy", 0), run.config.get("least_loss", math.inf)
-        # A few are right by chance: their loss tells more.
-        best = loss < least if run.distorts and len(truths) < MIN_VALIDATED else held["accuracy"] >= most
-        run.idle = run.idle + 1 if run.distorts and loss >= least and held["accuracy"] <= most else 0
-        run.config.update(least_loss=min(least, loss), idle=run.idle)
-        wrong = [row for row, truth in enumerate(truths) if readings[row] != truth]
-        train_loss = float(np.mean(run.losses[last_step - run.step:]))
-        lr = self._learning_rate((run.step - 1) / run.steps_per_epoch)
-        lines = [f"epoch {epoch}  batch {batch} of {run.steps_per_epoch}  step {run.step}  lr {lr:.2e}  "
-                 f"{speed:.0f} images/s",
-                 f"train       loss {train_loss:.3f}  edit distance {train['cer']:.4f}",
-                 f"validation  loss {loss:.3f}  edit distance {held['cer']:.4f}  accuracy {held['accuracy']:.2%}",
-                 "accuracy by length  " + _shares(held["by_length"])]
-        lines += [f"True [{', '.join(truths[row])}] <====> [{', '.join(readings[row])}]" for row in (wrong + [0])[:3]]
-        tqdm.write("\n".join(lines) + "\n", file=sys.stderr)
-        if best:
-            run.config.update(accuracy=held["accuracy"], validated_on=len(truths), best_step=run.step,
-                              temperature=temperature)
-        run.config["curve"] = thin_curve([*run.config.get("curve", []), (run.step, train_loss, held["accuracy"])])
+        wrong = [pair for pair in zip(truths, readings) if pair[0] != pair[1]]
+        samples = (wrong or [(truths[0], readings[0])])[:3]
+        tqdm.write("\n".join([
+            f"epoch {epoch}  batch {batch} of {run.steps_per_epoch}  step {run.step}  "
+            f"lr {lr:.2e}  {speed:.0f} images/s",
+            f"train       loss {train_loss:.3f}  edit distance {train['cer']:.4f}",
+            f"validation  loss {loss:.3f}  edit distance {held['cer']:.4f}  "
+            f"accuracy {held['accuracy']:.2%}",
+            "accuracy by length  " + _shares(held["by_length"]),
+            *(f"True [{', '.join(truth)}] <====> [{', '.join(reading)}]"
+              for truth, reading in samples)]) + "\n", file=sys.stderr)
+        self._note_gain(run, held, loss, temperature)
+        run.config["curve"] = _thinned(
+            [*run.config.get("curve", []), (run.step, train_loss, held["accuracy"])])
         with self._writing(run.folder):
             _replace(run.folder / "curve.svg", draw_curve(run.config["curve"]))
-        run.reported = time.monotonic(), run.step
-        run.validation = time.process_time() - begun
-        run.validating += run.validation
+        run.losses, run.reported = [], time.monotonic()
+        run.validations.append(time.process_time() - begun)
 
-    @staticmethod
-    def _cpu_minutes(run):
-        """What all cores have spent on it: earlier parts and validations count, decoding the images does not."""
-        return run.cpu_before + time.process_time() / 60
+    MIN_VALIDATED = 100  # held-out images that tell the accuracy, and the temperature
+
+    def _note_gain(self, run, held, loss, temperature):
+        """Notes in the config whether this validation is the best so far, and has gained anything.
+
+        Of a few held-out images some are read right by chance: there the loss decides.
+        """
+        most, least = run.config.get("accuracy", 0), run.config.get("least_loss", math.inf)
+        few = run.data.distorts and held["count"] < self.MIN_VALIDATED
+        if loss < least if few else held["accuracy"] >= most:
+            run.config.update(accuracy=held["accuracy"], validated_on=held["count"],
+                              best_step=run.step, temperature=temperature)
+        gained = not run.data.distorts or loss < least or held["accuracy"] > most
+        run.config.update(least_loss=min(least, loss),
+                          idle=0 if gained else run.config.get("idle", 0) + 1)
 
     def _validate(self, run):
-        """Returns the held-out texts, their readings, the mean loss over them, and the temperature that fits them."""
-        count = -(-len(run.held) // self.batch_size)  # the graph takes whole batches: the last is filled from the front
-        batches = np.resize(run.held, (count, self.batch_size))
+        """Reads the held-out images.
+
+        Returns their texts, the readings, the mean loss, and the temperature that fits them.
+        """
+        held, net = run.data.held, run.net
+        # The graph takes whole batches: the last one is filled up with the first images.
+        count = -(-len(held) // self.batch_size)
+        batches = np.resize(held, (count, self.batch_size))
 
         def validate(rows):
-            sequences = [self.text_to_sequence(run.files[row][1]) for row in rows]
-            losses, sparse, logits = run.session.run(
-                [run.net.losses, run.net.sparse, run.net.logits],
-                {run.net.images: run.images[rows], run.net.sequences: self.sequences_to_sparse(sequences)})
-            readings = [self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sparse)]
-            return losses, readings, *greedy_confidences(logits, sequences)
+            feeds = self._feeds(run, rows)
+            losses, sparse, logits = run.session.run([net.losses, net.sparse, net.logits], feeds)
+            sequences = self.sparse_to_sequences(feeds[net.sequences])
+            return losses, self._texts_of(sparse), *greedy_confidences(logits, sequences)
 
         with ThreadPool(_cores()) as pool:
             losses, readings, right, confidences = zip(*pool.map(validate, batches))
-        held = slice(len(run.held))
+        real = slice(len(held))
         temperature = run.config.get("temperature", 1)
-        if len(run.held) >= MIN_VALIDATED:
-            temperature = fit_temperature(np.concatenate(right)[held], np.concatenate(confidences, axis=1)[:, held])
-        return ([run.files[row][1] for row in run.held], [text for batch in readings for text in batch][held],
-                float(np.concatenate(losses)[held].mean()), temperature)
+        if len(held) >= self.MIN_VALIDATED:
+            temperature = fit_temperature(np.concatenate(right)[real],
+                                          np.concatenate(confidences, axis=1)[:, real])
+        return ([run.data.files[row][1] for row in held], sum(readings, [])[real],
+                float(np.concatenate(losses)[real].mean()), temperature)
+
+    def _texts_of(self, sparse):
+        """Returns the B texts of sequences in a sparse tensor."""
+        return [self.sequence_to_text(sequence) for sequence in self.sparse_to_sequences(sparse)]
 
     def _save(self, run):
-        """Writes the checkpoint of this step, then config.json, and then removes what is no longer needed.
+        """Writes the checkpoint of this step, then config.json, then removes older checkpoints.
 
-        In this order kill -9 at any point leaves a folder that loads. So does a power cut, because each is on the disk
-        before the next is begun; that takes milliseconds. The checkpoint before stays too, should the disk tear one.
+        In this order kill -9 at any moment leaves a folder that loads. So does a power cut, since
+        each is on the disk before the next is begun, which takes milliseconds. The checkpoint
+        before stays too, in case the disk damages the newest.
         """
+        name = f"LstmCtcOcr-{run.step}"
         with self._writing(run.folder):
             try:
-                prefix = run.saver.save(run.session, str(run.folder / "LstmCtcOcr"), run.step, write_meta_graph=False)
-                _to_disk(*run.folder.glob(f"{Path(prefix).name}.*"), run.folder)
-            except BaseException:  # a full disk, say: parts of a checkpoint must not take the room of the next attempt
-                whole = (run.folder / f"LstmCtcOcr-{run.step}.index").exists()  # it is written last
-                for path in run.folder.glob("checkpoint.tmp*" if whole else f"LstmCtcOcr-{run.step}.*"):
+                run.net.saver.save(run.session, str(run.folder / "LstmCtcOcr"), run.step,
+                                   write_meta_graph=False)
+                _to_disk(*run.folder.glob(f"{name}.*"), run.folder)
+            except BaseException:  # a full disk: parts must not take the room of the next attempt
+                whole = (run.folder / f"{name}.index").exists()  # it is written last
+                for path in run.folder.glob("checkpoint.tmp*" if whole else f"{name}.*"):
                     path.unlink()
                 raise
-        before, run.saved = run.saved, run.step
-        run.config.update(step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
-                          images_seen=run.step * self.batch_size * run.place.workers,
-                          images=run.trained_on, epoch_max=self.epoch_max, lr=self.lr,
-                          cpu_minutes=round(self._cpu_minutes(run), 2), tensorflow=_tensorflow().__version__)
+        kept = {f"LstmCtcOcr-{step}" for step in (
+            run.step, run.config["step"], run.config.get("best_step"))}
+        minutes = run.earlier + (time.process_time() - run.begun) / 60
+        run.config.update(
+            step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
+            images_seen=run.step * self.batch_size * run.place.workers, images=run.trained_on,
+            epoch_max=self.epoch_max, lr=self.lr, cpu_minutes=round(minutes, 2),
+            tensorflow=_tensorflow().__version__)
         self._save_config(run.folder, run.config)
-        kept = {f"LstmCtcOcr-{step}" for step in (run.step, before, run.config.get("best_step"))}
         for path in run.folder.glob("LstmCtcOcr-*"):
             if path.name.split(".")[0] not in kept:
                 path.unlink()
 
+    def _say_how_it_ended(self, run):
+        """Prints what a training has come to that has done its last step, and what to do next."""
+        config, most = run.config, run.config.get("accuracy")
+        count = config.get("validated_on", 0)
+        best = "none held out" if not count else \
+            f"best held-out accuracy {_counted(round(most * count), count)}"
+        lines = [f"{run.step} steps done; {best}; in {run.folder}"]
+        if config.get("idle") == self.PATIENCE:
+            lines.append(f"it has ended early: the last {self.PATIENCE} validations have gained "
+                         "nothing")
+        new = run.trained_on - config.get("images", math.inf)
+        if new > 0:
+            lines.append(f"{new:,} images are new since this training ended: to learn them too, "
+                         "train with another --model")
+        if most == 0:
+            remedy = "look whether the labels are right" if self.start_from else \
+                "start from a model (--start-from general, with another --model)"
+            lines.append(
+                f"nothing has been learnt yet: not one of {len(run.data.held)} held-out images is "
+                f"read right. Go on with a larger --epoch-max than {self.epoch_max:.4g}, give more "
+                f"than {len(run.data.rows):,} images, or {remedy}")
+        print("\n".join(lines), file=sys.stderr)
+
     @contextlib.contextmanager
     def _session_alone(self, run):
-        """The session that trains in this process alone."""
+        """Opens a session in this process; yields the function that runs a step."""
         tf = _tensorflow()
         init = tf.global_variables_initializer()
         run.net.loss.graph.finalize()
         with tf.Session(config=_session_config()) as run.session:
             run.session.run(init)
             self._resume(run, run.session)
-            yield run.session
+            yield run.session.run
 
     def _resume(self, run, session):
-        """Loads the newest checkpoint if there is one; forgets what was best if that was torn and came later."""
+        """Loads the newest checkpoint that is whole, if there is any.
+
+        If what was best came after it, that is lost, and forgotten.
+        """
         if any(run.folder.glob("LstmCtcOcr-*.index")):
-            step = self._restore(functools.partial(run.saver.restore, session), run.folder)
-            if step < run.config.get("best_step", 0):
+            restore = functools.partial(run.net.saver.restore, session)
+            if self._restore(restore, run.folder) < run.config.get("best_step", 0):
                 _forget_best(run.config)
 
     # ------------------------------------------------------------------ reading
@@ -2315,59 +2313,66 @@ class LstmCtcOcr:
 
     @dataclasses.dataclass(frozen=True)
     class _Place:
-        """A process's place among those that train together, see `_join_cluster`; by default it is alone."""
-        job: str = "chief"  # or worker, or ps: it serves parameters
-        index: int = 0  # among those of its job
+        """A process's place among those that train together; by default it trains alone."""
         chief: bool = True
         number: int = 0  # among chief and workers
         workers: int = 1  # the chief included
-        servers: int = 0
+        servers: int = 0  # parameter servers
+        server: object = None  # the number of the parameter server that it is
         target: str = ""  # of its sessions
         device: object = None  # where variables and operations go
-        sees: tuple = ()  # the tasks that it has to do with
+        sees: tuple = ()  # the tasks that it communicates with
 
     @staticmethod
     def _join_cluster():
-        """Returns this process's place in the cluster that TF_CONFIG describes, its server started; or else alone.
+        """Starts this process's server in the cluster that TF_CONFIG describes; returns its place.
 
-        TF_CONFIG is as TensorFlow documents it: {"cluster": {"chief": [address], "worker": [...], "ps": [...]}, "task":
-        {"type": ..., "index": ...}}; without a chief, the first worker is it. Raises `LstmCtcOcr.Error` if it is not.
+        TF_CONFIG is as TensorFlow documents it: {"cluster": {"chief": [address], "worker": [...],
+        "ps": [...]}, "task": {"type": ..., "index": ...}}. Without a chief, the first worker is
+        it. Without TF_CONFIG, or if no other task is in it, the process trains alone. Raises
+        `LstmCtcOcr.Error` if TF_CONFIG makes no sense.
         """
         if not os.environ.get("TF_CONFIG"):
             return LstmCtcOcr._Place()
         tf = _tensorflow()
         try:
             resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-            cluster, job, index = resolver.cluster_spec(), resolver.task_type, int(resolver.task_id or 0)
-            tasks = [(job, index) for job in ("chief", "worker", "ps") if job in cluster.jobs
-                     for index in cluster.task_indices(job)]
-            servers = [task for task in tasks if task[0] == "ps"]
-            workers = tasks[:len(tasks) - len(servers)]
-            if (job, index) not in tasks or not workers or len(workers) > 1 > len(servers):
-                raise ValueError("it must name a chief or worker, a ps if they are several, and a task that is one of "
-                                 "them")
-            if tasks == workers:
+            cluster, job = resolver.cluster_spec(), resolver.task_type
+            index, sizes = int(resolver.task_id or 0), cluster.as_dict()
+            workers, servers = [[(job, index) for job in jobs for index in range(len(
+                sizes.get(job, ())))] for jobs in (("chief", "worker"), ("ps",))]
+            if (job, index) not in workers + servers or not workers or (
+                    len(workers) > 1 and not servers):
+                raise ValueError("it must name a chief or worker, a ps if they are several, and "
+                                 "a task that is one of them")
+            if not servers:
                 return LstmCtcOcr._Place()
             with _quiet_stderr():
                 server = tf.train.Server(cluster, job, index, config=_session_config())
         except (ValueError, TypeError, AttributeError, KeyError, tf.errors.OpError) as error:
             raise LstmCtcOcr.Error(f"TF_CONFIG: {str(error).splitlines()[0]}") from None
-        here, number = f"/job:{job}/task:{index}", workers.index((job, index)) if (job, index) in workers else None
-        for each in (signal.SIGINT, signal.SIGTERM):  # who waits for others inside TensorFlow would not hear of one;
-            signal.signal(each, signal.SIG_DFL)  # the chief saves first, from when it trains
-        return LstmCtcOcr._Place(
-            job=job, index=index, chief=number == 0, number=number, workers=len(workers), servers=len(servers),
-            target=server.target, device=tf.train.replica_device_setter(cluster=cluster, worker_device=here),
-            sees=["/job:ps", here])
+        # While TensorFlow waits for other tasks, no Python code hears a signal: let it end the
+        # process. The chief, once it trains, catches signals and saves first.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        place = LstmCtcOcr._Place(workers=len(workers), servers=len(servers), target=server.target)
+        if job == "ps":
+            return dataclasses.replace(place, chief=False, server=index)
+        here, number = f"/job:{job}/task:{index}", workers.index((job, index))
+        return dataclasses.replace(
+            place, chief=number == 0, number=number, sees=("/job:ps", here),
+            device=tf.train.replica_device_setter(cluster=cluster, worker_device=here))
 
     def _serve_parameters(self, place):
-        """Holds a share of the weights for the workers until they are done."""
+        """Holds a share of the weights for the workers until they are done; returns 0."""
         tf = _tensorflow()
-        with tf.Graph().as_default(), tf.Session(place.target, config=_session_config(place)) as session:
-            finished = self._finished_queue(place.index, place.workers).dequeue()
+        with tf.Graph().as_default(), \
+                tf.Session(place.target, config=_session_config(place)) as session:
+            finished = self._finished_queue(place.server, place.workers).dequeue()
             print(f"holds weights for {place.workers} workers", file=sys.stderr)
             session.run(finished)
-            with contextlib.suppress(tf.errors.DeadlineExceededError):  # of one that has died there is no word
+            # A worker that has died will not say that it is done: wait for the others a little.
+            with contextlib.suppress(tf.errors.DeadlineExceededError):
                 for _ in range(place.workers - 1):
                     session.run(finished, options=tf.RunOptions(timeout_in_ms=10_000))
             time.sleep(3)  # while they close their sessions
@@ -2375,75 +2380,104 @@ class LstmCtcOcr:
 
     @staticmethod
     def _finished_queue(server, workers):
-        """The queue on a parameter server to which every worker that is done adds an entry."""
+        """Returns the queue on a parameter server to which each worker that is done adds an entry."""
         tf = _tensorflow()
         with tf.device(f"/job:ps/task:{server}"):
             return tf.FIFOQueue(workers, tf.bool, shapes=[], shared_name=f"finished_{server}")
 
     def _build_agreement(self, steps_per_epoch, place, optimizer):
-        """What a `_Net` has in a cluster: by what the chief and the others tell each other how it goes."""
+        """Builds the variables and queues that chief and workers share; returns fields of `_Net`."""
         tf = _tensorflow()
         plan = json.dumps({**self._plan(), "last": math.ceil(self.epoch_max * steps_per_epoch)})
         return {"replicas": optimizer,
-                "plan": tf.get_variable("plan", initializer=plan, trainable=False, collections=[PLAN]),
+                "plan": tf.get_variable("plan", initializer=plan, trainable=False,
+                                        collections=[PLAN]),
                 "finished": tuple(self._finished_queue(server, place.workers).enqueue(True)
                                   for server in range(place.servers))}
 
     def _open_in_cluster(self, run):
-        """Returns a `MonitoredSession`; it, and whatever it opens anew, is ready once the chief has set the weights."""
-        tf, place, net, graph = _tensorflow(), run.place, run.net, run.net.loss.graph
+        """Opens a session that is opened anew whenever a parameter server was lost.
+
+        The chief sets the weights first; the workers wait until it has. Returns a
+        `MonitoredSession`.
+        """
+        tf, place, net = _tensorflow(), run.place, run.net
         config, init = _session_config(place), tf.global_variables_initializer()
-        manager = tf.train.SessionManager(tf.local_variables_initializer(), recovery_wait_secs=1, ready_op=(
-            None if place.chief else tf.report_uninitialized_variables([net.plan])))
+        ready = None if place.chief else tf.report_uninitialized_variables([net.plan])
+        manager = tf.train.SessionManager(tf.local_variables_initializer(), recovery_wait_secs=1,
+                                          ready_op=ready)
 
         def create():
-            with graph.as_default():  # it may be opened again by the thread that runs the steps
-                if place.chief:
-                    return manager.prepare_session(place.target, init, config=config, init_fn=functools.partial(
-                        self._resume, run))
-                return manager.wait_for_session(place.target, config)
+            with net.loss.graph.as_default():  # the thread that runs the steps may call this
+                if not place.chief:
+                    return manager.wait_for_session(place.target, config)
+                return manager.prepare_session(
+                    place.target, init, config=config, init_fn=functools.partial(self._resume, run))
 
         def begin(session, coordinator):
-            run.session, run.opened = session, run.opened + 1
-            if run.opened > 1:
-                print(f"lost a parameter server; going on from step {session.run(net.step)}", file=sys.stderr)
+            if run.session is not None:
+                print(f"lost a parameter server; going on from step {session.run(net.step)}",
+                      file=sys.stderr)
+            run.session = session
             if place.chief:
-                session.run(net.plan.initializer)  # now the weights are ready for the workers, who wait for it
+                session.run(net.plan.initializer)  # for this the workers wait
 
         begun = tf.train.SessionRunHook()
         begun.after_create_session = begin
         hooks = [net.replicas.make_session_run_hook(place.chief, num_tokens=0), begun]
-        return tf.train.MonitoredSession(types.SimpleNamespace(create_session=create), hooks, stop_grace_period_secs=1)
+        return tf.train.MonitoredSession(
+            types.SimpleNamespace(create_session=create), hooks, stop_grace_period_secs=1)
 
     @contextlib.contextmanager
     def _session_in_cluster(self, run):
-        """The session that trains with others, and goes on when a parameter server that it lost is there again.
+        """Opens the session that trains with others; yields the function that runs a step.
 
-        A worker's ends without an error when the chief has done the last step.
+        A worker's ends without an error when the chief has done the last step. Raises `Error` if
+        the chief trains with other settings than this worker.
         """
         tf = _tensorflow()
-        with concurrent.futures.ThreadPoolExecutor(1) as run.stepping:
+        with concurrent.futures.ThreadPoolExecutor(1) as stepping:
+            def run_step(fetches, feeds):
+                waiting = stepping.submit(session.run, fetches, feeds)
+                while not waiting.done() and not run.stop:
+                    concurrent.futures.wait([waiting], timeout=1)  # this thread hears signals
+                if not waiting.done():
+                    self._leave(run, feeds)
+                return waiting.result()
+
             try:
                 session = self._open_in_cluster(run)
                 if not run.place.chief:
                     plan = json.loads(run.session.run(run.net.plan))
                     run.last = plan.pop("last")
-                    self._require(plan, "the chief trains with", "give the same to every task of the cluster")
-                yield session
-            except tf.errors.OutOfRangeError:  # the chief is done, and has closed the queue that the workers wait at
-                run.finished = True
-            except tf.errors.OpError as error:
-                if not _is_lost_server(error):
-                    raise
+                    self._require(plan, "the chief trains with",
+                                  "give the same to every task of the cluster")
+                yield run_step
+            except tf.errors.OutOfRangeError:
+                pass  # the chief is done, and has closed the queue at which the workers wait
+            except (tf.errors.UnavailableError, tf.errors.AbortedError):
                 raise self.Error("lost a parameter server: start it again, and then this") from None
-            if run.finished:
-                with contextlib.suppress(tf.errors.OpError):  # the parameter servers may have gone already
+            # Closing all of the session closes that queue too. A chief that was told to stop must
+            # not do that: the workers would take it for the end.
+            closed = run.session
+            if not run.stop:
+                closed = session
+                with contextlib.suppress(tf.errors.OpError):  # the servers may have gone already
                     run.session.run(run.net.finished)
-                threading.excepthook = lambda _: None  # closing cancels TensorFlow's thread that applies gradients
-            # Closing all of it closes that queue, so that a chief who leaves too early must not.
-            closing = threading.Thread(target=(session if run.finished else run.session).close, daemon=True)
+                threading.excepthook = lambda _: None  # closing stops TensorFlow's own threads
+            closing = threading.Thread(target=closed.close, daemon=True)
             closing.start()
-            closing.join(5)  # it would wait for ever for a parameter server that has gone before
+            closing.join(5)  # it would wait for ever for a parameter server that has gone
+
+    def _leave(self, run, feeds):
+        """Saves and ends this process.
+
+        Its step waits for another task. Such a step cannot be cancelled, so the process exits.
+        """
+        with contextlib.suppress(_tensorflow().errors.OpError, RuntimeError):  # a lost server
+            self._between_steps(run, run.step, feeds)
+        print(_stopped(run), file=sys.stderr, flush=True)
+        os._exit(128 + run.stop[0])
 
     # ------------------------------------------------------------------ service
 
@@ -3802,12 +3836,14 @@ def report_page(readings, model):
 
 
 def _forget_best(config):
+    """Removes from a config what it says of the best checkpoint so far."""
     for name in ("accuracy", "validated_on", "best_step", "least_loss", "idle"):
         config.pop(name, None)
 
 
 def _stopped(run):
-    return f"stopped and saved at step {run.saved} of {run.last}; the same command goes on from there"
+    return (f"stopped and saved at step {run.config['step']} of {run.last}; the same command goes "
+            "on from there")
 
 
 # ---------------------------------------------------------------------- images and files
@@ -3819,31 +3855,6 @@ def _size_of(path):
             return image.size
     except Exception:  # a header can be wrong in many ways
         return 0, 0
-
-
-def _stamps(paths, folder):
-    """(n,) uint64: digests of files' names in a folder, sizes and times of change; a missing file's: of no image."""
-    start = os.path.join(folder, "")
-
-    def stamp(path):
-        try:
-            about = os.stat(path)
-            facts = f"/{about.st_size}/{about.st_mtime_ns}"
-        except (OSError, ValueError):  # which `load_image` will say
-            facts = ""
-        name = os.fsencode(os.fspath(path).removeprefix(start) + facts)
-        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
-
-    return np.fromiter(map(stamp, paths), np.uint64)
-
-
-def _read_at(file, buffer, offset):
-    """Fills a buffer from that place of an open file on; returns how many bytes there were."""
-    if hasattr(os, "preadv"):
-        return os.preadv(file.fileno(), [buffer], offset)
-    with OPENING:  # Windows, macOS; no other thread may go elsewhere in between
-        file.seek(offset)
-        return file.readinto(buffer)
 
 
 def _image_files(path):

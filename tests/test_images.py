@@ -1,5 +1,6 @@
 """Rendering, and the one way in which images are loaded."""
 
+import hashlib
 import io
 import json
 import os
@@ -288,45 +289,46 @@ def test_too_many_pixels_are_refused_from_the_header(tmp_path):
             OCR.load_image(path)
 
 
-# ---- decoded once
+# ---- decoded for training
 
 LOAD = """
 import hashlib, os, sys
-import lstm_ctc_ocr
 from pathlib import Path
-ocr = lstm_ctc_ocr.LstmCtcOcr(words="AX", words_max_num=3, im_width=96, im_height=64).resolve()
-lstm_ctc_ocr.DECODE_BATCH, load_image, decoded = 8, ocr.load_image, []
-def load(_, path):
+import numpy as np
+from lstm_ctc_ocr import LstmCtcOcr
+LstmCtcOcr.IN_MEMORY, load_image, decoded = 20, LstmCtcOcr.load_image, []
+def load(self, path):
     decoded.append(path)
-    if len(decoded) == int(sys.argv[2]):
+    if len(decoded) == int(sys.argv[3]):
         os.kill(os.getpid(), 9)
-    return load_image(path)
-lstm_ctc_ocr.LstmCtcOcr.load_image = load
+    return load_image(self, path)
+LstmCtcOcr.load_image = load
+ocr = LstmCtcOcr(words="AX", words_max_num=3, im_width=96, im_height=64).resolve()
 try:
-    images, files = ocr.load_images(ocr.labelled_files(sys.argv[1]))
+    images, files = ocr.load_images(ocr.labelled_files(sys.argv[1]), Path(sys.argv[2]) / ".decoded-0")
 except ocr.Error as error:
     sys.exit(str(error))
-print(len(decoded), len(images), *(text + hashlib.md5(images[i]).hexdigest() for i, (_, text) in enumerate(files)))
+rows = [images[np.array([row])] for row in range(len(files))]
+print(len(decoded), *(text + hashlib.md5(row).hexdigest() for row, (_, text) in zip(rows, files)))
 """
 
 
-def start_loading(folder, kill_at=0, **options):
-    return subprocess.Popen([sys.executable, "-c", LOAD, folder, str(kill_at)], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)
+def start_loading(folder, model, kill_at=0, **options):
+    """A process that decodes a folder of images, more than it may keep in memory."""
+    return subprocess.Popen([sys.executable, "-c", LOAD, folder, model, str(kill_at)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def loaded(process):
     """Returns how many images a process has decoded, the digests of all, and its messages."""
     output, messages = process.communicate()
     assert "Traceback" not in messages
-    decoded, count, *digests = output.split() or (0, 0)
-    assert int(count) == len(digests)
+    decoded, *digests = output.split() or [0]
     return int(decoded), sorted(digests), messages
 
 
 def expected(ocr, folder):
     """What loading each image of a folder by itself gives."""
-    import hashlib
     return sorted(path.stem.split("_")[1] + hashlib.md5(ocr.load_image(path)).hexdigest()
                   for path in folder.glob("[0-9]*.png"))
 
@@ -334,70 +336,82 @@ def expected(ocr, folder):
 @pytest.fixture
 def folder(dataset, tmp_path):
     """40 images of the small task."""
+    (tmp_path / "images").mkdir()
     for path in sorted(dataset.glob("*.png"))[:40]:
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
+        shutil.copy2(path, tmp_path / "images")
+    return tmp_path / "images"
 
 
-def test_images_are_decoded_once_and_again_only_where_they_have_changed(ocr, folder, dataset):
+@pytest.fixture
+def model(tmp_path):
+    return tmp_path / "model"
+
+
+def test_images_are_decoded_once_and_again_if_any_has_changed(ocr, folder, model):
+    """Each change is one of a single file: of its name, content, size or time, or that it is gone."""
     files = sorted(folder.glob("*.png"))
-    assert loaded(start_loading(folder)) == (40, expected(ocr, folder), "")
-    assert loaded(start_loading(folder)) == (0, expected(ocr, folder), "")
-    os.replace(files[0], folder / "900_XXX.png")  # three that are new by name, by size and by time, and two more
-    files[1].write_bytes(files[2].read_bytes())
-    os.utime(files[3], (1, 1))
-    for path in sorted(dataset.glob("*.png"))[40:42]:
-        (folder / path.name).write_bytes(path.read_bytes())
-    assert loaded(start_loading(folder)) == (5, expected(ocr, folder), "")
-    assert main(["create_dataset", *flags(dataset=folder / "other", im_total_num=3, **TASK)]) == 0
-    assert LstmCtcOcr(**{**TASK, "im_width": 80}).resolve().load_images([(files[2], "A")])[0][0].shape == (64, 80)
+    before = contents(folder)
+    assert loaded(start_loading(folder, model)) == (40, expected(ocr, folder), "")
+    assert contents(folder) == before and len(os.listdir(model)) == 1
+    changes = [lambda: None, lambda: files[0].rename(folder / "900_XXX.png"),
+               lambda: files[1].write_bytes(files[2].read_bytes()), lambda: os.utime(files[3], (1, 1)),
+               lambda: shutil.copy(files[4], folder / "901_AX.png"), files[5].unlink]
+    for change, decoded in zip(changes, (0, 40, 40, 40, 41, 40)):
+        change()
+        assert loaded(start_loading(folder, model)) == (decoded, expected(ocr, folder), "")
+        assert len(os.listdir(model)) == 1  # and that is the only one
 
 
-def test_what_cannot_be_decoded_is_left_out_and_nothing_is_copied(ocr, folder, capfd):
+def test_few_images_are_kept_in_memory(ocr, folder, model):
+    for path in sorted(folder.glob("*.png"))[20:]:
+        path.unlink()
+    for _ in range(2):
+        assert loaded(start_loading(folder, model)) == (20, expected(ocr, folder), "")
+    assert not model.exists()
+
+
+def test_another_input_size_decodes_anew(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(LstmCtcOcr, "IN_MEMORY", 20)
+    files = [(str(path), "A") for path in folder.glob("*.png")]
+    for width in 96, 80:
+        images, _ = LstmCtcOcr(**{**TASK, "im_width": width}).resolve().load_images(files, tmp_path / "decoded")
+        assert images[np.array([3, 39])].shape == (2, 64, width)
+
+
+def test_what_cannot_be_decoded_is_left_out_and_said_each_time(ocr, folder, model):
     good = expected(ocr, folder)
     (folder / "900_AX.png").write_bytes(b"no image")
-    for decoded in 41, 1:  # it is looked at again
-        count, digests, messages = loaded(start_loading(folder))
-        assert (count, digests) == (decoded, good) and messages.count("left out") == 1
+    for _ in range(2):
+        decoded, digests, messages = loaded(start_loading(folder, model))
+        assert (decoded, digests) == (41, good) and messages.count("left out") == 1
         assert "900_AX.png: not a whole image" in messages
-    images, files = ocr.load_images(ocr.labelled_files(folder))
-    assert len(images) == len(files) == 40 and isinstance(images.file.fileno(), int)
 
 
-@pytest.mark.parametrize("moment", [1, 9, 20, 40])
-def test_kill_9_while_decoding_loses_a_batch_at_most(moment, ocr, folder):
-    process = start_loading(folder, moment)
+@pytest.mark.parametrize("moment", [1, 20, 40])
+def test_kill_9_while_decoding_does_no_harm(moment, ocr, folder, model):
+    process = start_loading(folder, model, moment)
     assert loaded(process)[0] == 0 and process.returncode == -9
-    with open(folder / ".decoded-96x64-border-1.index", "ab") as index:
-        index.write(b"\1\2\3")  # half a stamp
-    decoded, digests, _ = loaded(start_loading(folder))
-    assert decoded == 40 - (moment - 1) // 8 * 8 and digests == expected(ocr, folder)
+    for decoded in 40, 0:
+        assert loaded(start_loading(folder, model)) == (decoded, expected(ocr, folder), "")
+    assert len(os.listdir(model)) == 1
 
 
-def test_a_disk_that_is_full_while_decoding_is_one_line(ocr, folder):
+def test_a_disk_that_is_full_while_decoding_is_one_line(ocr, folder, model):
     import resource
-    process = start_loading(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000)))
-    decoded, _, messages = loaded(process)
+    process = start_loading(folder, model, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (120_000, 120_000)))
+    _, _, messages = loaded(process)
     message, = messages.splitlines()
-    assert process.returncode == 1 and message.startswith(f"cannot write to {folder} (File too large); run the same")
-    decoded, digests, _ = loaded(start_loading(folder))
-    assert decoded == 24 and digests == expected(ocr, folder)  # two batches of eight went into it
+    assert process.returncode == 1 and message.startswith(f"cannot write to {model} (File too large); run the same")
+    assert not os.listdir(model)  # what was written takes no room
+    assert loaded(start_loading(folder, model)) == (40, expected(ocr, folder), "")
 
 
-def test_two_at_once_decode_each_image_once(ocr, folder):
-    one, other = loaded_both = [loaded(process) for process in [start_loading(folder), start_loading(folder)]]
-    assert one[1] == other[1] == expected(ocr, folder) and sum(decoded for decoded, *_ in loaded_both) == 40
-
-
-def test_a_folder_rendered_anew_does_not_keep_what_was_decoded_before(ocr, folder):
-    loaded(start_loading(folder))
-    pixels = folder / ".decoded-96x64-border-1.pixels"
-    size = pixels.stat().st_size
-    old, _ = ocr.load_images(ocr.labelled_files(folder))
-    before = old[list(range(40))]
-    for path in folder.glob("*.png"):
-        os.utime(path, (2, 2))
-    assert loaded(start_loading(folder)) == (40, expected(ocr, folder), "") and pixels.stat().st_size == size
-    assert (old[list(range(40))] == before).all()  # of a training that still goes on
-    pixels.unlink()  # one file of the two
-    assert loaded(start_loading(folder)) == (40, expected(ocr, folder), "")
+def test_two_at_once_do_not_disturb_each_other(ocr, folder, model):
+    """As two workers of a cluster on one disk: each has files of its own."""
+    model.mkdir()
+    processes = [subprocess.Popen([sys.executable, "-c", LOAD.replace("decoded-0", f"decoded-{number}"), folder,
+                                   model, "0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                 for number in range(2)]
+    assert [loaded(process) for process in processes] == [(40, expected(ocr, folder), "")] * 2
+    assert len(os.listdir(model)) == 2

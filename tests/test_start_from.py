@@ -124,7 +124,7 @@ def test_a_training_that_has_ended_keeps_what_it_knows_and_tells_of_new_images(f
 
 def test_a_training_that_gains_nothing_ends_and_stays_ended(few, trained, tmp_path, capfd, monkeypatch):
     """However often it is run again, but for a longer one."""
-    monkeypatch.setattr(lstm_ctc_ocr, "PATIENCE", 1)
+    monkeypatch.setattr(LstmCtcOcr, "PATIENCE", 1)
     steps = []
     for epochs in 1000, 1000, 2000:
         assert train(few, trained, tmp_path / "model", lr=1e-12, epoch_max=epochs) == 0

@@ -143,9 +143,9 @@ def test_a_loss_that_is_not_a_number_stops_with_the_last_checkpoint_intact(train
 
 
 @pytest.mark.parametrize("settings, complaint", [
-    (dict(words="AY"), "is not 1 to 3 letters of --words AY"),
-    (dict(words_max_num=1), "1 to 1 letters"),
-    (dict(batch_size=1000), "fewer than one batch of 1000"),
+    (dict(words="AY"), "letters of --words AY"),
+    (dict(words_max_num=1), "not 1 to 1 letters"),
+    (dict(batch_size=1000), "leaves 720 images to train on, fewer than 1000"),
     (dict(dataset="nowhere"), "nowhere is no folder: render"),
 ])
 def test_what_cannot_be_trained_is_one_line(dataset, tmp_path, capfd, settings, complaint):
@@ -171,8 +171,9 @@ def held_out(patch, dataset, model, **settings):
     runs = []
     patch.setattr(LstmCtcOcr, "_train_loop", lambda self, run: runs.append(run) or 0)
     assert main(train(dataset, model, **settings)) == 0
-    names = [os.path.basename(path) for path, _ in runs[0].files]
-    return {names[row] for row in runs[0].rows}, {names[row] for row in runs[0].held}
+    data = runs[0].data
+    names = [os.path.basename(path) for path, _ in data.files]
+    return {names[row] for row in data.rows}, {names[row] for row in data.held}
 
 
 def test_what_was_trained_on_is_never_validated_on(dataset, tmp_path, monkeypatch):
@@ -185,7 +186,7 @@ def test_what_was_trained_on_is_never_validated_on(dataset, tmp_path, monkeypatc
             shutil.copy2(path, folder)
         for settings in (dict(), dict(val_num=7), dict(train_max_num=100, seed=3), dict(model=tmp_path / "same")):
             with monkeypatch.context() as patch:
-                patch.setattr("lstm_ctc_ocr.HELD_NUM", 40)  # from 400 images on, the share shrinks
+                patch.setattr(LstmCtcOcr, "HELD_NUM", 40)  # from 400 images on, the share shrinks
                 rows, held = held_out(patch, folder, **{"model": tmp_path / f"{number}{len(settings)}", **settings})
             assert held and not held & rows
             trained |= rows
@@ -247,4 +248,4 @@ def test_training_outside_the_main_thread_works(dataset, tmp_path):
 def test_fewer_images_than_workers_are_refused(dataset, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(LstmCtcOcr, "_join_cluster", staticmethod(lambda: LstmCtcOcr._Place(workers=3, servers=1)))
     assert main(train(dataset, tmp_path / "model", train_max_num=2)) == 2
-    assert "--train-max-num 2 leaves some of 3 workers without" in capfd.readouterr().err.splitlines()[-1]
+    assert "leaves 0 images to train on" in capfd.readouterr().err.splitlines()[-1]
