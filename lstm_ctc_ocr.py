@@ -1914,7 +1914,7 @@ class LstmCtcOcr:
             *(f"True [{', '.join(truth)}] <====> [{', '.join(reading)}]"
               for truth, reading in samples)]) + "\n", file=sys.stderr)
         self._note_gain(run, held, loss, temperature)
-        run.config["curve"] = _thinned(
+        run.config["curve"] = thin_curve(
             [*run.config.get("curve", []), (run.step, train_loss, held["accuracy"])])
         with self._writing(run.folder):
             _replace(run.folder / "curve.svg", draw_curve(run.config["curve"]))
