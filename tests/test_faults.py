@@ -103,8 +103,8 @@ def test_what_is_no_labelled_image_is_named_and_left_out(line, about_images):
 
 
 @pytest.mark.parametrize("label, settings, complaint", [
-    ("AY", {}, r"900_AY.png: the label holds ['Y'], which is not in --words AX"),
-    ("AXAX", {}, "900_AXAX.png: a label needs 1 to 3 letters"),
+    ("AY", {}, "900_AY.png: the label 'AY' is not 1 to 3 letters of --words AX"),
+    ("AXAX", {}, "900_AXAX.png: the label 'AXAX' is not 1 to 3 letters of --words AX"),
     ("", {}, '(left out: 1 images without a label, such as "900_.png")'),
     ("AX", dict(im_width=4), "CTC cannot align 3 letters, 5 steps, in 4"),
     ("AX", dict(im_width=16, net="cnn_lstm"), "CTC cannot align 3 letters, 5 steps, in 4"),
