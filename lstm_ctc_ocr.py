@@ -115,9 +115,9 @@ VERSION = "1.0.0"
 HOME = Path(__file__).resolve().parent
 MODELS = HOME / "my-model"
 PLAN = "plan"  # the collection of a variable by which the chief tells the workers how it trains; never saved
-# The kinds of images that are read, as Pillow calls them, and the suffixes of their files.
-IMAGE_KINDS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "GIF": (".gif",), "BMP": (".bmp",),
-               "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
+# The images that are read: suffixes of their files, and Pillow's name of the format.
+IMAGE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".bmp": "BMP",
+               ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 LABELLED = re.compile(r"(\d+)_(.+)\.\w+")  # <i>_<LABEL>.png
 LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path.png,LABEL lines
 NO_UTF8 = "[\ud800-\udfff]"  # what Python has for bytes that are no UTF-8, in names and in text
@@ -129,7 +129,7 @@ SYMBOL_FONT = re.compile("symbol|dingbat|wingd|webdings|ornament|D050000L", re.I
 FEW = 20_000  # images below which a training that starts from a model distorts each anew whenever it is shown
 LENGTH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # N or MIN-MAX
 
-MIN_CONTRAST = 16 / 255  # below it an image is taken to be blank rather than stretched until its noise looks like ink
+MIN_CONTRAST = 16 / 255  # an image of less is blank: its noise must not be stretched to ink
 REPORT_STEPS = 100  # between reports, as in the article
 
 TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
@@ -914,8 +914,9 @@ class LstmCtcOcr:
     def load_image(self, source):
         """Loads an image as the network sees it. This is the only preprocessing there is.
 
-        source: a path, or the bytes of an image file of one of `IMAGE_KINDS`, of any size, mode and depth.
-        Returns (H, W) uint8, as `ink_of` describes it. Raises `Error`, which names the file and the fault.
+        source: a path, or the bytes of an image file of one of `IMAGE_KINDS`; images of any size,
+        mode and depth are read. Returns (H, W) uint8, as `ink_of` describes it. Raises `Error`,
+        which names the file and the fault.
         """
         return self.ink_of(self.load_colours(source))
 
@@ -924,22 +925,24 @@ class LstmCtcOcr:
     def load_colours(self, source):
         """Decodes an image and scales it to the network's height.
 
-        source: as for `load_image`. Returns (H, w, 1 or 3) float32, grey or RGB from 0 to 1, 1 is white. An image that
-        would be wider than W is squeezed into it, as the captcha package does with long texts. Of an animation only
-        the first frame is used. Raises `Error`, which names the file.
+        source: as for `load_image`. Returns (H, w, 1 or 3) float32, grey or RGB from 0 (black) to
+        1 (white). An image that would be wider than W is squeezed into W. Of an animation only the
+        first frame is used. Raises `Error`, which names the file and the fault.
         """
         name = "the image" if isinstance(source, bytes) else _on_one_line(source)
         data = source if isinstance(source, bytes) else self._read_file(source, name)
         try:
-            with Image.open(io.BytesIO(data), formats=tuple(IMAGE_KINDS)) as image:
-                if math.prod(image.size) > self.MAX_PIXELS:  # known from the header, before anything is decoded
+            with Image.open(io.BytesIO(data), formats=tuple(IMAGE_KINDS.values())) as image:
+                if math.prod(image.size) > self.MAX_PIXELS:  # as the header says; not decoded yet
                     raise Image.DecompressionBombError
                 ImageOps.exif_transpose(image, in_place=True)  # turned as the camera was held
                 colours = self._colours_of(image)
         except Image.DecompressionBombError:
             raise self.TooLarge(f"{name}: more than {self.MAX_PIXELS:,} pixels") from None
         except UnidentifiedImageError:
-            raise self.Unknown(f"{name}: not a whole image of a kind that is read: {', '.join(IMAGE_KINDS)}") from None
+            kinds = " ".join(IMAGE_KINDS)
+            raise self.Unknown(
+                f"{name}: not a whole image of a kind that is read ({kinds})") from None
         except Exception as error:  # a damaged file can fail in many ways
             raise self.Error(f"{name}: not a whole image ({_on_one_line(error)})") from None
         return self._resized(colours)
@@ -947,7 +950,7 @@ class LstmCtcOcr:
     def _read_file(self, path, name):
         """Returns the bytes of a file. Raises `Error` with that name if it cannot be read."""
         try:
-            # A pipe among a folder's images would wait for ever; /dev/stdin is one that the user names.
+            # To read a pipe may wait for ever, but /dev/stdin is one that the user names.
             if Path(path).is_fifo() and not str(path).startswith("/dev/"):
                 raise self.Error(f"{name}: a pipe, not a file")
             return Path(path).read_bytes()
@@ -956,9 +959,10 @@ class LstmCtcOcr:
 
     @staticmethod
     def _colours_of(image):
-        """Decodes a Pillow image: (h, w, 1 or 3) float32, as `load_colours` returns them, in the image's size.
+        """Decodes a Pillow image to its colours, (h, w, 1 or 3) float32 from 0 to 1.
 
-        What is transparent is white. In an image of 16 or 32 bits a pixel, the largest number is white.
+        What is transparent is white. In an image of 16 or 32 bits a pixel the largest number is
+        white.
         """
         if image.mode.startswith(("I", "F")):
             grey = np.nan_to_num(np.float32(image), posinf=0, neginf=0)
@@ -982,32 +986,33 @@ class LstmCtcOcr:
         """Measures how far each pixel's colour is from that of the paper.
 
         colours: (H, w, 1 or 3) float32, as `load_colours` gives them.
-        Returns (H, W) uint8: 0 for the paper, 255 for the strongest stroke, or less where the contrast is below
-        `MIN_CONTRAST`. A narrower image has paper added on its right.
+        Returns the ink, (H, W) uint8: 0 for the paper, and 255 for the strongest stroke, or less
+        if the contrast is below `MIN_CONTRAST`. A narrower image gets paper on its right.
         """
         paper = self._paper_of(colours)[:, None, None]
-        channels = np.ascontiguousarray(colours.transpose(2, 0, 1))  # three times as fast in this order
+        channels = np.ascontiguousarray(colours.transpose(2, 0, 1))  # faster in this order
         return self._filled(np.abs(channels - paper).max(axis=0))
 
     def _paper_of(self, colours):
-        """Returns the paper's colour, (channels,) float32: the median of the pixels along the border."""
+        """Returns the paper's colour, (channels,) float32: the median along the image's border."""
         edge = max(1, self.im_height // 16)
         middle = colours[edge:-edge]
         sides = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, -edge:]
         border = np.concatenate([side.reshape(-1, colours.shape[2]) for side in sides])
-        return np.sort(border, axis=0)[len(border) // 2]  # NumPy's partition takes 4 to 8 times as long
+        return np.sort(border, axis=0)[len(border) // 2]  # np.partition takes 4 times as long
 
     def _filled(self, ink):
-        """Brings ink (H, w) float32 to its full strength, and adds paper on its right: (H, W) uint8."""
+        """Scales ink (H, w) float32 to full strength and adds paper: (H, W) uint8, see `ink_of`."""
         image = np.zeros((self.im_height, self.im_width), np.uint8)
-        image[:, :ink.shape[1]] = cv2.convertScaleAbs(ink, alpha=255 / max(ink.max(), MIN_CONTRAST))
+        strongest = max(ink.max(), MIN_CONTRAST)
+        image[:, :ink.shape[1]] = cv2.convertScaleAbs(ink, alpha=255 / strongest)
         return image
 
     def _read_width(self, width):
-        """Returns how many of W columns the network is given of an image `width` wide, as `load_colours` gives it.
+        """Returns how many of an image's W columns the network is given; the rest is paper.
 
-        It is a multiple of H, so that images of nearly the same width are read together, and leaves enough time
-        steps for the longest text.
+        width: of the image as `load_colours` returns it. The result is a multiple of H, so that
+        images of similar width are read together, and has enough steps for the longest text.
         """
         squares = math.ceil(max(width, self._least_steps * self._stride) / self.im_height)
         return min(self.im_width, squares * self.im_height)
@@ -1015,12 +1020,14 @@ class LstmCtcOcr:
     # ------------------------------------------------------------------ rendering captchas
 
     def create_dataset(self):
-        """Renders captchas 0 to `im_total_num` - 1 into the folder `dataset`, or the part of them that `shard` names.
+        """Renders captchas into the folder `dataset`: all `im_total_num`, or a part, see `shard`.
 
-        Image i depends on the settings and on i alone, not on the number of processes or machines. Several shards may
-        share the folder. Whole files are left as they are, so that an interrupted run goes on where it stopped.
-        Returns 0, or 128 + the signal's number when it was told to stop. Raises `Error` if the folder holds other
-        images, or cannot be written.
+        Image i depends on the settings and on i alone, not on how many processes or machines
+        render. Several of them may share the folder. Files that are there are kept, so that an
+        interrupted run goes on where it stopped.
+
+        Returns 0, or 128 + the signal's number when it was told to stop. Raises `Error` if the
+        folder holds images of other settings, or if it cannot be written.
         """
         varied = {"words": CAPITALS + CAPITALS.lower() + DIGITS}
         ocr = self.resolve(varied if self.look == "varied" else {})
@@ -1028,46 +1035,57 @@ class LstmCtcOcr:
         numbers = range(index - 1, self.im_total_num, count)
         chunks = [numbers[start:start + 20] for start in range(0, len(numbers), 20)]
         rendering = ocr._rendering()
+        progress = tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None)
         with self._writing(folder), _deferred_stop() as stop, self._renderers() as pool, \
-                tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None) as bar:
+                progress as bar:
             folder.mkdir(parents=True, exist_ok=True)
             ocr._claim(folder, rendering)
-            with _signals_held():  # a process that is still starting would die of them
+            with _signals_held():  # they would kill a process that is still starting
                 futures = [pool.submit(ocr._render_all, chunk) for chunk in chunks]
             for chunk, future in zip(chunks, futures):
                 future.result()
                 bar.update(len(chunk))
                 if stop:
-                    print(f"stopped; the same command goes on with the images that {folder} lacks", file=sys.stderr)
+                    print(f"stopped; the same command goes on with the images that {folder} lacks",
+                          file=sys.stderr)
                     return 128 + stop[0]
         print(f"{len(numbers)} images in {folder}, shard {self.shard}", file=sys.stderr)
         return 0
 
-    FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts",
-                    "/Library/Fonts", "/System/Library/Fonts", "C:/Windows/Fonts")
+    FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts",
+                    "~/.fonts", "/Library/Fonts", "/System/Library/Fonts", "C:/Windows/Fonts")
 
     def _fonts_found(self):
-        """Returns (path, those of `words` that it has) of each font in the folders that captchas are drawn from."""
+        """Finds the fonts to draw with: (path, those of `words` that it has) of each."""
         folders = str(Path(_package("captcha", "render captchas").__file__).parent),
         if self.look == "varied":
-            folders = tuple(self.fonts) or (*folders, *map(os.path.expanduser, self.FONT_FOLDERS))
+            system = map(os.path.expanduser, self.FONT_FOLDERS)
+            folders = tuple(self.fonts) or (*folders, *system)
         return _find_fonts(folders, self.words)
 
     def _rendering(self):
-        """Returns all that decides what an image looks like. Raises `Error` for letters that cannot be rendered."""
+        """Returns a dictionary of all that decides what the images look like.
+
+        Raises `Error` for letters that cannot be rendered.
+        """
         fonts = self._fonts_found()
         drawn = {" "} if self.look == "plain" else set()  # a space needs no font
         missing = set(self.words).difference(drawn, *(letters for _, letters in fonts))
         if unfit := sorted(missing | set(self.words) & set("/\\\0\n")):
-            raise self.Error(f"cannot render {unfit}: no font has them, or names of files cannot hold them; give other "
-                             "--words, or for other letters --look varied --fonts and a folder of fonts that has them")
+            raise self.Error(
+                f"cannot render {unfit}: no font has them, or names of files cannot hold them; "
+                "give other --words, or a folder of fonts that have them with --look varied --fonts")
         names = "look", "seed", "words", "words_max_num", "im_width", "im_height"
-        return {name: getattr(self, name) for name in names} | {"fonts": [Path(path).name for path, _ in fonts]}
+        settings = {name: getattr(self, name) for name in names}
+        return settings | {"fonts": [Path(path).name for path, _ in fonts]}
 
-    RENDERING = ".rendering.json"  # in a folder of rendered captchas: the settings they were rendered with
+    RENDERING = ".rendering.json"  # the file in a folder of images that says how they were rendered
 
     def _claim(self, folder, rendering):
-        """Notes in the folder what is rendered into it. Raises `Error` if it holds labelled images of anything else."""
+        """Writes into the folder what it is rendered with, and removes what a killed run has left.
+
+        rendering: see `_rendering`. Raises `Error` if the folder holds other labelled images.
+        """
         path = folder / self.RENDERING
         try:
             found = dict(json.loads(path.read_text()))
@@ -1079,45 +1097,55 @@ class LstmCtcOcr:
             raise self.Error(f"create_dataset: {folder} holds images {what}; give another --dataset")
         if other:
             _replace(path, json.dumps(rendering) + "\n")
-        for part in folder.glob(".*.part"):  # left by kill -9, or another shard is writing it just now
+        for part in folder.glob(".*.part"):  # another machine may be writing it just now
             with contextlib.suppress(FileNotFoundError):
-                if part.stat().st_mtime < time.time() - 600:  # seconds; to write one takes milliseconds
+                if part.stat().st_mtime < time.time() - 600:  # to write one takes milliseconds
                     part.unlink()
 
     @contextlib.contextmanager
     def _renderers(self):
-        """Starts processes that render and that end with this one. Raises `Error` if one of them is killed."""
-        context = multiprocessing.get_context("spawn")  # fork would copy the threads of a loaded TensorFlow half
-        pool = concurrent.futures.ProcessPoolExecutor(self.workers or _cores(), context, _follow_parent)
+        """Starts processes that render, and that end when this one does.
+
+        Raises `Error` if one of them is killed.
+        """
+        context = multiprocessing.get_context("spawn")  # a fork would lack TensorFlow's threads
+        pool = concurrent.futures.ProcessPoolExecutor(
+            self.workers or _cores(), context, _follow_parent)
         try:
             yield pool
         except concurrent.futures.BrokenExecutor:
-            for process in multiprocessing.active_children():  # they may wait for what the dead one had locked
-                process.kill()
-            raise self.Error("a process that renders was killed, perhaps for want of memory; run the same command "
-                             "again, with fewer --workers") from None
+            for process in multiprocessing.active_children():
+                process.kill()  # it may wait for what the dead one had locked
+            raise self.Error("a process that renders was killed, perhaps for want of memory; run "
+                             "the same command again, with fewer --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
+    PNG_END = b"IEND\xaeB`\x82"
+
     def _render_all(self, numbers):
-        """Renders the images of these numbers that are not there yet. Raises OSError if one cannot be written."""
+        """Renders the images of these numbers that are not there as whole files.
+
+        Raises OSError if one cannot be written.
+        """
         for i in numbers:
             random.seed(f"{self.seed}-{i}")  # the captcha package draws from this generator, too
             plain, label = self._draw_label()
             path = Path(self.dataset, f"{i}_{label}.png")
-            if not _is_whole_png(path):
-                _replace(path, self._draw(plain, label))  # no fsync: a file torn by a power cut is rendered again
+            if not (path.exists() and path.read_bytes().endswith(self.PNG_END)):
+                _replace(path, self._draw(plain, label))  # no fsync: a torn file is rendered again
 
     def _draw_label(self):
-        """Draws whether a captcha is plain, and its label, from the module `random`'s generator."""
+        """Draws lots whether a captcha is plain and what its label is, from the module `random`."""
         letters, longest = self.words, self.words_max_num
         length, plain = random.randint(1, longest), self.look == "plain"
-        if not plain:  # mostly letters of one case, and most often 4 to 6 of them, as captchas of others have them
+        if not plain:  # mostly letters of one case, and 4 to 6 of them, as most captchas have
             plain = random.random() < .1
-            alphabets = (CAPITALS, CAPITALS + DIGITS, CAPITALS.lower(), CAPITALS.lower() + DIGITS, DIGITS, letters)
+            capitals, small = CAPITALS, CAPITALS.lower()
+            alphabets = capitals, capitals + DIGITS, small, small + DIGITS, DIGITS, letters
             alphabet, = random.choices(alphabets, (24, 26, 8, 14, 12, 16))
             if plain and random.random() < .5:
-                alphabet = CAPITALS
+                alphabet = capitals
             letters = [letter for letter in letters if letter in alphabet] or letters
             if plain:  # of any length: the longest are the hardest
                 length = max(length, random.randint(1, longest))
@@ -1126,7 +1154,7 @@ class LstmCtcOcr:
         return plain, "".join(random.choice(letters) for _ in range(length))
 
     def _draw(self, plain, label):
-        """Draws a captcha from the module `random`'s generator; returns the bytes of a PNG file."""
+        """Draws a captcha with the module `random`'s generator: returns the bytes of a PNG file."""
         if plain:
             return _captcha_package(self.im_width, self.im_height).generate(label).getvalue()
         pixels = draw_varied(label, random.getrandbits(64), self._fonts_found())
@@ -3851,7 +3879,7 @@ def _stopped(run):
 def _size_of(path):
     """Returns the width and height of an image file by its header, or zeros if it is none."""
     try:
-        with Image.open(path, formats=tuple(IMAGE_KINDS)) as image:
+        with Image.open(path, formats=tuple(IMAGE_KINDS.values())) as image:
             return image.size
     except Exception:  # a header can be wrong in many ways
         return 0, 0
@@ -3895,7 +3923,7 @@ def _on_one_line(text):
 
 def _is_image_name(name):
     """Tells by its ending whether a file's name is that of an image."""
-    return name.lower().endswith(tuple(itertools.chain(*IMAGE_KINDS.values())))
+    return name.lower().endswith(tuple(IMAGE_KINDS))
 
 
 def _labels_in(names, pattern):
@@ -3997,15 +4025,6 @@ def _replace(path, content, durable=False):
         raise
 
 
-def _is_whole_png(path):
-    try:
-        with open(path, "rb") as file:
-            file.seek(-8, os.SEEK_END)
-            return file.read() == b"IEND\xaeB`\x82"
-    except OSError:  # not there, or too short
-        return False
-
-
 @functools.cache
 def _captcha_package(width, height):
     return _package("captcha.image", "render captchas").ImageCaptcha(width, height)
@@ -4057,10 +4076,11 @@ def _page(page, **values):
 
 
 def _data_url(data):
-    """Returns an image file as a data URL, whose kind browsers find out; a TIFF as PNG."""
-    if data.startswith((b"II*\0", b"MM\0*")):  # a TIFF, which browsers do not show
-        colours = 255 * LstmCtcOcr().load_colours(data)[..., ::-1]  # OpenCV writes BGR
-        data = cv2.imencode(".png", np.uint8(colours))[1].tobytes()
+    """Returns an image file as a data URL; a TIFF, which browsers do not show, as PNG."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format == "TIFF":
+            colours = LstmCtcOcr._colours_of(image)[..., ::-1]  # OpenCV writes BGR
+            data = cv2.imencode(".png", 255 * colours)[1].tobytes()
     return "data:image;base64," + base64.b64encode(data).decode()
 
 
