@@ -940,9 +940,7 @@ class LstmCtcOcr:
         except Image.DecompressionBombError:
             raise self.TooLarge(f"{name}: more than {self.MAX_PIXELS:,} pixels") from None
         except UnidentifiedImageError:
-            kinds = " ".join(IMAGE_KINDS)
-            raise self.Unknown(
-                f"{name}: not a whole image of a kind that is read ({kinds})") from None
+            raise self.Unknown(f"{name}: not a whole image ({' '.join(IMAGE_KINDS)})") from None
         except Exception as error:  # a damaged file can fail in many ways
             raise self.Error(f"{name}: not a whole image ({_on_one_line(error)})") from None
         return self._resized(colours)
@@ -1033,7 +1031,6 @@ class LstmCtcOcr:
         ocr = self.resolve(varied if self.look == "varied" else {})
         folder, (index, count) = Path(self.dataset), map(int, self.shard.split("/"))
         numbers = range(index - 1, self.im_total_num, count)
-        chunks = [numbers[start:start + 20] for start in range(0, len(numbers), 20)]
         rendering = ocr._rendering()
         progress = tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None)
         with self._writing(folder), _deferred_stop() as stop, self._renderers() as pool, \
@@ -1041,10 +1038,10 @@ class LstmCtcOcr:
             folder.mkdir(parents=True, exist_ok=True)
             ocr._claim(folder, rendering)
             with _signals_held():  # they would kill a process that is still starting
-                futures = [pool.submit(ocr._render_all, chunk) for chunk in chunks]
-            for chunk, future in zip(chunks, futures):
-                future.result()
-                bar.update(len(chunk))
+                futures = [pool.submit(ocr._render, numbers[start:start + 20])
+                           for start in range(0, len(numbers), 20)]
+            for future in futures:
+                bar.update(future.result())
                 if stop:
                     print(f"stopped; the same command goes on with the images that {folder} lacks",
                           file=sys.stderr)
@@ -1064,7 +1061,7 @@ class LstmCtcOcr:
         return _find_fonts(folders, self.words)
 
     def _rendering(self):
-        """Returns a dictionary of all that decides what the images look like.
+        """Returns all that decides what the images look like, as lines of flags and values.
 
         Raises `Error` for letters that cannot be rendered.
         """
@@ -1076,10 +1073,10 @@ class LstmCtcOcr:
                 f"cannot render {unfit}: no font has them, or names of files cannot hold them; "
                 "give other --words, or a folder of fonts that have them with --look varied --fonts")
         names = "look", "seed", "words", "words_max_num", "im_width", "im_height"
-        settings = {name: getattr(self, name) for name in names}
-        return settings | {"fonts": [Path(path).name for path, _ in fonts]}
+        lines = [f"{_flag(name)} {getattr(self, name)}" for name in names]
+        return [*lines, " ".join(["--fonts", *(Path(path).name for path, _ in fonts)])]
 
-    RENDERING = ".rendering.json"  # the file in a folder of images that says how they were rendered
+    RENDERING = ".rendering.txt"  # the file in a folder of images that says how they were rendered
 
     def _claim(self, folder, rendering):
         """Writes into the folder what it is rendered with, and removes what a killed run has left.
@@ -1087,16 +1084,13 @@ class LstmCtcOcr:
         rendering: see `_rendering`. Raises `Error` if the folder holds other labelled images.
         """
         path = folder / self.RENDERING
-        try:
-            found = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            found = {}
-        other = [_flag(name) for name in rendering if found.get(name) != rendering[name]]
+        found = path.read_text("utf-8", "replace").split("\n") if path.exists() else []
+        other = [line.split()[0] for line in rendering if line not in found]
         if other and any(map(LABELLED.fullmatch, os.listdir(folder))):
             what = f"of other {', '.join(other)}, see {path}" if found else "that it has not rendered"
             raise self.Error(f"create_dataset: {folder} holds images {what}; give another --dataset")
         if other:
-            _replace(path, json.dumps(rendering) + "\n")
+            _replace(path, "\n".join(rendering))
         for part in folder.glob(".*.part"):  # another machine may be writing it just now
             with contextlib.suppress(FileNotFoundError):
                 if part.stat().st_mtime < time.time() - 600:  # to write one takes milliseconds
@@ -1123,10 +1117,10 @@ class LstmCtcOcr:
 
     PNG_END = b"IEND\xaeB`\x82"
 
-    def _render_all(self, numbers):
-        """Renders the images of these numbers that are not there as whole files.
+    def _render(self, numbers):
+        """Renders the images of these numbers, but for whole files that are there.
 
-        Raises OSError if one cannot be written.
+        Returns how many they are. Raises OSError if one cannot be written.
         """
         for i in numbers:
             random.seed(f"{self.seed}-{i}")  # the captcha package draws from this generator, too
@@ -1134,6 +1128,7 @@ class LstmCtcOcr:
             path = Path(self.dataset, f"{i}_{label}.png")
             if not (path.exists() and path.read_bytes().endswith(self.PNG_END)):
                 _replace(path, self._draw(plain, label))  # no fsync: a torn file is rendered again
+        return len(numbers)
 
     def _draw_label(self):
         """Draws lots whether a captcha is plain and what its label is, from the module `random`."""
@@ -1144,8 +1139,6 @@ class LstmCtcOcr:
             capitals, small = CAPITALS, CAPITALS.lower()
             alphabets = capitals, capitals + DIGITS, small, small + DIGITS, DIGITS, letters
             alphabet, = random.choices(alphabets, (24, 26, 8, 14, 12, 16))
-            if plain and random.random() < .5:
-                alphabet = capitals
             letters = [letter for letter in letters if letter in alphabet] or letters
             if plain:  # of any length: the longest are the hardest
                 length = max(length, random.randint(1, longest))
