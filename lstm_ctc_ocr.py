@@ -1192,8 +1192,8 @@ class LstmCtcOcr:
             said = said or [f"{folder.resolve().name}: {len(labels):,} images, labels as in {way} "
                             f'("{_on_one_line(name)}" is {label})']
             if re.search(NO_UTF8, label):
-                raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8: save the "
-                                 "list, or rename the image, in UTF-8")
+                raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8: save "
+                                 "the list, or rename the image, in UTF-8")
         faults = [f'{len(those):,} {what}, such as "{_on_one_line(those[0])}"'
                   for what, those in left_out.items() if those]
         return labels, way, said + ["left out: " + "; ".join(faults)] * bool(faults)
@@ -1227,7 +1227,7 @@ class LstmCtcOcr:
 
     @staticmethod
     def _rows(path):
-        """Reads a list; returns the (number from 0, image, label) of each line that is not empty."""
+        """Reads a list; returns (number of the line from 0, image, label) of each that has one."""
         text, rows = _text_of(path), []
         for number, line in enumerate(text.splitlines()):
             for row in csv.reader([line], delimiter=_separator(text)):
@@ -1245,7 +1245,7 @@ class LstmCtcOcr:
         running count is. Raises `Error` if neither does.
         """
         odd = re.escape("".join(letter for letter in self.words or "" if not letter.isalnum()))
-        end = r"(?: \(\d+\)|\.\d+)?(?:\.\w+)"  # LABEL (1).png and LABEL.1.png are copies of LABEL.png
+        end = r"(?: \(\d+\)|\.\d+)?(?:\.\w+)"  # LABEL (1).png and LABEL.1.png have a label, too
         if self.labels:
             label = rf"((?:[^\s_.(){odd}]|[/{odd}])+?)"
             pattern = re.escape(self.labels).replace(r"\*", ".*").replace("LABEL", label)
@@ -1270,7 +1270,7 @@ class LstmCtcOcr:
         way, labels = ("LABEL", whole) if share >= 0.9 else ("LABEL_*", every)
         if share < 0.1:  # so few are something else, such as logo.png
             labels = first
-        prefix = len(os.path.commonprefix([*labels.values()]))  # of captcha001, captcha002 and so on
+        prefix = len(os.path.commonprefix([*labels.values()]))  # captcha001, captcha002 and so on
         counts = {name: label[prefix:].lstrip("0") or "0" for name, label in labels.items()}
         return (way, labels) if self._gap(counts) >= self.MAX_GAP else ("", {})
 
@@ -1293,7 +1293,7 @@ class LstmCtcOcr:
         return math.inf if same_length and gap >= cls.MAX_GAP else gap
 
     def labelled_files(self, folder, found=None, number=0, workers=1):
-        """Lists the labelled images of a folder as (path, text), in the order of their names' digests.
+        """Lists the labelled images of a folder as (path, text), ordered by digests of their names.
 
         A digest keeps its place when the folder grows: the images held out are always the first.
 
@@ -1307,8 +1307,8 @@ class LstmCtcOcr:
         for name, label in labels.items():
             if len(label) > self.words_max_num or not set(self.words).issuperset(label):
                 raise self.Error(
-                    f"{folder / name}: the label {label!r} is not 1 to {self.words_max_num} letters "
-                    f"of --words {self.words}: correct it, or give other --words or "
+                    f"{folder / name}: the label {label!r} is not 1 to {self.words_max_num} "
+                    f"letters of --words {self.words}: correct it, or give other --words or "
                     "--words-max-num, and for a model that was trained already another --model")
         names = [name for name in labels if _number_of(name) % workers == number]
         if not names:
@@ -2128,12 +2128,13 @@ class LstmCtcOcr:
         return ocr, config, logits
 
     def _say_model(self):
-        """Says on stderr what is read with, and how well."""
-        config = self._reader.config
-        accuracy = ", not validated yet"
+        """Says on stderr which model is read with, and how well it reads."""
+        config, accuracy = self._reader.config, "not validated yet"
         if "accuracy" in config:
-            accuracy = f", {config['accuracy']:.1%} of {config.get('validated_on', 0):,} held-out images"
-        print(f"reading with {_shown(self._reader.folder)} ({config['net']}{accuracy})", file=sys.stderr)
+            accuracy = (f"{config['accuracy']:.1%} of {config.get('validated_on', 0):,} held-out "
+                        "images")
+        print(f"reading with {_shown(self._reader.folder)} ({config['net']}, {accuracy})",
+              file=sys.stderr)
 
     def _read(self, infer, ink, colours, restriction):
         """Reads images of one width under one restriction; returns B pairs (text, confidence).
@@ -2266,39 +2267,44 @@ class LstmCtcOcr:
                     yield path, *((None, None, str(reading)) if failed else (*reading, None))
 
     def test(self, paths=(), as_json=False, report=""):
-        """Reads files and folders; prints a line for each image, then how many labelled ones are right.
+        """Reads files and folders, prints a line an image, and compares what was read with labels.
 
-        report: an HTML file to write about the labelled ones. Returns 0, or 1 if some images could
-        not be read. Raises `Error` if there is nothing to read, or for a report nothing labelled.
+        paths: by default the samples in dataset/test. as_json: prints JSON lines, without the
+        figures. report: an HTML file to write about the labelled images.
+
+        Returns 0, or 1 if some images could not be read. Raises `Error` if there is no image, or
+        for a report none that is labelled.
         """
-        if report and not (Path(report).parent.is_dir() and Path(report).suffix in (".html", ".htm")):
+        page, paths = Path(report), [Path(path) for path in paths or (HOME / "dataset" / "test",)]
+        if report and not (page.parent.is_dir() and page.suffix in (".html", ".htm")):
             raise self.Error(f"--report {report}: name an .html file in a folder that exists")
-        paths = [Path(path) for path in paths or (HOME / "dataset" / "test",)]
         files = [file for path in paths for file in _image_files(path)]
         if not files:
-            raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders that hold some")
+            raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders that "
+                             "hold some")
         self._say_model()  # first of all, so that a missing model is the only thing said
         truths = {}
         for path in paths:
             truths.update(self._reader.ocr._truths_of(path))
         if report and not truths:
-            raise self.Error("--report wants labelled images, and none of these is: see `train --help` for --labels")
-        readings = []
+            raise self.Error("--report wants labelled images, and none of these is: see "
+                             "`train --help` for --labels")
+        readings = []  # (path, its label or None, text, confidence)
         for path, text, confidence, fault in self.recognise_files(files):
             if not fault:
                 readings.append((path, truths.get(path), text, confidence))
             self._print_reading(path, truths.get(path), text, confidence, fault, as_json)
-        labelled = [reading for reading in readings if reading[0] in truths]
+        labelled = [reading for reading in readings if reading[1] is not None]
         if labelled and not as_json:
             print("\n" + describe(score(*zip(*(reading[1:3] for reading in labelled)))))
         if labelled and report:
-            with self._writing(Path(report).parent):
-                _replace(Path(report), report_page(labelled, str(_shown(self._reader.folder))))
+            with self._writing(page.parent):
+                _replace(page, report_page(labelled, str(_shown(self._reader.folder))))
         if sum(confidence < 0.5 for *_, confidence in readings) > len(readings) / 2:
             other = "" if self._reader.folder.stem == "general" else "try `--model general`, or "
-            print("most of these do not look like what this model has learnt (confidence below 0.5): "
-                  f"{other}label a few hundred of them, and `train --dataset FOLDER --start-from general`",
-                  file=sys.stderr)
+            print("most of these do not look like what this model has learnt (confidence below "
+                  f"0.5): {other}label a few hundred of them, and `train --dataset FOLDER "
+                  "--start-from general`", file=sys.stderr)
         return 1 if len(readings) < len(files) else 0
 
     def _truths_of(self, path):
@@ -3705,9 +3711,10 @@ def describe(scores):
              f"{scores['count']}), {scores['caseless']:.2%} with case ignored, edit distance (CER) "
              f"{scores['cer']:.4f}",
              "by length   " + _shares(scores["by_length"])]
-    if True in scores["by_repeat"]:
+    repeats = scores["by_repeat"]
+    if True in repeats:
         lines.append("with a letter repeated side by side " + "; without ".join(
-            _counted(*scores["by_repeat"][key]) for key in (True, False) if key in scores["by_repeat"]))
+            _counted(*repeats[key]) for key in (True, False) if key in repeats))
     return "\n".join(lines)
 
 
@@ -3733,7 +3740,7 @@ def _counted(right, count):
     return f"{right:,} of {count:,}, {low} to {high} %"
 
 
-# ---------------------------------------------------------------------- pictures of it: learning curve, report
+# ---------------------------------------------------------------------- pictures: learning curve, report
 
 CHART = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="-60 -20 560 290" width="560" class="chart">
@@ -3771,11 +3778,15 @@ def chart(lines, most, unit):
 
 
 def draw_curve(curve):
-    """Draws a learning curve, [(step, loss in training, held-out accuracy)], as an SVG file's text."""
+    """Draws a learning curve as the text of an SVG file.
+
+    curve: [(step, loss in training, accuracy on held-out images)].
+    """
     highest = max(loss for _, loss, _ in curve) or 1
-    return chart({f"loss in training, in % of {highest:.3g}": [(step, loss / highest) for step, loss, _ in curve],
-                  "held-out texts right": [(step, accuracy) for step, _, accuracy in curve]},
-                 curve[-1][0], "steps")
+    losses = [(step, loss / highest) for step, loss, _ in curve]
+    accuracies = [(step, accuracy) for step, _, accuracy in curve]
+    return chart({f"loss in training, in % of {highest:.3g}": losses,
+                  "held-out texts right": accuracies}, curve[-1][0], "steps")
 
 
 def thin_curve(curve):
@@ -3837,7 +3848,8 @@ def report_page(readings, model):
     scores, most_shown = score(*zip(*(reading[1:3] for reading in readings))), 200
     wrong = [reading for reading in readings if reading[1] != reading[2]]
     wrong.sort(key=lambda reading: -reading[3])
-    confused = collections.Counter(pair for _, truth, text, _ in wrong for pair in edits(truth, text))
+    confused = collections.Counter(
+        pair for _, truth, text, _ in wrong for pair in edits(truth, text))
     right, caseless = (_counted(round(scores[name] * scores["count"]), scores["count"])
                        for name in ("accuracy", "caseless"))
     bins = collections.defaultdict(list)  # of readings about as confident, how many are right
@@ -3849,7 +3861,8 @@ def report_page(readings, model):
         lengths=[(length, _counted(*pair)) for length, pair in scores["by_length"].items()],
         letters=[(was or "(nothing)", read or "(nothing)", times)
                  for (was, read), times in confused.most_common(20)],
-        reliability=chart({"as it should be": [(0, 0), (1, 1)], "right": means.values()}, 1, "confidence"),
+        reliability=chart({"as it should be": [(0, 0), (1, 1)], "right": means.values()}, 1,
+                          "confidence"),
         sure=[(f"{number / 10:.1f} to {(number + 1) / 10:.1f}", len(bins[number]), f"{share:.1%}")
               for number, (_, share) in means.items()],
         wrong=[(_data_url(Path(path).read_bytes()), Path(path).name, truth, text, confidence)
@@ -3879,7 +3892,7 @@ def _size_of(path):
 
 
 def _image_files(path):
-    """Lists the images in a folder and below it, see `_files_in`; a path that is no folder is one."""
+    """Lists the images in a folder, see `_files_in`; a path that is no folder is an image."""
     return [path / name for name in _files_in(path)[0]] if path.is_dir() else [path]
 
 
@@ -3926,7 +3939,7 @@ def _labels_in(names, pattern):
 
 
 def _number_of(name):
-    """Returns the number of an image <number>_<text>.png; of other names, one made from a digest."""
+    """Returns the number of an image <number>_<text>.png; of other names, one by a digest."""
     named = LABELLED.fullmatch(os.path.basename(name))
     return int(named[1]) if named else int(_digest(name) * 2 ** 32)
 
@@ -3944,7 +3957,7 @@ def _file_under(folder, path):
 
 
 def _text_of(path):
-    """Reads a small text file. Bytes that are no UTF-8 become what Python makes of them in names."""
+    """Reads a text file. Bytes that are no UTF-8 become what Python makes of them in names."""
     return path.read_text("utf-8-sig", "surrogateescape")
 
 
@@ -3971,8 +3984,9 @@ def _whole_lines(path):
 
 
 def _digest(name):
-    """Returns a number from 0 to 1 that depends on an image's name alone, its path in its folder."""
-    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little") / 2 ** 64
+    """Returns a number from 0 to 1 that depends on an image's path in its folder alone."""
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2 ** 64
 
 
 def _model_folder(model):
