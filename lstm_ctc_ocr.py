@@ -122,10 +122,6 @@ LABELLED = re.compile(r"(\d+)_(.+)\.\w+")  # <i>_<LABEL>.png
 LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path.png,LABEL lines
 NO_UTF8 = "[\ud800-\udfff]"  # what Python has for bytes that are no UTF-8, in names and in text
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
-GLYPH_SIZES = (20, 34, 58)  # pixels an em; a letter is drawn once at each, and scaled down from the next larger one
-MAX_ASPECT = 4.3  # width over height, about: letters far apart move closer together rather than exceed it
-FONT_SUFFIXES = {".ttf", ".otf"}
-SYMBOL_FONT = re.compile("symbol|dingbat|wingd|webdings|ornament|D050000L", re.I)  # draws something else for a letter
 FEW = 20_000  # images below which a training that starts from a model distorts each anew whenever it is shown
 LENGTH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # N or MIN-MAX
 
@@ -1153,16 +1149,16 @@ class LstmCtcOcr:
         pixels = draw_varied(label, random.getrandbits(64), self._fonts_found())
         return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
-    @dataclasses.dataclass
+    @dataclasses.dataclass(frozen=True)
     class _Look:
-        """What the parts of one varied captcha have in common; colours are (3,) float32, BGR of 0 to 255."""
+        """What the parts of one varied captcha share; a colour is (3, 1, 1) float32, BGR, 0 to 255."""
         chance: random.Random
-        noise: np.random.Generator
-        fonts: tuple  # (path, those letters that it has) of each
-        height: int  # of the image in pixels
+        noise: np.random.Generator  # for whole arrays
+        fonts: tuple  # (path, the letters that it has) of each
+        shape: tuple  # (h, w) of the image in pixels
         size: float  # of the letters, pixels an em
-        paper: np.ndarray
-        ink: np.ndarray
+        paper: np.ndarray  # the colour of the paper
+        ink: np.ndarray  # the colour of the letters
         contrast: int  # the least difference in brightness between letters and paper
 
     # ------------------------------------------------------------------ labels
@@ -3082,494 +3078,534 @@ def _onnx_session(runtime, data, threads):
 
 # ---------------------------------------------------------------------- captchas of every look
 
-def draw_varied(text, seed, fonts):
-    """Draws a captcha in a look of its own, which the seed decides: returns (h, w, 3) uint8, BGR.
+# Tables say what captchas are made of: colours, letter styles, letter patterns, papers, clutter,
+# warps and degradations. A row holds a thing and how often it occurs. To add a kind, write a small
+# function and a row. Pictures are (c, h, w) float32 here, 0 to 255: that is the fastest to blend.
 
-    fonts: (path, letters that it has) each. The image is 22 to 90 pixels high and as wide as its letters want.
+def draw_varied(text, seed, fonts):
+    """Draws a captcha in a look that the seed decides; returns (h, w, 3) uint8, BGR.
+
+    fonts: (path, its letters) of each. The image is 22 to 90 pixels high, and as wide as its text.
     """
     chance = random.Random(seed)
-    height = chance.randint(22, 45) if chance.random() < .45 else chance.randint(40, 90)
-    size = max(13, height * (chance.uniform(.55, 1.05) if chance.random() < .7 else chance.uniform(.25, .6)))
-    paper, contrast = _draw_paper_colour(chance), chance.choice((50, 75, 100, 130))
-    look = LstmCtcOcr._Look(chance, np.random.default_rng(chance.getrandbits(64)), fonts, height, size, paper,
-                            _contrasting(chance, paper, contrast), contrast)
-    letters, opacity = _draw_letters(look, text)  # (h, w, 3), (h, w)
-    canvas, calm = _draw_paper(look, opacity.shape), chance.random() < .4
-    _clutter(look, canvas, calm, over=False)
+    height = chance.choice((chance.randint(22, 45), chance.randint(36, 90)))
+    share = chance.uniform(.55, 1.05) if chance.random() < .7 else chance.uniform(.25, .6)
+    size = max(13, share * height)
+    placed, width = _place_letters(chance, fonts, text, height, size)
+    paper, contrast = _colour(chance, PAPER_COLOURS), chance.choice((40, 70, 100, 120))
+    look = LstmCtcOcr._Look(
+        chance, np.random.default_rng(chance.getrandbits(64)), fonts, (height, width), size, paper,
+        _contrasting(chance, paper, contrast), contrast)
+    letters, canvas = _draw_letters(look, placed), _draw_paper(look)
+    _clutter(look, canvas, over=False)
     if chance.random() < .5:
-        letters, opacity = _warp(look, chance.choice((.7, 1, 1, 1.7)), letters, opacity)
-    canvas = canvas * (1 - opacity[..., None]) + letters
-    _clutter(look, canvas, calm, over=True)
-    if chance.random() < .05:  # ink and paper change places
-        canvas += _swapped(look, opacity.shape)[..., None] * (look.paper + look.ink - 2 * canvas)
-    if chance.random() < .12:
-        canvas, = _warp(look, .5, canvas)
-    return _degrade(look, canvas)
+        letters = _warp(look, letters, chance.uniform(.6, 1.6), cv2.BORDER_CONSTANT)
+    canvas = canvas * (1 - letters[3]) + letters[:3]
+    _clutter(look, canvas, over=True)
+    return _as_pixels(_apply(look, canvas, DEGRADATIONS))
+
+
+def _pick(chance, table):
+    """Returns one of the things in a table of (thing, weight)."""
+    things, weights = zip(*table)
+    return chance.choices(things, weights)[0]
+
+
+def _some(chance, share, low, high):
+    """Returns a number from low to high for that share of captchas, else 0."""
+    return chance.uniform(low, high) if chance.random() < share else 0
+
+
+def _apply(look, picture, table):
+    """Changes a picture by functions of a table, (function, share of captchas that it changes)."""
+    for change, share in table:
+        if look.chance.random() < share:
+            picture = change(look, picture)
+    return picture
+
+
+def _blend(picture, opacity, colour):
+    """Lays a colour over a picture, in place; opacity: (h, w) or (3, h, w), 0 to 1."""
+    picture += opacity * (colour - picture)
+
+
+def _as_pixels(canvas):
+    """Rounds a canvas (3, h, w) to the pixels of an image: (h, w, 3) uint8."""
+    return np.dstack(np.uint8(np.clip(canvas, 0, 255)))
+
+
+# A row of colours holds the least and the most that each of B, G and R may be.
+
+PAPER_COLOURS = ((255, 255), 30), ((195, 255), 30), ((0, 0), 11), ((0, 90), 13), ((0, 255), 16)
+INK_COLOURS = ((0, 255), 80), ((0, 0), 13), ((255, 255), 7)
+
+
+def _colour(chance, table=INK_COLOURS):
+    """Draws a colour: (3, 1, 1) float32."""
+    low, high = _pick(chance, table)
+    channels = chance.choice((1, 3, 3, 3))  # a quarter of the colours are grey
+    values = [chance.uniform(low, high) for _ in range(channels)]
+    return np.resize(np.float32(values), (3, 1, 1))
 
 
 def _brightness(colour):
-    return float(np.dot(colour, (.114, .587, .299)))
-
-
-def _any_colour(chance):
-    grey = chance.uniform(0, 255)
-    return np.float32([grey] * 3 if chance.random() < .25 else [chance.uniform(0, 255) for _ in range(3)])
-
-
-def _draw_paper_colour(chance):
-    white, black = np.float32([255] * 3), np.float32([0] * 3)
-    kind, = chance.choices(("white", "pale", "black", "dark", "any"), (30, 32, 10, 12, 16))
-    tint = np.float32([chance.uniform(0, 1) for _ in range(3)])
-    return {"white": white, "pale": white - 60 * tint, "black": black, "dark": 90 * tint,
-            "any": _any_colour(chance)}[kind]
+    return float(np.dot((.114, .587, .299), colour.ravel()))
 
 
 def _contrasting(chance, other, least):
-    """A colour at least so much brighter or darker than another one."""
-    for _ in range(30):
-        colour = _any_colour(chance) if chance.random() < .8 else np.float32([chance.choice((0, 0, 255))] * 3)
-        if abs(_brightness(colour) - _brightness(other)) >= least:
-            return colour
-    return np.float32([0 if _brightness(other) > 127 else 255] * 3)
+    """Chooses a colour that is at least so much brighter or darker than another one.
+
+    least: at most 127, so that black or white always fits.
+    """
+    colour = _colour(chance)
+    while abs(_brightness(colour - other)) < least:
+        colour = _colour(chance)
+    return colour
+
+
+# Fonts that draw something else for a letter.
+SYMBOL_FONT = re.compile("symbol|dingbat|wingd|webdings|ornament|D050000L", re.I)
 
 
 @functools.cache
 def _find_fonts(folders, words):
-    """Returns (path, those of the letters `words` that it has) of every font under folders, in the order of names."""
+    """Finds the fonts under folders, sorted by name: (path, the letters of `words` that it has)."""
     paths = {path for folder in folders for path in Path(folder).rglob("*")
-             if path.suffix.lower() in FONT_SUFFIXES and not SYMBOL_FONT.search(path.name)}
-    fonts = [(str(path), _letters_of(str(path), words)) for path in sorted(paths, key=lambda path: (path.name, path))]
-    return tuple((path, letters) for path, letters in fonts if len(letters) > len(words) / 2)
+             if path.suffix.lower() in (".ttf", ".otf") and not SYMBOL_FONT.search(path.name)}
+    return tuple((str(path), letters) for path in sorted(paths, key=lambda path: (path.name, path))
+                 if len(letters := _letters_of(str(path), words)) > len(words) / 2)
 
 
 def _letters_of(font, words):
-    """Those of the letters `words` that a font draws; not what it draws as a box, nor a small letter as its capital."""
+    """Finds out which of the letters `words` a font has.
+
+    It lacks a letter if it draws a box for it, or the capital for a small letter.
+    """
     try:
-        shapes = {letter: bytes(_face(font, 12).getmask(letter)) for letter in {*words, *words.upper(), "\uffff"}}
+        shapes = {letter: bytes(_face(font, 12).getmask(letter))
+                  for letter in {*words, *words.upper(), "\uffff"}}
     except OSError:  # no font after all
         return ""
-    return "".join(letter for letter in words if any(shapes[letter]) and shapes[letter] != shapes["\uffff"]
+    return "".join(letter for letter in words
+                   if any(shapes[letter]) and shapes[letter] != shapes["\uffff"]
                    and (letter == letter.upper() or shapes[letter] != shapes.get(letter.upper())))
 
 
 @functools.lru_cache(4096)
 def _face(font, size):
-    return ImageFont.truetype(font, size, layout_engine=ImageFont.Layout.BASIC)  # the other one is not everywhere
+    # Not every Pillow has the other layout engine.
+    return ImageFont.truetype(font, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @functools.lru_cache(32768)
 def _glyph(font, letter, size):
-    """Returns a letter's (h, w) uint8, with room to grow, how far below the baseline its middle is, and its advance."""
-    face, room = _face(font, size), size // 8 + 1
-    mask = face.getmask(letter, mode="L")
+    """Draws a letter: (h, w) uint8 with a margin, y of its middle from the baseline, advance."""
+    face = _face(font, size)
+    mask, (_, top) = face.getmask2(letter, "L", anchor="ls")
     pixels = np.asarray(mask, np.uint8).reshape(mask.size[::-1])
-    return (cv2.copyMakeBorder(pixels, *[room] * 4, cv2.BORDER_CONSTANT),
-            face.getbbox(letter, anchor="ls")[1] + mask.size[1] / 2, face.getlength(letter))
+    return np.pad(pixels, size // 8 + 1), top + mask.size[1] / 2, face.getlength(letter)
 
 
-def _draw_letters(look, text):
-    """The text: its colours times their opacity, (h, w, 3) float32, and that opacity, (h, w) float32 of 0 to 1."""
-    chance, size = look.chance, look.size
-    placed, width = _place_letters(look, text)
-    margin = look.height * (chance.uniform(.02, .15) if chance.random() < .5 else chance.uniform(.1, .9))
-    shape = look.height, int(max(width + 2 * margin, look.height * chance.choice((.9, 1.5, 2, 2.5, 3))))
-    slack = shape[1] - width
-    left = slack / 2 if chance.random() < .5 else chance.uniform(min(margin, slack / 2), max(slack - margin, slack / 2))
-    capital = .36 * size  # half the height of one
-    baseline = look.height / 2 + capital + chance.uniform(-.6, .6) * max(0, look.height / 2 - capital)
-    drift = chance.choice((0, 0, chance.uniform(-.12, .12))) * look.height / len(text)  # of the baseline, a letter
-    layer = np.zeros((*shape, 3), np.float32), np.zeros(shape, np.float32)
-    crisp, paint = chance.random() < .12, _draw_style(look)
-    several = chance.random() < .3
-    for number, (mask, matrix, x, y) in enumerate(placed):
-        y += baseline + drift * (number - len(text) / 2)
-        y = min(max(y, .3 * size), max(look.height - .3 * size, .3 * size))
-        colour = _contrasting(chance, look.paper, look.contrast) if several else look.ink
-        for shade, shape_of_it, (dx, dy) in paint(mask, colour):
-            _stamp(layer, shape_of_it, matrix, left + x + dx, y + dy, shade, crisp)
-    if chance.random() < .18 and size > 26:
-        layer = chance.choice((_hatched, _sparse, _sparse, _dotted, _dotted))(look, *layer)
-    if chance.random() < .06:  # letters that fade into another colour
-        other, share = _contrasting(chance, look.paper, look.contrast), _gradient(look, shape)[..., None]
-        layer = layer[0] * (1 - share) + layer[1][..., None] * share * other, layer[1]
-    fade = np.float32(chance.choice([1] * 9 + [chance.uniform(.55, .9)]))
-    return layer[0] * fade, layer[1] * fade
+GLYPH_SIZES = 20, 34, 58  # pixels an em; glyphs are drawn at these sizes, cached, and then scaled
+SPACINGS = (.72, .95), (.95, 1.1), (1.05, 1.5), (1.4, 2.4)  # of letters, in widths of a letter
+MAX_ASPECT = 4.3  # width / height, about; letters that are far apart move closer to keep it
 
 
-def _place_letters(look, text):
-    """Chooses font, scale, turn and place of each letter.
+def _place_letters(chance, fonts, text, height, size):
+    """Chooses font, size, angle and place of every letter.
 
-    Returns for each (glyph, matrix (2, 2), x, y), x and y of its middle from the text's left and from the baseline, and
-    the width of all.
+    Returns [(glyph, matrix (2, 2) that turns and scales it, x and y of its middle)], and the width
+    of the image, in pixels.
     """
-    chance, size, height = look.chance, look.size, look.height
-    level = next((level for level in GLYPH_SIZES if level >= .9 * size), GLYPH_SIZES[-1])
-    swing, grow = chance.choice((0, 0, 5, 12, 20, 32, 48)), chance.choice((0, 0, .08, .2, .4))
-    most = min(grow, max(.1, height / size - 1))  # no letter is larger than the image
-    jitter = chance.choice((0, 0, .05, .12, .2, .4 if grow == .4 else .2))
-    slant, slants = chance.choice((0, 0, 0, chance.uniform(-.35, .35))), chance.choice((0, 0, .15, .3))
-    turn, stretch = chance.choice((0, 0, 0, chance.uniform(-12, 12))), chance.choice((1, 1, chance.uniform(.75, 1.3)))
-    spacing = chance.choice((chance.uniform(.72, .95), 1, chance.uniform(.95, 1.15), chance.uniform(1.1, 1.5),
-                             chance.uniform(1.4, 2.4)))
-    if size < .55 * height and chance.random() < .6:  # small letters are often far apart, and at any height
-        spacing, jitter = chance.uniform(1.4, 2.6), chance.choice((jitter, .5 * height / size - .4))
-    spacing = max(min(.8, spacing), min(spacing, MAX_ASPECT * height / (len(text) * .6 * size * stretch)))
-    one_font, font = chance.random() < .7, _font_for(look, text)
-    placed, pen = [], 0.0
+    level = GLYPH_SIZES[bisect.bisect(GLYPH_SIZES[:-1], .9 * size)]
+    swing, slants = _some(chance, .7, 5, 48), _some(chance, .5, .1, .3)
+    turn, slant = _some(chance, .25, -12, 12), _some(chance, .25, -.35, .35)
+    stretch, slope = 1 + _some(chance, .33, -.25, .3), _some(chance, .33, -.12, .12)
+    loose = chance.uniform(1, max(1, .8 * height / size))  # small letters are often far apart
+    shrink, jitter = _some(chance, .6, .05, .4), loose * _some(chance, .67, .05, .25)
+    spacing = min(loose * chance.uniform(*chance.choice(SPACINGS)),
+                  max(.8, MAX_ASPECT * height / (len(text) * .6 * size * stretch)))
+    able = [path for path, letters in fonts if not text.strip(letters)]
+    font = chance.choice(able) if able and chance.random() < .7 else None
+    x, y, placed = 0, height - (height - .72 * size) * chance.uniform(.2, .8), []
     for letter in text:
-        mask, middle, advance = _glyph(font if one_font else _font_for(look, letter), letter, level)
-        scale = size / level * (1 + chance.uniform(-grow, most))
-        angle = math.radians(turn + chance.uniform(-swing, swing))
-        rotation = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-        lean = slant + chance.uniform(-slants, slants)
-        matrix = rotation @ np.array([[stretch * scale, -lean * scale], [0, scale]])
-        width = max(advance, mask.shape[1] - level // 4) * stretch * scale
-        placed.append((mask, matrix, pen + width / 2, middle * scale + chance.uniform(-jitter, jitter) * size))
-        pen += width * spacing + (chance.uniform(0, .25) * size if spacing > 1.3 else 0)
-    return placed, pen - width * (spacing - 1)
+        path = font or chance.choice([path for path, letters in fonts if letter in letters])
+        glyph, middle, advance = _glyph(path, letter, level)
+        scale = size / level * (1 - chance.uniform(0, shrink))
+        turned = cv2.getRotationMatrix2D((0, 0), turn + chance.uniform(-swing, swing), scale)[:, :2]
+        matrix = turned @ [[stretch, slant + chance.uniform(-slants, slants)], [0, 1]]
+        width = advance * stretch * scale
+        down = y + middle * scale + chance.uniform(-jitter, jitter) * size
+        placed.append((glyph, matrix, x + width / 2, np.clip(down, .3 * size, height - .3 * size)))
+        x += width * chance.uniform(spacing, 1.15 * spacing)
+        y += slope * height / len(text)
+    extent, margins = x - width * (spacing - 1), height * (.04 + 2.2 * chance.random() ** 3)
+    whole = int(max(extent + margins, height * chance.uniform(.9, 3)))
+    left = (whole - extent) * chance.choice((.5, chance.uniform(.1, .9)))
+    return [(glyph, matrix, left + x, y) for glyph, matrix, x, y in placed], whole
 
 
-def _font_for(look, text):
-    """The path of a font that has all of these letters, if there is one."""
-    for _ in range(20):
-        path, letters = look.chance.choice(look.fonts)
-        if set(text) <= set(letters):
-            return path
-    return max(look.fonts, key=lambda font: len(set(text) & set(font[1])))[0]
+def _stamp(layer, glyph, matrix, x, y, colour, crisp=False):
+    """Draws a glyph over a layer (4, h, w) as in `_draw_letters`, with its middle at x, y.
 
-
-def _draw_style(look):
-    """Returns the function (glyph, colour) -> [(colour, glyph, (right, down))]: what is drawn, one over another."""
-    chance, size = look.chance, look.size
-    style, = chance.choices(("filled", "bold", "hollow", "edged", "shadow", "tile"), (54, 9, 15, 9, 9, 4))
-    other, weight = _contrasting(chance, look.ink, 40), chance.uniform(14, 26)
-    away = chance.choice((-1, 1)) * max(1, size / 16), max(1, size / 16)
-
-    def grown(mask, operation, by):
-        width = by * max(1, round(mask.shape[0] / weight)) + 1
-        return cv2.morphologyEx(mask, operation, np.ones((width, width), np.uint8))
-
-    return {"filled": lambda mask, colour: [(colour, mask, (0, 0))],
-            "bold": lambda mask, colour: [(colour, grown(mask, cv2.MORPH_DILATE, 1), (0, 0))],
-            "hollow": lambda mask, colour: [(colour, grown(mask, cv2.MORPH_GRADIENT, 1), (0, 0))],
-            "edged": lambda mask, colour: [(other, grown(mask, cv2.MORPH_DILATE, 2), (0, 0)), (colour, mask, (0, 0))],
-            "shadow": lambda mask, colour: [(other, mask, away), (colour, mask, (0, 0))],
-            "tile": lambda mask, colour: [(other, np.full_like(mask, 255), (0, 0)), (colour, mask, (0, 0))]}[style]
-
-
-def _stamp(layer, mask, matrix, x, y, colour, crisp):
-    """Draws a glyph over a layer (colours, opacity), its middle at x, y."""
-    colours, opacity = layer
-    reach = np.abs(matrix) @ [mask.shape[1] / 2, mask.shape[0] / 2]
-    left, right = max(0, int(x - reach[0])), min(opacity.shape[1], int(x + reach[0]) + 2)
-    if left >= right:
-        return
-    offset = [x - left, y] - matrix @ [mask.shape[1] / 2, mask.shape[0] / 2]
-    drawn = cv2.warpAffine(mask, np.column_stack([matrix, offset]), (right - left, opacity.shape[0])) / np.float32(255)
-    drawn = np.float32(drawn > .3) if crisp else drawn
-    colours[:, left:right] += drawn[..., None] * (colour - colours[:, left:right])
-    opacity[:, left:right] += drawn * (1 - opacity[:, left:right])
-
-
-def _hatched(look, colours, opacity):
-    """Letters, as `_draw_letters` has them, of stripes."""
-    stripes = _stripes(look, opacity.shape, look.chance.uniform(0, math.pi), look.chance.uniform(3, 6),
-                       look.chance.uniform(.55, .8))
-    return colours * stripes[..., None], opacity * stripes
-
-
-def _sparse(look, colours, opacity):
-    """Letters of which pixels are missing; the larger they are, the more."""
-    kept = look.noise.random(opacity.shape, np.float32) < look.chance.uniform(.2 if look.size > 34 else .4, .8)
-    return colours * kept[..., None], opacity * kept
-
-
-def _dotted(look, colours, opacity):
-    """Letters of dots in rows and columns."""
-    chance, step = look.chance, look.chance.uniform(2, max(2.8, look.size / 12))
-    wide = np.ones([round(step)] * 2)  # so that no stroke runs between two rows of dots
-    colours, opacity = cv2.dilate(colours, wide), cv2.dilate(opacity, wide)
-    begin, radius = chance.uniform(0, step), step * chance.uniform(.1, .5)
-    down, right = ((np.arange(length) + begin) % step - step / 2 for length in opacity.shape)  # from the dot's middle
-    middles = np.ix_(*(np.int32(np.clip(np.arange(len(way)) - way, 0, len(way) - 1)) for way in (down, right)))
-    dots = np.clip(radius + .5 - np.hypot(down[:, None], right), 0, 1).astype(np.float32)
-    return colours[middles] * dots[..., None], opacity[middles] * dots
-
-
-def _swapped(look, shape):
-    """Where light and dark change places: in blots, in broad stripes, or on one side: (h, w) float32 of 0 or 1."""
-    chance, mask = look.chance, np.zeros(shape, np.uint8)
-    if chance.random() < .5:
-        _blots(look, mask, 1, cv2.LINE_8)
-        return np.float32(mask > 0)
-    step = chance.uniform(.4, 2) * shape[1]
-    return np.float32(_stripes(look, shape, chance.choice((0, 0, chance.uniform(0, math.pi))), step, .5))
-
-
-def _stripes(look, shape, angle, step, share):
-    """Stripes in that angle, one every `step` pixels and `share` of it wide: (h, w) bool."""
-    y, x = np.ogrid[:shape[0], :shape[1]]
-    return (x * math.cos(angle) + y * math.sin(angle) + look.chance.uniform(0, step)) % step < step * share
-
-
-def _gradient(look, shape):
-    """Rises from one side to the other: (h, w) float32 of 0 to 1."""
-    angle, (height, width) = look.chance.uniform(0, 2 * math.pi), shape
-    y, x = np.ogrid[:height, :width]
-    rise = math.cos(angle) * (2 * x / width - 1) + math.sin(angle) * (2 * y / height - 1)
-    return np.float32(.5 + .5 * rise / 1.42)
-
-
-def _draw_paper(look, shape):
-    """The paper before anything is drawn on it: (h, w, 3) float32."""
-    chance, (height, width) = look.chance, shape
-    kind, = chance.choices(("flat", "gradient", "texture", "grid", "rings", "patches"), (45, 15, 14, 10, 8, 8))
-    y, x = np.ogrid[:height, :width]
-    share = np.zeros(shape)
-    if kind == "gradient":
-        share = _gradient(look, shape)
-    elif kind == "texture":
-        grain, method = chance.choice((1, 1, 2, 4, 10)), chance.choice((cv2.INTER_CUBIC, cv2.INTER_NEAREST))
-        channels = chance.choice((1, 1, 3))
-        share = cv2.resize(look.noise.random((height // grain + 2, width // grain + 2, channels)), (width, height),
-                           interpolation=method)
-    elif kind == "grid":
-        angle, step = chance.choice((0, math.pi / 2, chance.uniform(0, math.pi))), chance.uniform(4, 16)
-        one, other = (_stripes(look, shape, angle + turn, step, chance.choice((.5, .2))) for turn in (0, math.pi / 2))
-        share = chance.choice((one, one | other, one ^ other))
-    elif kind == "rings":
-        distance = np.hypot(x - chance.uniform(0, width), y - chance.uniform(-1, 2) * height)
-        share = .5 + .5 * np.sin(distance * (2 * math.pi / chance.uniform(4, 14)))
-        share = share > .6 if chance.random() < .5 else share
-    elif kind == "patches":
-        for _ in range(chance.randint(2, 8)):
-            corners = [(chance.randint(-10, width), chance.randint(-10, height)) for _ in range(chance.randint(3, 5))]
-            cv2.fillPoly(share, [np.array(corners)], chance.random())
-    other = _any_colour(chance)  # brought so near to the paper that letters stand out from both
-    room = .45 * abs(_brightness(look.ink) - _brightness(look.paper))
-    step = (other - look.paper) * min(1, room / max(abs(_brightness(other) - _brightness(look.paper)), 20))
-    return look.paper + np.float32(share).reshape(height, width, -1) * step
-
-
-def _clutter(look, canvas, calm, over):
-    """Disturbs the canvas (h, w, 3) with lines, dots and the like, under the letters or over them.
-
-    calm: with one kind of them at most, as most real captchas have.
+    crisp: without half-transparent pixels at its edges.
     """
-    chance, shape = look.chance, canvas.shape[:2]
-    for _ in range(chance.randint(0, 1) if calm else chance.choices((0, 1, 2, 3), (7, 7, 3, 1))[0]):
-        draw, = chance.choices(*zip(*CLUTTER))
-        several = chance.random() < .3 and draw is not _blots
-        for _ in range(chance.choice((1, 1, 2)) if draw in (_lines, _curves, _dots) else 1):
-            faint = look.paper + (look.ink - look.paper) * chance.uniform(.15, .5)
-            colour, = chance.choices((look.ink, _any_colour(chance), faint, look.paper), (6, 5, 3, over))
-            opacity = chance.choice((1, 1, chance.uniform(.3, .8))) * (.5 if draw in (_blots, _small_letters) else 1)
-            strength = opacity * abs(_brightness(colour) - _brightness(look.paper))
-            misleads = strength > 35 or colour is look.paper  # may be taken for ink, or hides it: thinner than letters
-            thickness = max(1, round(chance.uniform(.25, .95 if misleads else 1.6) * look.size / 11))
-            mask = np.zeros(shape, np.uint8)
-            draw(look, mask, thickness, cv2.LINE_AA if chance.random() < .8 else cv2.LINE_8)
-            colour = _of_several_colours(look, shape) if several and colour is not look.paper else colour
-            canvas += (mask * np.float32(opacity / 255))[..., None] * (colour - canvas)
+    offset = (x, y) - matrix @ np.array(glyph.shape[::-1]) / 2
+    drawn = cv2.warpAffine(glyph, np.column_stack((matrix, offset)), layer.shape[:0:-1])
+    left, top, width, height = cv2.boundingRect(drawn)
+    part = np.s_[..., top:top + height, left:left + width]
+    opacity = drawn[part] / np.float32(255)
+    if crisp:
+        opacity = opacity > .3
+    _blend(layer[:3][part], opacity, colour)
+    _blend(layer[3][part], opacity, 1)
 
 
-def _of_several_colours(look, shape):
-    """Any colours, in patches: (h, w, 3) float32."""
-    grain = look.chance.choice((1, 6, 20))
-    colours = look.noise.integers(0, 256, (shape[0] // grain + 1, shape[1] // grain + 1, 3)).astype(np.float32)
-    return cv2.resize(colours, shape[::-1], interpolation=cv2.INTER_NEAREST)
+def _hatched(look, layer):
+    """Makes letters of stripes."""
+    along = _along(look, look.chance.uniform(0, math.pi))
+    return layer * _bands(look, along, 9, look.chance.uniform(3, 6))
 
 
-def _anywhere(look, shape, beyond=.1):
-    """A point on the canvas, or a little beyond it."""
-    return tuple(look.chance.uniform(-beyond, 1 + beyond) * length for length in shape[::-1])
+def _sparse(look, layer):
+    """Takes pixels out of letters, more of them if the letters are large."""
+    kept = look.chance.uniform(.2 if look.size > 34 else .4, .8)
+    return layer * (look.noise.random(look.shape) < kept)
 
 
-def _trace(mask, points, thickness, line):
-    """Draws a line through points (n, 2), in pixels and parts of them."""
-    cv2.polylines(mask, [np.int32(np.multiply(points, 8))], False, 255, thickness, line, shift=3)
+def _dotted(look, layer):
+    """Makes letters of dots in rows and columns."""
+    step = look.chance.randint(2, max(3, round(look.size / 12)))
+    # Wider strokes, so that none of them runs between two rows of dots.
+    wide = cv2.dilate(np.dstack(layer), np.ones((step, step)))
+    dot = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (step - 1, step - 1))
+    dots = np.kron(wide[::step, ::step].transpose(2, 0, 1), [np.pad(dot, (0, 1))])
+    return dots[:, :look.shape[0], :look.shape[1]]
 
 
-def _lines(look, mask, thickness, line):
-    for _ in range(look.chance.choice((1, 2, 3, look.chance.randint(4, 9) if thickness < 3 else 1))):
-        (x0, y0), (x1, y1) = _anywhere(look, mask.shape), _anywhere(look, mask.shape)
-        if look.chance.random() < .5:  # all across
-            x0, x1 = look.chance.uniform(-.1, .2) * mask.shape[1], look.chance.uniform(.8, 1.1) * mask.shape[1]
-        _trace(mask, [(x0, y0), (x1, y1)], thickness, line)
+def _fading(look, layer):
+    """Lets letters fade into another colour from one side to the other."""
+    other = _contrasting(look.chance, look.paper, look.contrast)
+    _blend(layer[:3], _gradient(look, 0), layer[3] * other)
+    return layer
 
 
-def _curves(look, mask, thickness, line):
-    """Cubic Bezier curves, and sines."""
-    chance, (height, width), t = look.chance, mask.shape, np.linspace(0, 1, 24)[:, None]
-    for _ in range(chance.randint(1, 2)):
-        if chance.random() < .5:
-            a, b, c, d = (np.array(_anywhere(look, mask.shape)) for _ in range(4))
-            if chance.random() < .6:
-                a[0], d[0] = chance.uniform(-.1, .15) * width, chance.uniform(.85, 1.1) * width
-            points = (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t ** 2 * c + t ** 3 * d
-        else:
-            wave = np.sin(t * width / height * chance.uniform(.5, 4) + chance.uniform(0, 6))
-            points = np.hstack([t * width, height * (chance.uniform(.2, .8) + chance.uniform(.05, .35) * wave)])
-        _trace(mask, points, thickness, line)
+LETTER_PATTERNS = (_hatched, .04), (_sparse, .07), (_dotted, .07), (_fading, .06)
+
+# A style draws a letter in steps: (morphological change of the glyph, its size in strokes, shift to
+# the side and down). The last step has the letter's colour, a step before it another colour.
+LETTER = cv2.MORPH_DILATE, 0, 0
+STYLES = (
+    ([LETTER], 54),
+    ([(cv2.MORPH_DILATE, 1, 0)], 9),  # bold
+    ([(cv2.MORPH_GRADIENT, 1, 0)], 15),  # hollow
+    ([(cv2.MORPH_DILATE, 2, 0), LETTER], 9),  # with an edge
+    ([(cv2.MORPH_DILATE, 0, 1), LETTER], 9),  # with a shadow
+    ([(cv2.MORPH_DILATE, 99, 0), LETTER], 4),  # on a tile
+)
 
 
-def _dots(look, mask, thickness, line):
-    height, width = mask.shape
-    radius = round(look.chance.choice((0, 0, .5, 1, 1.5)) * max(1, height / 45))
-    count = int(height * width * 10 ** look.chance.uniform(-2.7, -1) / (1 + 2 * radius * radius))
-    xs, ys = look.noise.integers(0, width, count), look.noise.integers(0, height, count)
-    mask[ys, xs] = 255
-    for x, y in zip(xs.tolist(), ys.tolist()) if radius else ():
-        cv2.circle(mask, (x, y), radius, 255, look.chance.choice((-1, -1, 1)), line)
+def _draw_letters(look, placed):
+    """Draws the text: (4, h, w), which is B, G and R times the opacity, and the opacity, 0 to 1."""
+    chance, layer = look.chance, np.zeros((4, *look.shape), np.float32)
+    style, other = _pick(chance, STYLES), _contrasting(chance, look.ink, 40)
+    stroke, right = chance.uniform(.04, .07), chance.choice((-1, 1))
+    several, crisp = chance.random() < .3, chance.random() < .12
+    for glyph, matrix, x, y in placed:
+        ink = _contrasting(chance, look.paper, look.contrast) if several else look.ink
+        for (change, strokes, shift), colour in zip(style, (other, ink)[-len(style):]):
+            kernel = np.ones([1 + strokes * max(1, round(stroke * len(glyph)))] * 2)
+            away = shift * max(1, look.size / 16)
+            _stamp(layer, cv2.morphologyEx(glyph, change, kernel), matrix, x + right * away,
+                   y + away, colour, crisp)
+    if look.size > 26:  # smaller ones could not be read any more
+        layer = _apply(look, layer, LETTER_PATTERNS)
+    return layer
 
 
-def _blots(look, mask, thickness, line):
-    chance, height = look.chance, mask.shape[0]
-    for _ in range(chance.randint(1, 4)):
-        axes = [chance.randint(height // 8, height // 2) for _ in range(2)]
-        cv2.ellipse(mask, np.int32(_anywhere(look, mask.shape)).tolist(), axes, chance.randint(0, 180), 0, 360, 255, -1,
-                    line)
+# Patterns, of papers and clutter, are functions of a look and of a thickness in pixels. They return
+# the opacity of each pixel, (h, w) or (1 or 3, h, w), 0 to 1.
+
+def _places(look):
+    """Returns x and y of each pixel: (2, h, w) float32."""
+    return np.float32(np.indices(look.shape)[::-1])
 
 
-def _arcs(look, mask, thickness, line):
-    chance, (height, width) = look.chance, mask.shape
-    for _ in range(chance.randint(1, 3)):
-        axes = chance.randint(height // 4, width // 2 + 1), chance.randint(height // 6, height)
-        begin = chance.randint(0, 360)
-        cv2.ellipse(mask, np.int32(_anywhere(look, mask.shape)).tolist(), axes, chance.randint(0, 180), begin,
-                    begin + chance.randint(40, 300), 255, thickness, line)
+def _along(look, angle):
+    """Returns how far each pixel lies in a direction: (h, w) float32, in pixels."""
+    x, y = _places(look)
+    return x * math.cos(angle) + y * math.sin(angle)
 
 
-def _hairs(look, mask, thickness, line):
-    for _ in range(look.chance.randint(8, 50)):
-        (x, y), angle = _anywhere(look, mask.shape), look.chance.uniform(0, 2 * math.pi)
-        length = look.chance.uniform(2, mask.shape[0] / 4)
-        _trace(mask, [(x, y), (x + length * math.cos(angle), y + length * math.sin(angle))], 1, line)
+def _bands(look, distance, thickness, step=None):
+    """Draws bands where a distance (h, w) is near to a multiple of `step`, all in pixels.
+
+    A band is two thirds of the thickness wide, and at most two thirds of a step.
+    """
+    step = step or look.chance.uniform(.08, .4) * look.shape[0]
+    from_middle = abs((distance + look.chance.uniform(0, step)) % step - step / 2)
+    return np.clip(min(thickness, step) / 3 + .5 - from_middle, 0, 1)
 
 
-def _grid(look, mask, thickness, line):
-    chance, (height, width) = look.chance, mask.shape
-    thickness, step = max(1, thickness // 2), chance.uniform(.09, .45) * height
-    slant = chance.choice((0, 0, chance.uniform(-.5, .5))) * height
-    for x in np.arange(chance.uniform(0, step), width, step):
-        _trace(mask, [(x, 0), (x + slant, height)], thickness, line)
-    for y in np.arange(chance.uniform(0, step), height, step) if chance.random() < .7 else ():
-        _trace(mask, [(0, y), (width, y + slant)], thickness, line)
+def _spots(look, channels, grain, method=cv2.INTER_CUBIC):
+    """Draws random values, 0 to 1, one every `grain` pixels, and scales them: (channels, h, w)."""
+    rows, columns = (int(length / grain) + 2 for length in look.shape)
+    spots = look.noise.random((channels, rows, columns), np.float32)
+    return np.stack([cv2.resize(one, look.shape[::-1], interpolation=method) for one in spots])
 
 
-def _border(look, mask, thickness, line):
-    cv2.rectangle(mask, (0, 0), (mask.shape[1] - 1, mask.shape[0] - 1), 255, max(1, thickness // 2))
+def _gradient(look, thickness):
+    rise = _along(look, look.chance.uniform(0, 2 * math.pi))
+    return cv2.normalize(rise, None, 0, 1, cv2.NORM_MINMAX)
 
 
-def _rings(look, mask, thickness, line):
-    """Around one another, or anywhere."""
-    chance, centre = look.chance, np.int32(_anywhere(look, mask.shape)).tolist()
-    radii = chance.uniform(.1, .4) * mask.shape[0] * np.arange(1, 12)
-    rings = [(centre, radius) for radius in radii] if chance.random() >= .6 else [
-        (np.int32(_anywhere(look, mask.shape)).tolist(), chance.choice(radii[:5]))
-        for _ in range(chance.randint(3, 18))]
-    for centre, radius in rings:
-        cv2.circle(mask, centre, round(radius), 255, max(1, thickness // 2), line)
+TEXTURES = (1, 1, 3), (1, 1, 2, 4, 10), (cv2.INTER_CUBIC, cv2.INTER_NEAREST)  # as `_spots` takes
 
 
-def _small_letters(look, mask, thickness, line):
-    for _ in range(look.chance.randint(5, 30)):
+def _texture(look, thickness):
+    return _spots(look, *map(look.chance.choice, TEXTURES))
+
+
+def _grid(look, thickness):
+    """Draws stripes, or two sets of them across one another."""
+    angle = look.chance.choice((0, math.pi / 2, look.chance.uniform(0, math.pi)))
+    one, other = (_bands(look, _along(look, angle + turn), thickness) for turn in (0, math.pi / 2))
+    return look.chance.choice((one, np.maximum(one, other), abs(one - other)))
+
+
+def _ripples(look, thickness):
+    """Draws rings around one point."""
+    middle = look.noise.uniform(0, look.shape[1], (2, 1, 1))
+    return _bands(look, np.hypot(*(_places(look) - middle)), thickness)
+
+
+def _dots(look, thickness):
+    size = max(1, round(look.chance.choice((0, 0, 2, 3, 4)) * look.shape[0] / 45))
+    dots = look.noise.random(look.shape) < 10 ** look.chance.uniform(-2.7, -1) / size
+    return cv2.dilate(np.float32(dots), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
+
+
+def _small_letters(look, thickness):
+    layer = np.zeros((4, *look.shape), np.float32)
+    for x, y in _points(look, look.chance.randint(5, 30)):
         font, letters = look.chance.choice(look.fonts)
         glyph, *_ = _glyph(font, look.chance.choice(letters), GLYPH_SIZES[0])
-        x, y = (max(0, int(length)) for length in _anywhere(look, mask.shape, 0))
-        part = mask[y:y + glyph.shape[0], x:x + glyph.shape[1]]
-        np.maximum(part, glyph[:part.shape[0], :part.shape[1]], out=part)
+        _stamp(layer, glyph, np.eye(2), x, y, 0)
+    return layer[3] / 2
 
 
-CLUTTER = ((_lines, 18), (_curves, 20), (_dots, 20), (_blots, 6), (_arcs, 8), (_hairs, 8), (_grid, 11), (_border, 5),
-           (_small_letters, 5), (_rings, 7))
+def _border(look, thickness):
+    inside = np.zeros(np.subtract(look.shape, 2 * thickness), np.float32)
+    return np.pad(inside, thickness, constant_values=1)
 
 
-def _warp(look, force, *layers):
-    """Bends layers (h, w, ...) alike: waves, random dents, lenses, rows out of line, frosted glass."""
-    chance, (height, width) = look.chance, layers[0].shape[:2]
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    dx, dy = np.zeros_like(x), np.zeros_like(y)
-    for _ in range(chance.choice((1, 1, 2))):
-        kind = chance.choices(("wave", "dents", "lens", "rows", "frost"), (50, 30, 15, 5, 5))[0]
-        if kind == "wave":
-            high = force * chance.uniform(.02, .08) * height
-            dy += high * np.sin(x * (2 * math.pi / (chance.uniform(.5, 3) * height)) + chance.uniform(0, 7))
-            dx += high * chance.choice((0, .8)) * np.sin(
-                y * (2 * math.pi / (chance.uniform(.6, 2) * height)) + chance.uniform(0, 7))
-        elif kind == "dents":
-            rows = chance.randint(3, 5)
-            for shift in (dx, dy):
-                coarse = look.noise.normal(0, force * chance.uniform(.02, .06) * height,
-                                           (rows, 1 + max(2, rows * width // height)))
-                shift += cv2.resize(np.float32(coarse), (width, height), interpolation=cv2.INTER_CUBIC)
-        elif kind == "rows":
-            dx += np.float32(look.noise.normal(0, force * chance.uniform(.01, .04) * height, (height, 1)))
-        elif kind == "frost":
-            for shift in (dx, dy):
-                shift += np.float32(look.noise.normal(0, force * chance.uniform(.3, .025 * height), x.shape))
-        else:
-            cx, cy, radius = chance.uniform(.2, .8) * width, chance.uniform(.3, .7) * height, chance.uniform(.6, 1.5)
-            pull = np.clip(1 - np.hypot(x - cx, y - cy) / (radius * height), 0, 1) * force * chance.uniform(-.3, .3)
-            dx += (x - cx) * pull
-            dy += (y - cy) * pull
-    edge = cv2.BORDER_REPLICATE if len(layers) == 1 else cv2.BORDER_CONSTANT
-    return [cv2.remap(layer, x + dx, y + dy, cv2.INTER_LINEAR, borderMode=edge) for layer in layers]
+def _many(make, least, most, filled=False):
+    """Returns a pattern of that many lines, or fewer thick ones, or of that many filled shapes.
+
+    make: a function of a look that chooses the points of one, (n, 2), x and y in pixels.
+    """
+    def pattern(look, thickness):
+        mask, number = np.zeros(look.shape, np.uint8), look.chance.randint(least, most)
+        for _ in range(number if filled else max(1, number // thickness)):
+            points = [np.int32(make(look) * 8)]
+            if filled:
+                cv2.fillPoly(mask, points, look.chance.randint(90, 160), cv2.LINE_AA, shift=3)
+            else:
+                cv2.polylines(mask, points, False, 255, thickness, cv2.LINE_AA, shift=3)
+        return mask / np.float32(255)
+
+    return pattern
 
 
-def _degrade(look, canvas):
-    """What a picture suffers until it is a file: (h, w, 3) float32 -> uint8."""
-    chance, noise, (height, width) = look.chance, look.noise, canvas.shape[:2]
-    if chance.random() < .27:
-        canvas = cv2.GaussianBlur(canvas, (0, 0), chance.uniform(.3, 1.1) * max(.7, height / 60))
-    if chance.random() < .15 and height > 40:
-        share, method = chance.uniform(.4, .8), chance.choice((cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC))
-        small = cv2.resize(canvas, None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
-        canvas = cv2.resize(small, (width, height), interpolation=method)
-    if chance.random() < .22:
-        strength = chance.choice((chance.uniform(3, 12), chance.uniform(3, 12), chance.uniform(10, 50)))
-        canvas = canvas + strength * noise.standard_normal((height, width, chance.choice((1, 3))), np.float32)
-    if chance.random() < .12:
-        hit = noise.random((height, width)) < 10 ** chance.uniform(-2, -.8)
-        canvas[hit] = noise.integers(0, 256, (hit.sum(), 3)) if chance.random() < .5 else noise.choice(
-            [0, 255, _brightness(look.ink)], (hit.sum(), 1))
-    if chance.random() < .1:
-        canvas = canvas * chance.uniform(.5, .95) + chance.uniform(0, 40)
-    pixels = np.uint8(np.clip(canvas, 0, 255))
-    if chance.random() < .12:
-        pixels = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
-    if chance.random() < .06:
-        pixels = 255 - pixels
-    if chance.random() < .05:
-        step = chance.choice((32, 51, 64, 85))
-        pixels = np.uint8(np.clip((np.int32(pixels) + step // 2) // step * step, 0, 255))
-    if chance.random() < .35:
-        jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, chance.randint(30, 92)])[1]
-        pixels = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)
-    return pixels
+def _points(look, number):
+    """Chooses points in the image or a little beyond it: (number, 2), x and y."""
+    return look.noise.uniform(-.1, 1.1, (number, 2)) * look.shape[::-1]
+
+
+def _line(look):
+    """Chooses a straight line or a curve, with or without waves, often across the whole image."""
+    chance, points = look.chance, _points(look, look.chance.choice((2, 2, 3, 4)))
+    if chance.random() < .6:
+        points[:, 0] = np.linspace(-.05, 1.05, len(points)) * look.shape[1]
+    line = cv2.resize(points, (2, 32), interpolation=cv2.INTER_CUBIC)  # a smooth way through them
+    waves = np.sin(np.linspace(0, chance.uniform(2, 25), 32))
+    line[:, 1] += waves * _some(chance, .25, .05, .3) * look.shape[0]
+    return line
+
+
+def _hair(look):
+    return _points(look, 1) + look.noise.normal(0, look.shape[0] / 12, (2, 2))
+
+
+def _oval(look):
+    """Chooses a circle or an ellipse, or a part of one."""
+    wide = int(look.shape[0] * 10 ** look.chance.uniform(0, 1.1))  # tenths of a pixel
+    axes = wide, look.chance.choice((wide, look.chance.randint(wide // 4, wide)))
+    turn, end = look.chance.randint(0, 360), look.chance.choice((360, look.chance.randint(40, 300)))
+    return _points(look, 1) + cv2.ellipse2Poly((0, 0), axes, turn, 0, end, 9) / 10
+
+
+def _polygon(look):
+    return _points(look, look.chance.randint(3, 5))
+
+
+BLOTS = _many(_oval, 1, 4, filled=True)
+PAPERS = ((None, 45), (_gradient, 15), (_texture, 14), (_grid, 10), (_ripples, 8),
+          (_many(_polygon, 2, 8, filled=True), 8))
+
+
+def _draw_paper(look):
+    """Draws the paper with nothing on it: (3, h, w)."""
+    canvas, pattern = np.full((3, *look.shape), look.paper), _pick(look.chance, PAPERS)
+    if pattern:
+        # Its second colour is so near to the first that letters stand out from both.
+        away = _colour(look.chance) - look.paper
+        room = .45 * abs(_brightness(look.ink - look.paper)) / max(abs(_brightness(away)), 20)
+        _blend(canvas, pattern(look, look.chance.randint(2, 16)), look.paper + away * min(1, room))
+    return canvas
+
+
+CLUTTER = ((_many(_line, 1, 6), 38), (_dots, 20), (_grid, 11), (_many(_hair, 8, 50), 8),
+           (_many(_oval, 1, 12), 12), (BLOTS, 6), (_border, 5), (_small_letters, 5), (_ripples, 3))
+
+
+def _clutter(look, canvas, over):
+    """Draws lines, dots and the like on the canvas (3, h, w), in place.
+
+    over: over the letters, where they may also have the colour of the paper.
+    """
+    chance = look.chance
+    for _ in range(chance.choice((0, 0, 1, 1, 2))):
+        opacity = np.float32(1 - _some(chance, .45, .2, .85))
+        # What is faint may be thicker than a stroke of a letter, and still nobody takes it for one.
+        thickness = chance.uniform(.25, .95) * look.size / 11 / math.sqrt(opacity)
+        share = _pick(chance, CLUTTER)(look, max(1, round(thickness)))
+        if chance.random() < .2:
+            share = share > .3
+        colour = _pick(
+            chance, ((look.ink, 6), (look.paper, over), (_colour(chance), 5), (None, 4)))
+        if colour is None:  # many colours
+            colour = 255 * _spots(look, 3, chance.choice((1, 6, 20)), cv2.INTER_NEAREST)
+        _blend(canvas, share * opacity, colour)
+
+
+# Warps are functions of a look, a force of about 1, and the places of pixels, (2, h, w), x and y
+# in heights of the image. They return how far the pixels move, (2, h, w).
+
+def _wave(look, force, places):
+    """Bends rows and columns into waves."""
+    turn = places[::-1] * (2 * math.pi / look.chance.uniform(.5, 3)) + look.chance.uniform(0, 7)
+    return force * look.noise.uniform(0, .08, (2, 1, 1)) * np.sin(turn)
+
+
+def _dents(look, force, places):
+    spots = _spots(look, 2, look.shape[0] / look.chance.uniform(2, 4))
+    return force * look.chance.uniform(.07, .2) * (spots - .5)
+
+
+def _lens(look, force, places):
+    away = places - places[:, -1:, -1:] * look.noise.uniform(.2, .8, (2, 1, 1))
+    near = np.clip(1 - np.hypot(*away) / look.chance.uniform(.6, 1.5), 0, 1)
+    return away * near * force * look.chance.uniform(-.3, .3)
+
+
+def _jolts(look, force, places):
+    """Moves rows, or single pixels."""
+    size = 2, look.shape[0], look.chance.choice((1, look.shape[1]))
+    return look.noise.normal(0, force * look.chance.uniform(.01, .03), size)
+
+
+WARPS = (_wave, 50), (_dents, 30), (_lens, 15), (_jolts, 10)
+
+
+def _warp(look, picture, force=.5, edge=cv2.BORDER_REPLICATE):
+    """Bends a picture (c, h, w); edge: what is beyond it, a `borderMode` of OpenCV."""
+    height, places = look.shape[0], _places(look) / look.shape[0]
+    for _ in range(look.chance.choice((1, 1, 2))):
+        places = places + _pick(look.chance, WARPS)(look, force, places)
+    return cv2.remap(np.dstack(picture), *np.float32(places * height), cv2.INTER_LINEAR,
+                     borderMode=edge).transpose(2, 0, 1)
+
+
+# Degradations are functions of a look and of the canvas, (3, h, w). They return the canvas.
+
+def _swapped(look, canvas):
+    """Lets ink and paper change places: in blots, in stripes, or on one side."""
+    pattern = look.chance.choice((BLOTS, _gradient, _grid))
+    _blend(canvas, pattern(look, look.shape[0]) > .3, look.paper + look.ink - canvas)
+    return canvas
+
+
+def _blurred(look, canvas):
+    radius = look.chance.uniform(.3, 1.1) * max(.7, look.shape[0] / 60)
+    return np.stack([cv2.GaussianBlur(channel, (0, 0), radius) for channel in canvas])
+
+
+def _pixelated(look, canvas):
+    share = look.chance.uniform(25, look.shape[0]) / look.shape[0]
+    small = cv2.resize(np.dstack(canvas), None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, look.shape[::-1], interpolation=cv2.INTER_NEAREST).transpose(2, 0, 1)
+
+
+def _noisy(look, canvas):
+    shape = look.chance.choice((1, 3)), *look.shape
+    strength = 3 + 47 * look.chance.random() ** 3
+    return canvas + strength * look.noise.standard_normal(shape, np.float32)
+
+
+def _speckled(look, canvas):
+    _blend(canvas, _dots(look, 0), 255 * _texture(look, 0))
+    return canvas
+
+
+def _pale(look, canvas):
+    return canvas * look.chance.uniform(.5, .95) + look.chance.uniform(0, 40)
+
+
+def _grey(look, canvas):
+    return np.stack([cv2.cvtColor(np.dstack(canvas), cv2.COLOR_BGR2GRAY)] * 3)
+
+
+def _posterised(look, canvas):
+    step = look.chance.choice((32, 51, 64, 85))
+    return np.round(canvas / step) * step
+
+
+def _jpeg(look, canvas):
+    quality = cv2.IMWRITE_JPEG_QUALITY, look.chance.randint(30, 92)
+    jpeg = cv2.imencode(".jpg", _as_pixels(canvas), quality)[1]
+    return np.float32(cv2.imdecode(jpeg, cv2.IMREAD_COLOR).transpose(2, 0, 1))
+
+
+DEGRADATIONS = ((_swapped, .05), (_warp, .12), (_blurred, .32), (_pixelated, .06), (_noisy, .22),
+                (_speckled, .12), (_pale, .1), (_grey, .12), (_posterised, .05), (_jpeg, .35))
 
 
 # ---------------------------------------------------------------------- few images, distorted
 
 def distort(images, noise):
-    """Images (B, H, W) uint8, 0 where there is no ink, as others of their kind might look; `noise` draws how."""
+    """Draws images (B, H, W) uint8, 0 where there is no ink, as others of their kind might look.
+
+    noise: the `np.random.Generator` that decides how.
+    """
     return np.stack([_distorted(image, noise) for image in images])
 
 
 def _distorted(image, noise):
-    """Shifted, scaled, turned, sheared and bent a little, then perhaps blurred, noisy, fainter, or with holes."""
+    """Moves, scales, turns, shears and bends an image a little.
+
+    Perhaps it also gets blurred, noisy, fainter, darker, or holes and blots.
+    """
     height, width = image.shape
-    ends = np.flatnonzero(image.max(axis=0) > 40)
-    end = ends[-1] + 1 if len(ends) else width
-    y, x = np.mgrid[:height, :width].astype(np.float32)
+    end = [width, *np.flatnonzero(image.max(axis=0) > 40) + 1][-1]  # of the text
+    y, x = np.indices(image.shape, np.float32)
     x, y = x - end / 2 + noise.uniform(-6, 6), y - height / 2 + noise.uniform(-4, 4)
-    x, y = (noise.uniform(.89, 1.13) * x + noise.uniform(-.15, .15) * y + end / 2,
-            noise.uniform(-.04, .04) * x + noise.uniform(.89, 1.13) * y + height / 2)
+    places = (noise.uniform(.89, 1.13) * x + noise.uniform(-.15, .15) * y + end / 2,
+              noise.uniform(-.04, .04) * x + noise.uniform(.89, 1.13) * y + height / 2)
     if noise.random() < .5:
-        dents = np.float32(noise.normal(0, 1.5, (2, 4, 9)))
-        x, y = (axis + cv2.resize(dent, (width, height), interpolation=cv2.INTER_CUBIC) for axis, dent in
-                zip((x, y), dents))
-    pixels = np.float32(cv2.remap(image, np.float32(x), np.float32(y), cv2.INTER_LINEAR))
+        places = np.add(places, [cv2.resize(dents, (width, height), interpolation=cv2.INTER_CUBIC)
+                                 for dents in np.float32(noise.normal(0, 1.5, (2, 4, 9)))])
+    pixels = np.float32(cv2.remap(image, *np.float32(places), cv2.INTER_LINEAR))
     if noise.random() < .3:
         pixels = cv2.GaussianBlur(pixels, (0, 0), noise.uniform(.4, 1.2))
     if noise.random() < .3:

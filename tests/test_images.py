@@ -1,5 +1,6 @@
 """Rendering, and the one way in which images are loaded."""
 
+import collections
 import hashlib
 import io
 import os
@@ -17,6 +18,7 @@ import pytest
 from conftest import ROOT, TASK, flags, spawn
 from PIL import ExifTags, Image, ImageOps
 
+import lstm_ctc_ocr
 from lstm_ctc_ocr import LstmCtcOcr, main
 
 
@@ -118,6 +120,41 @@ def test_varied_captchas_vary(tmp_path):
     papers = [np.median(image[:3]) for image in images]
     assert min(papers) < 60 and max(papers) > 240
     assert all(image.std() > 2 for image in images)  # there is something to see on each
+    assert len({image.tobytes() for image in images}) == len(images)
+
+
+def test_kinds_of_captchas_occur_as_often_as_their_tables_say(monkeypatch):
+    """And what they draw has the size of the image and values within bounds."""
+    drawn, number = collections.Counter(), 400
+
+    def watch(name, low, high):
+        def watched(kind):
+            def draw(look, *others):
+                result = kind(look, *others)
+                assert np.broadcast_shapes(result.shape, look.shape)[-2:] == look.shape
+                assert low <= result.min() and result.max() <= high
+                drawn[name, kind] += 1
+                return result
+            return draw
+        table = getattr(lstm_ctc_ocr, name)
+        monkeypatch.setattr(lstm_ctc_ocr, name, [(kind and watched(kind), share) for kind, share in table])
+        return {(name, kind): share for kind, share in table if kind}
+
+    papers = watch("PAPERS", -.3, 1.3)
+    degradations = watch("DEGRADATIONS", -300, 600)
+    relative = [watch("CLUTTER", 0, 1), watch("WARPS", -.6, .6)]
+    patterns = watch("LETTER_PATTERNS", 0, 256)
+    fonts = LstmCtcOcr(look="varied", fonts=(FONTS,), words="aB3dE")._fonts_found()
+    for seed in range(number):
+        lstm_ctc_ocr.draw_varied("aB3dE"[:1 + seed % 5], seed, fonts)
+    assert {row: drawn[row] / number for row in papers} == pytest.approx(
+        {row: weight / 100 for row, weight in papers.items()}, abs=.07)
+    assert {row: drawn[row] / number for row in degradations} == pytest.approx(degradations, abs=.08)
+    for table in relative:
+        total, weights = sum(drawn[row] for row in table), sum(table.values())
+        assert {row: drawn[row] / total for row in table} == pytest.approx(
+            {row: weight / weights for row, weight in table.items()}, abs=.07)
+    assert all(drawn[row] for row in patterns)
 
 
 def test_a_font_of_symbols_draws_no_letters(tmp_path):
