@@ -3709,6 +3709,8 @@ def edits(a, b):
 
     An edit is a pair of letters: one of a and what stands for it in b, "" for none.
     """
+    if a == b:
+        return []
     row = [[("", letter) for letter in b[:n]] for n in range(len(b) + 1)]  # edits from "" to b[:n]
     for was in a:
         above, row = row, [row[0] + [(was, "")]]
@@ -3726,19 +3728,18 @@ def score(truths, readings):
     by_length: {length of the true text: (right, count)}. by_repeat: {True: (right, count)} of the
     texts with two equal letters side by side, and of the others under False.
     """
-    by_length, by_repeat, right, caseless, distance = {}, {}, 0, 0, 0
-    for truth, reading in zip(truths, readings):
-        repeats = re.search(r"(.)\1", truth, re.DOTALL) is not None
-        for table, key in (by_length, len(truth)), (by_repeat, repeats):
-            right_before, count_before = table.get(key, (0, 0))
-            table[key] = right_before + (reading == truth), count_before + 1
-        right += reading == truth
-        caseless += reading.casefold() == truth.casefold()
-        distance += 0 if reading == truth else len(edits(truth, reading))
-    count = max(1, len(truths))
-    return {"accuracy": right / count, "caseless": caseless / count, "count": len(truths),
-            "cer": distance / max(1, sum(map(len, truths))),
-            "by_length": dict(sorted(by_length.items())), "by_repeat": by_repeat}
+    count, distances = max(1, len(truths)), [len(edits(*pair)) for pair in zip(truths, readings)]
+    caseless = sum(truth.casefold() == reading.casefold() for truth, reading in zip(truths, readings))
+
+    def right_and_all(kind):
+        every = collections.Counter(map(kind, truths))
+        right = collections.Counter(kind(truth) for truth, n in zip(truths, distances) if n == 0)
+        return {key: (right[key], every[key]) for key in sorted(every)}
+
+    return {"accuracy": distances.count(0) / count, "caseless": caseless / count,
+            "cer": sum(distances) / max(1, sum(map(len, truths))), "count": len(truths),
+            "by_length": right_and_all(len),
+            "by_repeat": right_and_all(lambda text: bool(re.search(r"(.)\1", text, re.DOTALL)))}
 
 
 def describe(scores):
@@ -3852,7 +3853,7 @@ REPORT = """\
 {% macro table(heads, rows) %}
 <table>
 <tr>{% for head in heads %}<th>{{ head }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell or "(nothing)" }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 {% endmacro %}
 <h1>How well captchas are read</h1>
@@ -3864,7 +3865,7 @@ REPORT = """\
 {{ table(("letter", "read as", "times"), letters) }}
 <h2>Is the confidence right?</h2>
 {{ reliability|safe }}
-{{ table(("confidence", "readings", "right"), sure) }}
+{{ table(("mean confidence", "readings", "right"), sure) }}
 <h2>Read wrong: {{ count }}, the most confident first</h2>
 <div class="wrong">
 {% for image, name, truth, text, confidence in wrong %}
@@ -3888,19 +3889,17 @@ def report_page(readings, model):
         pair for _, truth, text, _ in wrong for pair in edits(truth, text))
     right, caseless = (_counted(round(scores[name] * scores["count"]), scores["count"])
                        for name in ("accuracy", "caseless"))
-    bins = collections.defaultdict(list)  # of readings about as confident, how many are right
+    bins = collections.defaultdict(list)  # readings that are about as confident
     for _, truth, text, confidence in readings:
         bins[min(9, int(10 * confidence))].append((confidence, text == truth))
-    means = {number: np.mean(bins[number], axis=0).tolist() for number in sorted(bins)}
+    means = [(*np.mean(bins[number], axis=0), len(bins[number])) for number in sorted(bins)]
     return jinja2.Environment(autoescape=True).from_string(REPORT).render(
         model=model, right=right, caseless=caseless, count=len(wrong),
         lengths=[(length, _counted(*pair)) for length, pair in scores["by_length"].items()],
-        letters=[(was or "(nothing)", read or "(nothing)", times)
-                 for (was, read), times in confused.most_common(20)],
-        reliability=chart({"as it should be": [(0, 0), (1, 1)], "right": means.values()}, 1,
-                          "confidence"),
-        sure=[(f"{number / 10:.1f} to {(number + 1) / 10:.1f}", len(bins[number]), f"{share:.1%}")
-              for number, (_, share) in means.items()],
+        letters=[(*pair, times) for pair, times in confused.most_common(20)],
+        reliability=chart({"as it should be": [(0, 0), (1, 1)],
+                           "right": [(sure, share) for sure, share, _ in means]}, 1, "confidence"),
+        sure=[(f"{sure:.2f}", number, f"{share:.1%}") for sure, share, number in means],
         wrong=[(_data_url(Path(path).read_bytes()), Path(path).name, truth, text, confidence)
                for path, truth, text, confidence in wrong[:most_shown]])
 
