@@ -176,7 +176,7 @@ class LstmCtcOcr:
     # --- the task
     words: str = setting(
         None, "the letters that an image may hold; if not given, in training those of the labels, "
-        "to render plain captchas A-Z, to render varied ones a-z and 0-9 too", usual=CAPITALS)
+        "in varied captchas a-z, A-Z and 0-9, else", usual=CAPITALS)
     words_max_num: int = setting(
         None, "the most letters in an image; if not given, in training that of the labels, else",
         COUNT, 10)
@@ -833,10 +833,8 @@ class LstmCtcOcr:
     MAX_GRADIENT_NORM = 1.0  # of all gradients together: one hard image must not spoil the weights
     AVERAGE_DECAY = 0.998  # a step: the moving averages look back over about 500 steps
 
-    def _build_training(self, steps_per_epoch, place, start=()):
+    def _build_training(self, steps_per_epoch, place):
         """Builds a training step, and reading with the moving averages of the weights.
-
-        place: a `_Place`. start: {name: array} of the weights that are not drawn at random.
 
         The averages read better than the weights of the moment while the learning rate is high
         (Polyak and Juditsky, 1992): after 236,000 images 88 % of 1,984 texts instead of 82 %.
@@ -845,8 +843,7 @@ class LstmCtcOcr:
         images = self._build_input(self.batch_size)
         sequences = tf.sparse_placeholder(tf.int32, [self.batch_size, None], "sequences")
         step = tf.train.get_or_create_global_step()
-        with _initialised_from(start):
-            logits = self.logits(images, training=True)
+        logits = self.logits(images, training=True)
         loss = tf.reduce_mean(self.ctc_loss(sequences, logits))
         variables = tf.trainable_variables()
         gradients, norm = tf.clip_by_global_norm(
@@ -1331,10 +1328,10 @@ class LstmCtcOcr:
         """
         if self.model:
             return _model_folder(self.model)
-        own = [MODELS / net for net in NETWORKS if self.net in (None, net)]
-        own = [folder for folder in own if (folder / "checkpoint").exists()]
-        own.sort(key=lambda folder: (folder / "checkpoint").stat().st_mtime, reverse=True)
-        for folder in own:
+        own = [path for net in NETWORKS if self.net in (None, net)
+               and (path := MODELS / net / "checkpoint").exists()]
+        for path in sorted(own, key=lambda path: path.stat().st_mtime, reverse=True):
+            folder = path.parent
             accuracy = self._load_config(folder).get("accuracy", 0)
             if accuracy >= self.MIN_ACCURACY:
                 return folder
@@ -1363,7 +1360,7 @@ class LstmCtcOcr:
 
     def _checked(self, config, path):
         """Returns what the file `path` says of a model; raises `Error` if that makes no sense."""
-        types = {field.name: field.type for field in dataclasses.fields(self)}
+        types = self.__annotations__
         if not (isinstance(config, dict) and self.FORMAT.items() <= config.items()
                 and all(isinstance(config.get(name), types[name]) for name in ARCHITECTURE)
                 and all(isinstance(config.get(name, 0), (int, float)) for name in self.NUMBERS)):
@@ -1586,9 +1583,9 @@ class LstmCtcOcr:
         It leaves room for the longest text. Wider images are squeezed.
         """
         sizes = [_size_of(Path(self.dataset, name)) for name in itertools.islice(names, 1000)]
-        shares = sorted(width / height for width, height in sizes if height) or [1]
-        usual = min(384, shares[math.ceil(.95 * len(shares)) - 1] * self.im_height)
-        return 16 * math.ceil(max(usual, self._least_steps * self._stride) / 16)
+        shares = [width / height for width, height in sizes if height] or [1]
+        usual = self.im_height * np.quantile(shares, .95, method="inverted_cdf")
+        return 16 * math.ceil(max(min(usual, 384), self._least_steps * self._stride) / 16)
 
     def _schedule(self, count):
         """Returns learning rate, epochs and epochs between checkpoints for `count` images.
@@ -1679,9 +1676,7 @@ class LstmCtcOcr:
             distorts=bool(self.start_from) and count < FEW)
         steps_per_epoch = max(1, count // self.batch_size)
         last = math.ceil(self.epoch_max * steps_per_epoch)
-        begins = self.start_from and not any(folder.glob("LstmCtcOcr-*.index"))
-        net = self._build_training(
-            steps_per_epoch, place, self._start_weights() if begins else {})
+        net = self._build_training(steps_per_epoch, place)
         config = self._begin_config(folder, data, share, last) if place.chief else {}
         return self._Run(place, folder, net, data, steps_per_epoch, last, config)
 
@@ -2050,14 +2045,20 @@ class LstmCtcOcr:
             yield run.session.run
 
     def _resume(self, run, session):
-        """Loads the newest checkpoint that is whole, if there is any.
+        """Loads the newest checkpoint that is whole, or else the model to start from, if any.
 
-        If what was best came after it, that is lost, and forgotten.
+        If what was best came after the checkpoint, that is lost, and forgotten.
         """
         if any(run.folder.glob("LstmCtcOcr-*.index")):
             restore = functools.partial(run.net.saver.restore, session)
             if self._restore(restore, run.folder) < run.config.get("best_step", 0):
                 _forget_best(run.config)
+        elif self.start_from:
+            weights = self._start_weights()
+            for variable in _tensorflow().global_variables():  # and their moving averages
+                name = variable.op.name.removesuffix(self.AVERAGE)
+                if name in weights:
+                    variable.load(weights[name], session)
 
     # ------------------------------------------------------------------ reading
 
@@ -4523,18 +4524,6 @@ def _has_bfloat16():
 
 
 @contextlib.contextmanager
-def _initialised_from(weights):
-    """Makes variables begin with the arrays of {name: array}; those that it lacks as usual."""
-    def variable(getter, name, **kwargs):
-        if name in weights:
-            kwargs["initializer"] = _tensorflow().constant_initializer(weights[name])
-        return getter(name=name, **kwargs)
-
-    with _tensorflow().variable_scope("", custom_getter=variable):
-        yield
-
-
-@contextlib.contextmanager
 def _constants(weights, folder):
     """Makes constants of {name: array}, a model folder's weights, in place of variables.
 
@@ -4665,11 +4654,9 @@ def _parser():
             field = fields[name]
             usual = field.metadata["usual"] if field.default is None else field.default
             shown = f" ({usual})" if usual not in ("", (), None) else ""
-            options = {"type": field.type, "metavar": field.type.__name__}
-            if field.type is tuple:
-                options = {"nargs": "+", "metavar": "DIR"}
-            sub.add_argument(_flag(name), default=field.default,
-                             help=field.metadata["help"] + shown, **options)
+            kind = {"nargs": "+"} if field.type is tuple else {"type": field.type}
+            sub.add_argument(
+                _flag(name), default=field.default, help=field.metadata["help"] + shown, **kind)
         if command == "export":
             sub.add_argument(
                 "target", metavar="DIR|FILE.onnx", help="a new folder; TensorFlow Serving wants "
