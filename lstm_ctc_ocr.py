@@ -115,7 +115,8 @@ VERSION = "1.0.0"
 HOME = Path(__file__).resolve().parent
 MODELS = HOME / "my-model"
 PLAN = "plan"  # the collection of a variable by which the chief tells the workers how it trains; never saved
-# The images that are read: suffixes of their files, and Pillow's name of the format.
+# The images that are read: each suffix of their files, and Pillow's name of the format. To read
+# one more format, add it here.
 IMAGE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".bmp": "BMP",
                ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 LABELLED = re.compile(r"(\d+)_(.+)\.\w+")  # <i>_<LABEL>.png
@@ -1063,8 +1064,8 @@ class LstmCtcOcr:
         missing = set(self.words).difference(drawn, *(letters for _, letters in fonts))
         if unfit := sorted(missing | set(self.words) & set("/\\\0\n")):
             raise self.Error(
-                f"cannot render {unfit}: no font has them, or names of files cannot hold them; "
-                "give other --words, or a folder of fonts that have them with --look varied --fonts")
+                f"cannot render {unfit}: no font has them, or names of files cannot hold them; give "
+                "other --words, or with --look varied --fonts a folder of fonts that have them")
         names = "look", "seed", "words", "words_max_num", "im_width", "im_height"
         lines = [f"{_flag(name)} {getattr(self, name)}" for name in names]
         return [*lines, " ".join(["--fonts", *(Path(path).name for path, _ in fonts)])]
@@ -1080,8 +1081,8 @@ class LstmCtcOcr:
         found = path.read_text("utf-8", "replace").split("\n") if path.exists() else []
         other = [line.split()[0] for line in rendering if line not in found]
         if other and any(map(LABELLED.fullmatch, os.listdir(folder))):
-            what = f"of other {', '.join(other)}, see {path}" if found else "that it has not rendered"
-            raise self.Error(f"create_dataset: {folder} holds images {what}; give another --dataset")
+            these = f"of other {', '.join(other)}, see {path}" if found else "not rendered here"
+            raise self.Error(f"{folder} holds images {these}: give another --dataset")
         if other:
             _replace(path, "\n".join(rendering))
         for part in folder.glob(".*.part"):  # another machine may be writing it just now
@@ -1124,19 +1125,18 @@ class LstmCtcOcr:
         return len(numbers)
 
     def _draw_label(self):
-        """Draws lots whether a captcha is plain and what its label is, from the module `random`."""
-        letters, longest = self.words, self.words_max_num
-        length, plain = random.randint(1, longest), self.look == "plain"
+        """Decides at random whether a captcha is plain, and its label: by the module `random`."""
+        letters, shortest, longest = self.words, 1, self.words_max_num
+        plain = self.look == "plain"
         if not plain:  # mostly letters of one case, and 4 to 6 of them, as most captchas have
-            plain = random.random() < .1
             capitals, small = CAPITALS, CAPITALS.lower()
             alphabets = capitals, capitals + DIGITS, small, small + DIGITS, DIGITS, letters
             alphabet, = random.choices(alphabets, (24, 26, 8, 14, 12, 16))
             letters = [letter for letter in letters if letter in alphabet] or letters
-            if plain:  # of any length: the longest are the hardest
-                length = max(length, random.randint(1, longest))
-            elif random.random() < .6:
-                length = random.randint(min(4, longest), min(6, longest))
+            plain = random.random() < .1
+            if not plain and random.random() < .6:
+                shortest, longest = min(4, longest), min(6, longest)
+        length = random.randint(shortest, longest)
         return plain, "".join(random.choice(letters) for _ in range(length))
 
     def _draw(self, plain, label):

@@ -84,7 +84,7 @@ def test_images_that_somebody_else_has_labelled_are_left_alone(tmp_path, capfd):
     (tmp_path / "7_XA.png").write_bytes(b"mine")
     assert main(["create_dataset", *flags(dataset=tmp_path, im_total_num=9, **TASK)]) == 2
     message, = capfd.readouterr().err.splitlines()
-    assert "images that it has not rendered; give another --dataset" in message
+    assert "holds images not rendered here: give another --dataset" in message
     assert contents(tmp_path) == {"7_XA.png": b"mine"}
 
 

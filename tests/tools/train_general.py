@@ -72,7 +72,8 @@ class Renderer:
             random.seed(f"{seed}-{number}-{row}")
             plain, text = ocr._draw_label()
             if plain and not set(text) <= set(CAPITALS) and random.random() < CAPITALISED:
-                text = "".join(random.choice(CAPITALS) for _ in text)
+                length = max(len(text), random.randint(1, LONGEST))  # the longest are the hardest
+                text = "".join(random.choices(CAPITALS, k=length))
             self.images[row] = ocr.load_image(ocr._draw(plain, text))
             self.labels[row] = [*map(WORDS.index, text), *[BLANK] * (LONGEST - len(text)), len(text), plain]
             self.done.value = row + 1
