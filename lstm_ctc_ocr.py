@@ -2187,8 +2187,8 @@ class LstmCtcOcr:
         in the same direction as this group is removed. The rest gets about equal strength.
         """
         away = colours - self._paper_of(colours)
-        ink = ink[:, :away.shape[1]]
-        rows, columns = np.nonzero(ink > 127)
+        strength = abs(away).max(axis=2)
+        rows, columns = np.nonzero(strength > strength.max() / 2)
         some = slice(None, None, 1 + len(rows) // 1000)  # 1,000 pixels are enough
         rows, columns = rows[some], columns[some]
         if len(rows) <= 6:
@@ -2204,8 +2204,8 @@ class LstmCtcOcr:
         other = (sine / 0.06 - 0.5).clip(0, 1)  # 0: the colour of the clutter; 1: another one
         if other[rows, columns].mean() < 0.08:  # nothing else would be left: all has one colour
             return ink
-        ink = ink * other
-        return np.minimum(ink, np.median(ink[ink > ink.max() / 4]))
+        strength *= other
+        return np.minimum(strength, np.median(strength[strength > strength.max() / 4]))
 
     def _read_each(self, sources, restrictions=(), alone=False):
         """Reads as `recognise`, but an image that cannot be read has its `Error` in its place.
