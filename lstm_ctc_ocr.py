@@ -2525,7 +2525,7 @@ class LstmCtcOcr:
         stopping: bool = False
 
         def close(self):
-            """Refuses new jobs, waits until those that wait are done, and ends the threads."""
+            """Refuses new jobs; returns when all others are done and the threads have ended."""
             with self.lock:
                 self.stopping = True
             self.pool.shutdown()
@@ -2631,7 +2631,7 @@ class LstmCtcOcr:
         return answers[0] if len(answers) == 1 else {"results": answers}
 
     def _answer(self, service, datas):
-        """Reads the bytes of image files; returns the part of the answer that is about each.
+        """Reads image files, given as bytes; returns a list with the answer about each.
 
         `letters` and `length` are taken from the query, the form or the JSON body, else from the
         settings. An image that cannot be read has its error in its place; if no image can be
@@ -2704,8 +2704,9 @@ class LstmCtcOcr:
         samples = [SAMPLE % _data_url(path.read_bytes()) for path in paths]
         return _page(PAGE, samples="".join(samples), net=self._reader.config["net"])
 
-    MAX_BUFFER = 2_900_000  # bytes of a request; above `MAX_BODY`, so that senders hear of that
-    CONNECTIONS = 100  # at once; waitress takes whole bodies, so strangers can fill 290 MB
+    # Waitress cuts off larger requests. Who sends a little more than `MAX_BODY` gets an answer.
+    MAX_BUFFER = 2_900_000  # bytes
+    CONNECTIONS = 100  # at once; each can hold a whole body before its token is checked: 290 MB
 
     def start(self):
         """Serves until Ctrl-C or SIGTERM, then finishes the requests under way.
@@ -2744,8 +2745,8 @@ class LstmCtcOcr:
             raise self.Error(f"cannot serve on {self.host}:{self.port} ({error}); choose another "
                              "--port or --host") from None
         if self.host not in ("127.0.0.1", "localhost"):
-            print("other machines can reach this service, the images under "
-                  f"{self.image_root} and those to label; --token keeps strangers out",
+            print("other machines can reach this service, all images under "
+                  f"{self.image_root}, and those to label: set --token to keep strangers out",
                   file=sys.stderr)
         return listening
 
