@@ -2625,8 +2625,8 @@ class LstmCtcOcr:
         elif kind.startswith("image/"):
             datas = [request.get_data()]
         if not 1 <= len(datas) <= self.MAX_IMAGES:
-            flask.abort(400, f"send an image/* body, JSON with the image as base64, or a form with 1 "
-                             f"to {self.MAX_IMAGES} files named image")
+            flask.abort(400, "send an image/* body, JSON with the image as base64, or a form "
+                             f"with 1 to {self.MAX_IMAGES} files named image")
         answers = self._answer(service, datas)
         return answers[0] if len(answers) == 1 else {"results": answers}
 
@@ -2783,7 +2783,7 @@ class LstmCtcOcr:
                     if name not in self.labels}
 
         def guess(self, name):
-            """Reads an image; one that has gone or cannot be read is named on stderr and dropped."""
+            """Reads an image; names on stderr and drops one that has gone or cannot be read."""
             path = _file_under(self.folder, self.folder / name)
             reading, = self.read([path]) if path else [LstmCtcOcr.Error(f"{name} has gone")]
             if isinstance(reading, LstmCtcOcr.Error):
@@ -4121,10 +4121,9 @@ def _page(page, **values):
 
 def _data_url(data):
     """Returns an image file as a data URL; a TIFF, which browsers do not show, as PNG."""
-    with Image.open(io.BytesIO(data)) as image:
-        if image.format == "TIFF":
-            colours = LstmCtcOcr._colours_of(image)[..., ::-1]  # OpenCV writes BGR
-            data = cv2.imencode(".png", 255 * colours)[1].tobytes()
+    if data.startswith((b"II*\0", b"MM\0*")):
+        colours = 255 * LstmCtcOcr().load_colours(data)[..., ::-1]  # OpenCV writes BGR
+        data = cv2.imencode(".png", np.uint8(colours))[1].tobytes()
     return "data:image;base64," + base64.b64encode(data).decode()
 
 
