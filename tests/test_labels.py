@@ -86,6 +86,7 @@ LISTS = {
     "beside": {"a.gt.txt": "7KQ2\n", "b c.gt.txt": "\ufeffx", "sub/a.gt.txt": " Z \n\n"},
     "both lists": {"labels.txt": "a.png\tno\nb c.png\tx\n", "labels.csv": "a.png,7KQ2\nsub/a.png,Z\n"},
     "a list and texts beside": {"labels.csv": "a.png,7KQ2\nsub/a.png,Z\n", "a.gt.txt": "no", "b c.gt.txt": "x"},
+    "a stray quote": {"labels.csv": 'a.png,"7KQ2\nb c.png,x\nsub/a.png,Z\n'},
     "corrected": {"labels.csv": "a.png,7KQ\na.png,7KQ2\nb c.png,x\nsub/a.png,Z\n"},
 }
 
