@@ -43,9 +43,8 @@ Functions that need no settings:
     captchas of every look              images for create_dataset --look varied
     few images, distorted               more variety for a training on few images
     Baidu's Warp-CTC                    another CTC loss
-    the most probable text              the beam search, and exact probabilities
     accuracy                            scores, and how sure they are
-    pictures of it                      the learning curve and the report
+    pictures                            the learning curve and the report
     images and files                    names, paths and safe writes
     HTTP                                requests, answers, pages and their description
     the machine                         TensorFlow, cores, processes and signals
@@ -91,7 +90,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported ends it without a traceback
+    # Until all is imported, Ctrl-C ends the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 try:
     import fcntl
@@ -109,12 +109,11 @@ from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import (
     HTTPException, InternalServerError, ServiceUnavailable, Unauthorized)
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # nor does it matter what Pillow thinks of a header
+warnings.filterwarnings("ignore", module=r"PIL\.")  # it warns of odd headers; the image counts
 
 VERSION = "1.0.0"
 HOME = Path(__file__).resolve().parent
 MODELS = HOME / "my-model"
-PLAN = "plan"  # the collection of a variable by which the chief tells the workers how it trains; never saved
 # The images that are read: each suffix of their files, and Pillow's name of the format. To read
 # one more format, add it here.
 IMAGE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".bmp": "BMP",
@@ -123,13 +122,7 @@ LABELLED = re.compile(r"(\d+)_(.+)\.\w+")  # <i>_<LABEL>.png
 LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path.png,LABEL lines
 NO_UTF8 = "[\ud800-\udfff]"  # what Python has for bytes that are no UTF-8, in names and in text
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
-FEW = 20_000  # images below which a training that starts from a model distorts each anew whenever it is shown
-LENGTH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # N or MIN-MAX
-
 MIN_CONTRAST = 16 / 255  # an image of less is blank: its noise must not be stretched to ink
-REPORT_STEPS = 100  # between reports, as in the article
-
-TOKEN_VARIABLE = "LSTM_CTC_OCR_TOKEN"
 
 # ---------------------------------------------------------------------- settings
 
@@ -294,7 +287,8 @@ class LstmCtcOcr:
                 f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
         if self.labels not in ("", "list") and self.labels.count("LABEL") != 1:
             raise self.Error(
-                f"--labels must be list, or hold LABEL once, such as '*_LABEL', not {self.labels!r}")
+                "--labels must be list, or hold LABEL once, such as '*_LABEL', not "
+                f"{self.labels!r}")
 
     def resolve(self, *sources):
         """Returns these settings with a value for each one that is open, that is None.
@@ -328,7 +322,7 @@ class LstmCtcOcr:
         """Columns of an image that make one time step."""
         return math.prod(across for _, _, _, across, _ in NETWORKS[self.net].convolutions)
 
-    # ------------------------------------------------------------------ text, sequences, sparse tensors
+    # -------------------------------------------------------------- text, sequences, sparse tensors
 
     def text_to_sequence(self, text):
         """Returns the classes of a text, `label_parts` of them a letter.
@@ -735,9 +729,9 @@ class LstmCtcOcr:
         """Returns the least and the most letters that a restriction's length allows."""
         if not length:
             return 0, math.inf
-        match = LENGTH.fullmatch(length)
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", length, re.ASCII)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= low <= high <= self.words_max_num:  # `__post_init__` makes sure that these fit
+        if not 1 <= low <= high <= self.words_max_num:  # these fit, see `resolve`
             raise self.Error(f"length must be N or MIN-MAX, from 1 to this model's "
                              f"{self.words_max_num}, not {length!r}")
         return low, high
@@ -1587,13 +1581,15 @@ class LstmCtcOcr:
         usual = self.im_height * np.quantile(shares, .95, method="inverted_cdf")
         return 16 * math.ceil(max(min(usual, 384), self._least_steps * self._stride) / 16)
 
+    REPORT_STEPS = 100  # between reports, as in the article
+
     def _schedule(self, count):
         """Returns learning rate, epochs and epochs between checkpoints for `count` images.
 
         From a model to start from, training is counted in steps: even few images need hundreds.
         """
         steps_per_epoch = max(1, count // self.batch_size)
-        schedule = {"save_epoch": max(0.1, REPORT_STEPS / steps_per_epoch)}
+        schedule = {"save_epoch": max(0.1, self.REPORT_STEPS / steps_per_epoch)}
         if self.start_from:
             seen = self.batch_size * steps_per_epoch  # images an epoch
             schedule["lr"] = 1e-3 * min(1, seen / 160)
@@ -1623,11 +1619,13 @@ class LstmCtcOcr:
                       "give the same to go on with it, or another folder with --model")
         return config
 
+    FEW = 20_000  # fewer images are distorted anew whenever they are shown, see `distort`
+
     def _say_task(self, folder, labels):
         """Says on stderr what is to be learnt from {path: text}, and how to need fewer images."""
         print(f"1 to {self.words_max_num} letters of {self.words} in {self.im_width} x "
               f"{self.im_height} pixels; the model goes to {_shown(folder)}", file=sys.stderr)
-        if len(labels) < FEW and not self.start_from:
+        if len(labels) < self.FEW and not self.start_from:
             print(f"{len(labels):,} images are few to learn from nothing: a model to start from, "
                   "such as --start-from general, needs far fewer", file=sys.stderr)
 
@@ -1673,7 +1671,7 @@ class LstmCtcOcr:
         self._require_images(count)  # some files may have been no images
         data = self._Dataset(
             images, files, np.arange(min(held, self.val_num)), np.arange(held, len(files)),
-            distorts=bool(self.start_from) and count < FEW)
+            distorts=bool(self.start_from) and count < self.FEW)
         steps_per_epoch = max(1, count // self.batch_size)
         last = math.ceil(self.epoch_max * steps_per_epoch)
         net = self._build_training(steps_per_epoch, place)
@@ -1880,7 +1878,7 @@ class LstmCtcOcr:
             elapsed / len(run.losses) / self.batch_size * len(run.data.held) / 3
         fits = sum(run.validations) + cost <= self.VALIDATION_SHARE * elapsed
         ends = run.step >= run.last
-        reports = ends or fits and run.step // REPORT_STEPS > before // REPORT_STEPS
+        reports = ends or fits and run.step // self.REPORT_STEPS > before // self.REPORT_STEPS
         reports = reports and len(run.data.held)
         save_steps = max(1, round(self.save_epoch * run.steps_per_epoch))
         saves = run.step // save_steps > before // save_steps
@@ -2415,7 +2413,7 @@ class LstmCtcOcr:
         plan = json.dumps({**self._plan(), "last": math.ceil(self.epoch_max * steps_per_epoch)})
         return {"replicas": optimizer,
                 "plan": tf.get_variable("plan", initializer=plan, trainable=False,
-                                        collections=[PLAN]),
+                                        collections=["plan"]),
                 "finished": tuple(self._finished_queue(server, place.workers).enqueue(True)
                                   for server in range(place.servers))}
 
@@ -2570,7 +2568,7 @@ class LstmCtcOcr:
         else:
             header = flask.request.headers.get("Authorization", "")  # bytes in Latin-1, by WSGI
             sent = header.partition(" ")[2].encode("latin-1")
-        token = os.fsencode(self.token or os.environ.get(TOKEN_VARIABLE, ""))
+        token = os.fsencode(self.token or os.environ.get("LSTM_CTC_OCR_TOKEN", ""))
         guarded = token and flask.request.path != "/healthz"
         if guarded and not hmac.compare_digest(sent, token):
             raise Unauthorized("this service wants its token", www_authenticate=WWWAuthenticate(
