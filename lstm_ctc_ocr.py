@@ -197,8 +197,6 @@ class LstmCtcOcr:
     workers: int = setting(0, "processes that render; 0: one a core", COUNT_OR_NONE)
     shard: str = setting(
         "1/1", "I/N: render only part I of N, to share the work among N machines")
-    train_max_num: int = setting(
-        0, "the most images to train on; 0: all of the folder", COUNT_OR_NONE)
     val_num: int = setting(
         2000, "the most images to hold out and validate on, a tenth of a small folder; 0: train "
         "on all", COUNT_OR_NONE)
@@ -1525,8 +1523,6 @@ class LstmCtcOcr:
         files = self.labelled_files(self.dataset, found, place.number, place.workers)
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only shrinks
         held = bisect.bisect_left(files, share, key=self._digest_of)
-        if self.train_max_num:
-            files = files[:held + self.train_max_num // place.workers]
         ocr = self.resolve(self._schedule(len(files) - held))
         ocr._require_images(len(files) - held)
         if ocr.ctc == "warp":
@@ -4626,8 +4622,8 @@ COMMANDS = {
         "shard"),
     "train": (
         "train on rendered captchas or on your own, or go on from the last checkpoint",
-        "dataset labels start_from model net words words_max_num im_width im_height train_max_num "
-        "val_num n_hidden batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
+        "dataset labels start_from model net words words_max_num im_width im_height val_num "
+        "n_hidden batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
     "test": ("read images, one line each", "model net labels beam_width letters length"),
     "start": (
         "serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",

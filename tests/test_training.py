@@ -177,14 +177,14 @@ def held_out(patch, dataset, model, **settings):
 
 
 def test_what_was_trained_on_is_never_validated_on(dataset, tmp_path, monkeypatch):
-    """Whatever --val-num, --train-max-num, --seed, the model, and while the folder grows, even far beyond."""
+    """Whatever --val-num, --seed, the model, and while the folder grows, even far beyond."""
     files, trained = sorted(dataset.glob("*.png")), set()
     for number, count in enumerate((300, 500, 806)):
         folder = tmp_path / str(count)
         folder.mkdir()
         for path in files[:count]:
             shutil.copy2(path, folder)
-        for settings in (dict(), dict(val_num=7), dict(train_max_num=100, seed=3), dict(model=tmp_path / "same")):
+        for settings in (dict(), dict(val_num=7), dict(val_num=30, seed=3), dict(model=tmp_path / "same")):
             with monkeypatch.context() as patch:
                 patch.setattr(LstmCtcOcr, "HELD_NUM", 40)  # from 400 images on, the share shrinks
                 rows, held = held_out(patch, folder, **{"model": tmp_path / f"{number}{len(settings)}", **settings})
@@ -247,5 +247,9 @@ def test_training_outside_the_main_thread_works(dataset, tmp_path):
 
 def test_fewer_images_than_workers_are_refused(dataset, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(LstmCtcOcr, "_join_cluster", staticmethod(lambda: LstmCtcOcr._Place(workers=3, servers=1)))
-    assert main(train(dataset, tmp_path / "model", train_max_num=2)) == 2
-    assert "leaves 0 images to train on" in capfd.readouterr().err.splitlines()[-1]
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in list(dataset.glob("*.png"))[:2]:
+        shutil.copy(path, few)
+    assert main(train(few, tmp_path / "model")) == 2
+    assert "image" in capfd.readouterr().err.splitlines()[-1]
