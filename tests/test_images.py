@@ -304,18 +304,23 @@ def test_a_pipe_in_a_folder_does_not_hang(tmp_path):
 
 
 def huge(kind):
-    """The first bytes of an image of 60,000 x 60,000 pixels, with nothing behind its header."""
+    """The first bytes of an image of 60,000 x 60,000 pixels, or a large one, with nothing behind its header."""
     size = struct.pack("<II", 60000, 60000)
     chunk = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
     chunks = b"\0\0\0\r" + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0\0\0\0IDAT5\xaf\x06\x1e"
+    vp8l = b"/" + struct.pack("<I", 16382 | 16382 << 14) + bytes(11)  # its largest size
+    tags = [(256, 60000), (257, 60000), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 60000), (279, 9)]
     return {"PNG": b"\x89PNG\r\n\x1a\n" + chunks,
+            "WEBP": b"RIFF\x1c\0\0\0WEBPVP8L\x10\0\0\0" + vp8l,
+            "TIFF": b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(
+                struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags) + bytes(4),
             "BMP": b"BM" + struct.pack("<IHHII", 54, 0, 0, 54, 40) + size + struct.pack("<HHIIIIII", 1, 24, *[0] * 6),
             "GIF": b"GIF89a" + b"\x60\xea" * 2 + bytes(3) + b",\0\0\0\0" + b"\x60\xea" * 2 + b"\0\x02\0",
-            "JPEG": b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 60000, 60000) + b"\x03\1\x11\0\2\x11\0\3\x11\0"}[kind]
+            "JPEG": b"\xff\xd8\xff\xc0\0\x11\x08" + b"\xea\x60" * 2 + b"\x03\1\x11\0\2\x11\0\3\x11\0"}[kind]
 
 
 def test_too_many_pixels_are_refused_from_the_header(tmp_path):
-    for kind in "PNG", "BMP", "GIF", "JPEG":
+    for kind in "PNG", "BMP", "GIF", "JPEG", "WEBP", "TIFF":
         path = tmp_path / kind
         path.write_bytes(huge(kind))
         with pytest.raises(LstmCtcOcr.TooLarge, match=f"{kind}: more than 4,000,000 pixels"):
