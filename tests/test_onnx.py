@@ -23,7 +23,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install onnxr
 
 @pytest.fixture(scope="module", autouse=True)
 def float32_and_another_network():
-    """TensorFlow without bfloat16, whose rounding is far above what is compared here; a network of a row of its own."""
+    """Turns bfloat16 off, whose rounding is far above what is compared here, and adds a row to the table of networks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lstm_ctc_ocr, "_has_bfloat16", lambda: False)
         patch.setitem(lstm_ctc_ocr.NETWORKS, "another", types.SimpleNamespace(

@@ -15,7 +15,7 @@ SAMPLES = {path.stem.split("_")[1]: path for path in sorted((ROOT / "dataset" / 
 
 
 def saved(model, folder):
-    """Exports a model folder; returns a function: ink (B, H, W) uint8 -> texts, confidences. It needs TensorFlow alone."""
+    """Exports a model folder; returns a function: ink (B, H, W) uint8 -> texts, confidences, by TensorFlow alone."""
     assert main(["export", str(folder), "--model", str(model)]) == 0
     loaded = tensorflow2.saved_model.load(str(folder))
     read = loaded.signatures["serving_default"]

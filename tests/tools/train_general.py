@@ -1,16 +1,18 @@
-"""Trains the shipped `general` further: on a GPU, by PyTorch, while all cores but one render varied captchas for it.
+"""Trains the shipped `general` further with PyTorch, on a GPU, while all cores but one render varied captchas for it.
 
     python tests/tools/train_general.py unpack general start.npz                     (needs TensorFlow)
     python tests/tools/train_general.py train start.npz end.npz --seconds 760        (needs PyTorch, and a GPU)
     python tests/tools/train_general.py pack end.npz my-model/general --held FOLDER  (needs TensorFlow)
     python tests/tools/train_general.py publish my-model/lstm my-model/pretrained/lstm
 
-The last one makes a model that `train` wrote ready to ship: it leaves out what only training needs. The second command needs of this project's packages only what renders. Its network is a twin of `wide_cnn_lstm`: cuDNN
-has no BlockLSTM. It ends by the clock, so another machine takes another number of steps. `--students 0111` trains a
-network with a residual block less beside it, on what it says.
+`publish` makes any model that `lstm_ctc_ocr.py train` wrote ready to ship: it leaves out what only training needs.
 
-Images are (64, 256) uint8 ink, as `load_image` returns them; labels (12,) int8: up to 10 classes, the blank where there
-are none left, their number, and whether the captcha is a plain one.
+`train` needs of this project's packages only those that render. Its network is a copy of `wide_cnn_lstm`, because cuDNN
+has no BlockLSTM. It ends after the given time, so another machine makes another number of steps. `--students 0111` also
+trains a network with one residual block less, which learns from what the first network says.
+
+Images are (64, 256) uint8 ink, as `load_image` returns them. Labels are (12,) int8: 10 classes, the blank after the last
+letter, then the number of letters, and whether the captcha is a plain one.
 """
 
 import argparse
@@ -38,7 +40,7 @@ BLOCKS = "".join(str(blocks) for *_, blocks in LAYERS)
 GATES = np.concatenate([np.arange(CELLS) + CELLS * gate for gate in (0, 2, 1, 3)])  # i, c, f, o <-> i, f, c, o
 WARM_UP = 200  # steps
 # In (1 - exp(-TURNING * loss)) / TURNING (Zhang and Sabuncu, 2018): leaves alone what is hopeless; at first only a
-# quarter of it, so that a look that is new to the network is not among that.
+# quarter of it, so that kinds of images that are new to the network are not left out.
 TURNING = 0.12
 DISTORTED = 0.35  # of the images of a batch
 PLAIN = 0.1  # of the images that are drawn
@@ -52,7 +54,7 @@ STATISTICS_BATCHES = 60  # that batch normalisation's final statistics are taken
 # ---------------------------------------------------------------------- rendering
 
 class Renderer:
-    """A process that renders; `images` and `labels` are shared with it, of which the first `done` are there."""
+    """A process that renders into the shared arrays `images` and `labels`; the first `done` rows are ready."""
 
     def __init__(self, number, most, seed, fonts):
         context = multiprocessing.get_context("fork")  # it shares the memory
@@ -79,7 +81,7 @@ class Renderer:
             self.done.value = row + 1
 
     def new(self):
-        """The images and labels that have come since the last call."""
+        """Returns the images and labels that are new since the last call."""
         if self.process.exitcode:
             sys.exit("a renderer ended, see above")
         rows = slice(self.taken, self.done.value)
@@ -90,8 +92,11 @@ class Renderer:
 # ---------------------------------------------------------------------- the twin of the network
 
 def twin(torch, blocks=BLOCKS):
-    """Returns the network, a module from pixels (B, 1, H, W), 0 to 255, to logits (T, B, C); `load` and `arrays` use
-    the names and shapes of TensorFlow's variables. blocks: a digit for each convolution, its residual blocks."""
+    """Returns the network, a module from ink (B, 1, H, W), 0 to 255, to logits (T, B, C).
+
+    Its `load` and `arrays` use the names and shapes of TensorFlow's variables. blocks: for each convolution a digit, the
+    number of residual blocks behind it.
+    """
     functional = torch.nn.functional
 
     class Convolution(torch.nn.Module):
@@ -310,7 +315,8 @@ def train(arguments):
     import torch
     torch.manual_seed(arguments.seed)
     torch.backends.cudnn.benchmark = True
-    LstmCtcOcr(words=WORDS, look="varied", fonts=tuple(arguments.fonts))._rendering()  # whether the fonts have all letters
+    # Raises an error now if the fonts lack a letter.
+    LstmCtcOcr(words=WORDS, look="varied", fonts=tuple(arguments.fonts))._rendering()
     processes = arguments.processes or max(1, lstm_ctc_ocr._cores() - 1)
     renderers = [Renderer(number, arguments.images // processes, arguments.seed, tuple(arguments.fonts))
                  for number in range(processes)]  # forked before this process opens a GPU
@@ -397,8 +403,10 @@ def unpack(arguments):
 
 
 def pack(arguments):
-    """Writes a model folder; its temperature is the one with which held-out images are read the most likely as they
-    are labelled, second looks included. The rest of its config is `general`'s."""
+    """Writes a model folder with the config.json of `general`, but for the counts, the accuracy and the temperature.
+
+    The temperature is the one with which the labels of the held-out images are the most probable, further views included.
+    """
     arrays = dict(np.load(arguments.end))
     counts = {name: int(arrays.pop(name)) for name in ("steps", "images_seen", "images")}
     config = json.loads((lstm_ctc_ocr.MODELS / "pretrained" / "general" / "config.json").read_text())
