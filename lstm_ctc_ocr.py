@@ -1056,8 +1056,8 @@ class LstmCtcOcr:
         missing = set(self.words).difference(drawn, *(letters for _, letters in fonts))
         if unfit := sorted(missing | set(self.words) & set("/\\\0\n")):
             raise self.Error(
-                f"cannot render {unfit}: no font has them, or names of files cannot hold them; give "
-                "other --words, or with --look varied --fonts a folder of fonts that have them")
+                f"cannot render {unfit}: no font has them, or names of files cannot hold them; "
+                "give other --words, or with --look varied --fonts a folder of fonts that do")
         names = "look", "seed", "words", "words_max_num", "im_width", "im_height"
         lines = [f"{_flag(name)} {getattr(self, name)}" for name in names]
         return [*lines, " ".join(["--fonts", *(Path(path).name for path, _ in fonts)])]
