@@ -874,21 +874,20 @@ class LstmCtcOcr:
     def _start_weights(self):
         """Returns the weights {name: array} of the model `start_from`, for the letters of this one.
 
-        A letter that it does not know gets the classes of its other case, or else those of none:
-        small random weights.
+        A letter that it does not know gets the classes of its other case. If it does not know
+        that either, the letter gets the mean of all letters' weights.
         """
         _, config, weights = self._load_model(_model_folder(self.start_from))
-        kernel, bias = weights["dense/kernel"], weights["dense/bias"]
-        find, parts = config["words"].find, range(self.label_parts)
-        places = [find(letter if letter in config["words"] else letter.swapcase())
-                  for letter in self.words]
-        columns = np.array([place * self.label_parts + part if place >= 0 else -1
-                            for place in places for part in parts] + [bias.size - 1])  # the blank
-        noise = np.random.default_rng(self.seed).normal(
-            0, kernel.std() / 4, (len(kernel), len(columns)))
-        weights["dense/kernel"] = np.where(
-            columns < 0, noise, kernel[:, columns]).astype(np.float32)
-        weights["dense/bias"] = np.where(columns < 0, bias[:-1].mean(), bias[columns])
+        words, blank = config["words"], len(config["words"]) * self.label_parts
+        columns = []
+        for letter in self.words:
+            place = words.find(letter if letter in words else letter.swapcase())
+            columns += [place * self.label_parts + part if place >= 0 else blank + 1
+                        for part in range(self.label_parts)]
+        for name in ("dense/kernel", "dense/bias"):
+            mean = weights[name][..., :blank].mean(axis=-1, keepdims=True)
+            known = np.append(weights[name], mean, axis=-1)
+            weights[name] = known[..., [*columns, blank]]
         return weights
 
     def _learning_rate(self, epoch):
