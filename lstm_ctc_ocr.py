@@ -4115,7 +4115,8 @@ def _page(page, **values):
 def _data_url(data):
     """Returns an image file as a data URL; a TIFF, which browsers do not show, as PNG."""
     if data.startswith((b"II*\0", b"MM\0*")):
-        colours = 255 * LstmCtcOcr().load_colours(data)[..., ::-1]  # OpenCV writes BGR
+        with Image.open(io.BytesIO(data)) as image:
+            colours = 255 * LstmCtcOcr._colours_of(image)[..., ::-1]  # OpenCV writes BGR
         data = cv2.imencode(".png", np.uint8(colours))[1].tobytes()
     return "data:image;base64," + base64.b64encode(data).decode()
 

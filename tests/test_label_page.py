@@ -13,6 +13,7 @@ import pytest
 import schemathesis
 from conftest import ROOT, SHIPPED, main, spawn
 from hypothesis import HealthCheck, given, settings
+from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from lstm_ctc_ocr import LstmCtcOcr
@@ -232,6 +233,14 @@ def test_an_image_that_goes_away_is_not_waited_for(folder):
     os.rename(folder / "0.png", folder / "moved.png")
     assert client.get("/label/image").json["path"] == "" == client.get("/label/image?path=0.png").json["path"]
     service.close()
+
+
+def test_a_tiff_is_shown_as_png(folder):
+    Image.open(folder / "0.png").save(folder / "scan.tif")
+    client, service = client_of(folder)
+    answer = client.get("/label/image?path=scan.tif").json
+    service.close()
+    assert answer["text"] == "PIY" and answer["image"].startswith("data:image;base64,iVBORw0KGgo")
 
 
 @pytest.mark.parametrize("content, complaint", [(None, "no images in"), ({}, "no images in"),
