@@ -23,11 +23,12 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install onnxr
 
 @pytest.fixture(scope="module", autouse=True)
 def float32_and_another_network():
-    """Turns bfloat16 off, whose rounding is far above what is compared here, and adds a row to the table of networks."""
+    """Turns bfloat16 off, whose rounding is far above what is compared here, and adds a row to NETWORKS."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lstm_ctc_ocr, "_has_bfloat16", lambda: False)
         patch.setitem(lstm_ctc_ocr.NETWORKS, "another", types.SimpleNamespace(
-            about="", convolutions=((8, 3, 4, 1, 1), (12, 5, 1, 4, 0)), projection=16, bidirectional=False, views=False))
+            about="", convolutions=((8, 3, 4, 1, 1), (12, 5, 1, 4, 0)), projection=16, bidirectional=False,
+            views=False))
         yield
 
 

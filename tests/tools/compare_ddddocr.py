@@ -1,17 +1,17 @@
-"""Reads labelled captchas with this project's models and with ddddocr, what one would pick from PyPI instead, in turns.
+"""Reads labelled captchas with this project's models and with ddddocr, the alternative on PyPI, in turns.
 
     pip install ddddocr==1.6.1     (it is no requirement of this project)
     python tests/tools/compare_ddddocr.py dataset/unseen dataset/django dataset/wheezy --wrong wrong.png
 
-prints a Markdown table for each folder and one of them all. The images are <i>_<LABEL>.<suffix>, of any kind that
-OpenCV reads. Each of them counts for each reader: also where its label has letters that a model does not know, and as
-wrong where a reader fails. ddddocr's answers are judged as they are, and with case ignored like all others'.
-(Restricted to capital letters with set_ranges(2), 1.6.1 answers empty strings.) Times are those of one image after the
-other, its bytes in memory, each reader with as many threads as it takes by itself.
+prints a Markdown table for each folder and one for all. The images are called <i>_<LABEL>.<suffix>. Every image counts
+for every reader, also if its label has letters that a model does not know; if a reader fails, its reading is wrong.
+ddddocr's answers are compared as they are, and with case ignored. (Restricted to capital letters with set_ranges(2),
+ddddocr 1.6.1 answers empty strings.) Times are for one image after the other, from its bytes in memory to the text;
+each reader uses as many threads as it takes by itself.
 
-The two dev sets are 1,000 captchas each of generators that no model here learnt from. dataset/django: pip install
-django-simple-captcha==0.7.0, where the package `captcha` is not installed (both are imported as `captcha`), and (it
-seeds itself, so that no two runs give the same captchas)
+dataset/django and dataset/wheezy hold 1,000 captchas each of programs from which no model here has learned. For the
+first: pip install django-simple-captcha==0.7.0, where the package `captcha` is not installed (both are imported as
+`captcha`), and, as it chooses its own seed, with other captchas in every run:
 
     settings.configure(SECRET_KEY="x", INSTALLED_APPS=["captcha"], ROOT_URLCONF="captcha.urls", USE_TZ=True,
                        DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
@@ -22,8 +22,8 @@ seeds itself, so that no two runs give the same captchas)
         image = captcha_image(RequestFactory().get("/"), key).content
         Path(f"dataset/django/{i}_{CaptchaStore.objects.get(hashkey=key).challenge}.png").write_bytes(image)
 
-dataset/wheezy: pip install wheezy.captcha==3.2.2, and the chain of its documentation, with the fonts DejaVuSans-Bold,
-FreeSerif and LiberationMono-Regular (the same bytes in every run):
+For the second: pip install wheezy.captcha==3.2.2, and the chain of its documentation, with the fonts DejaVuSans-Bold,
+FreeSerif and LiberationMono-Regular; it draws the same bytes in every run:
 
     random.seed(1)
     draw = captcha(drawings=[background(), text(fonts=fonts, drawings=[warp(), rotate(), offset()]), curve(), noise(),

@@ -1,8 +1,9 @@
-"""Draws captchas of nine kinds to measure `general` on, never to train: what its own renderer does not draw just so.
+"""Draws nine kinds of captchas that `create_dataset` does not draw in this way, to measure `general` on.
 
-    python tests/tools/made_up.py OUT [--count 500] [--seed 7]        writes OUT/hollow/<i>_<LABEL>.png and so on
+    python tests/tools/made_up.py OUT [--count 500] [--seed 7]        (needs the fonts of Debian's fonts-dejavu)
 
-They stand in for generators that nobody here may look at, of which no more than a line each is known.
+writes OUT/hollow/<i>_<LABEL>.png and so on. Nothing may be trained on them: they stand in for the captchas of programs
+that no model here has seen.
 """
 
 import argparse

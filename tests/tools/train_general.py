@@ -11,8 +11,8 @@
 has no BlockLSTM. It ends after the given time, so another machine makes another number of steps. `--students 0111` also
 trains a network with one residual block less, which learns from what the first network says.
 
-Images are (64, 256) uint8 ink, as `load_image` returns them. Labels are (12,) int8: 10 classes, the blank after the last
-letter, then the number of letters, and whether the captcha is a plain one.
+Images are (64, 256) uint8 ink, as `load_image` returns them. Labels are (12,) int8: 10 classes, the blank after the
+last letter, then the number of letters, and whether the captcha is a plain one.
 """
 
 import argparse
@@ -94,8 +94,8 @@ class Renderer:
 def twin(torch, blocks=BLOCKS):
     """Returns the network, a module from ink (B, 1, H, W), 0 to 255, to logits (T, B, C).
 
-    Its `load` and `arrays` use the names and shapes of TensorFlow's variables. blocks: for each convolution a digit, the
-    number of residual blocks behind it.
+    Its `load` and `arrays` use the names and shapes of TensorFlow's variables. blocks: for each convolution a digit,
+    the number of residual blocks behind it.
     """
     functional = torch.nn.functional
 
@@ -405,7 +405,7 @@ def unpack(arguments):
 def pack(arguments):
     """Writes a model folder with the config.json of `general`, but for the counts, the accuracy and the temperature.
 
-    The temperature is the one with which the labels of the held-out images are the most probable, further views included.
+    With that temperature the labels of the held-out images are the most probable, further views included.
     """
     arrays = dict(np.load(arguments.end))
     counts = {name: int(arrays.pop(name)) for name in ("steps", "images_seen", "images")}
