@@ -2303,8 +2303,8 @@ class LstmCtcOcr:
         For one file, it returns the label in its name if that is as `create_dataset` writes it.
         """
         if not path.is_dir():
-            named = LABELLED.fullmatch(path.name)
-            return {path: named[2]} if named and set(named[2]) <= set(self.words) else {}
+            labels = _labels_in([path.name], r"\d+_(.+)\.\w+").values()
+            return {path: label for label in labels if set(label) <= set(self.words)}
         try:
             labels, way, said = self.find_labels(path)
         except self.Error as error:  # the images can be read all the same
@@ -3877,7 +3877,7 @@ def report_page(readings, model):
 
     readings: (path, true text, text that was read, confidence) of each image. model: its name.
     """
-    scores, most_shown = score(*zip(*(reading[1:3] for reading in readings))), 200
+    scores = score(*zip(*(reading[1:3] for reading in readings)))
     wrong = [reading for reading in readings if reading[1] != reading[2]]
     wrong.sort(key=lambda reading: -reading[3])
     confused = collections.Counter(
@@ -3896,7 +3896,7 @@ def report_page(readings, model):
                            "right": [(sure, share) for sure, share, _ in means]}, 1, "confidence"),
         sure=[(f"{sure:.2f}", number, f"{share:.1%}") for sure, share, number in means],
         wrong=[(_data_url(Path(path).read_bytes()), Path(path).name, truth, text, confidence)
-               for path, truth, text, confidence in wrong[:most_shown]])
+               for path, truth, text, confidence in wrong[:200]])
 
 
 def _forget_best(config):
@@ -4056,10 +4056,8 @@ def _replace(path, content, durable=False):
         _to_disk(*[part] * durable)
         os.replace(part, path)
         _to_disk(*[path.parent] * durable)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @functools.cache
