@@ -64,7 +64,6 @@ import functools
 import gc
 import hashlib
 import hmac
-import html
 import importlib
 import importlib.util
 import io
