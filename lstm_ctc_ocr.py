@@ -1227,13 +1227,13 @@ class LstmCtcOcr:
         names <number>_<text>, either part may be the label: the one that looks far less like a
         running count is. Raises `Error` if neither does.
         """
-        odd = re.escape("".join(letter for letter in self.words or "" if not letter.isalnum()))
+        words = re.escape("/" + (self.words or ""))  # "/", for a set cannot be empty, is in no name
         end = r"(?: \(\d+\)|\.\d+)?(?:\.\w+)"  # LABEL (1).png and LABEL.1.png have a label, too
         if self.labels:
-            label = rf"((?:[^\s_.(){odd}]|[/{odd}])+?)"
+            label = rf"((?>[^\s_.()]|[{words}])+?)"
             pattern = re.escape(self.labels).replace(r"\*", ".*").replace("LABEL", label)
             return self.labels, _labels_in(names, pattern + end + "?")
-        label = rf"(?:[^\W_]|[/{odd}]){{1,20}}"  # what is longer is a checksum or the like
+        label = rf"(?>[^\W_]|[{words}]){{1,20}}"  # what is longer is a checksum or the like
         whole = _labels_in(names, f"({label}){end}")
         first = _labels_in(names, f"({label}?)_.*{end}")
         last = _labels_in(names, rf"\d{{1,20}}_({label}){end}")
@@ -3840,6 +3840,7 @@ REPORT = """\
   th { font-weight: normal }
   th, small { opacity: .7 }
   .chart { max-width: 100%; height: auto }
+  pre { white-space: pre-wrap }
   .wrong { display: flex; flex-wrap: wrap; gap: 1rem }
   figure { margin: 0; break-inside: avoid }
   figure img { display: block; max-width: 256px; max-height: 96px; background: #fff }
@@ -3851,8 +3852,8 @@ REPORT = """\
 {% endfor %}</table>
 {% endmacro %}
 <h1>How well captchas are read</h1>
-<p>By {{ model }}: <b>{{ right }}</b> right; if the case of letters does not count {{ caseless }}.
-  What follows a count is its 95 % confidence interval.</p>
+<p>By {{ model }}: <b>{{ right }}</b> right. What follows a count is its 95 % confidence interval.</p>
+<pre>{{ description }}</pre>
 <h2>By length</h2>
 {{ table(("letters", "right"), lengths) }}
 <h2>Letters that are taken for others</h2>
@@ -3881,14 +3882,13 @@ def report_page(readings, model):
     wrong.sort(key=lambda reading: -reading[3])
     confused = collections.Counter(
         pair for _, truth, text, _ in wrong for pair in edits(truth, text))
-    right, caseless = (_counted(round(scores[name] * scores["count"]), scores["count"])
-                       for name in ("accuracy", "caseless"))
     bins = collections.defaultdict(list)  # readings that are about as confident
     for _, truth, text, confidence in readings:
         bins[min(9, int(10 * confidence))].append((confidence, text == truth))
     means = [(*np.mean(bins[number], axis=0), len(bins[number])) for number in sorted(bins)]
     return jinja2.Environment(autoescape=True).from_string(REPORT).render(
-        model=model, right=right, caseless=caseless, count=len(wrong),
+        model=model, count=len(wrong), description=describe(scores),
+        right=_counted(len(readings) - len(wrong), len(readings)),
         lengths=[(length, _counted(*pair)) for length, pair in scores["by_length"].items()],
         letters=[(*pair, times) for pair, times in confused.most_common(20)],
         reliability=chart({"as it should be": [(0, 0), (1, 1)],
