@@ -2714,7 +2714,8 @@ class LstmCtcOcr:
             threads=self.QUEUE + 8,  # one is always free to say that too many images wait
             connection_limit=self.CONNECTIONS)
         waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
-        address = f"http://{self.host}:{server.effective_port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        address = f"http://{host}:{server.effective_port}"
         with _deferred_stop() as stop:
             print(f"{address}/captchaOcr?img_path=./dataset/test/0_PIY.png", file=sys.stderr,
                   flush=True)
@@ -2732,11 +2733,12 @@ class LstmCtcOcr:
     def _listen(self):
         """Returns a socket that listens; raises `Error` if the address cannot be had."""
         try:
-            listening = socket.create_server((self.host, self.port), backlog=1024)
+            family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+            listening = socket.create_server((self.host, self.port), family=family, backlog=1024)
         except (OSError, UnicodeError) as error:
             raise self.Error(f"cannot serve on {self.host}:{self.port} ({error}); choose another "
                              "--port or --host") from None
-        if self.host not in ("127.0.0.1", "localhost"):
+        if self.host not in ("127.0.0.1", "localhost", "::1"):
             print("other machines can reach this service, all images under "
                   f"{self.image_root}, and those to label: set --token to keep strangers out",
                   file=sys.stderr)
