@@ -619,10 +619,10 @@ class LstmCtcOcr:
         """
         # Most steps say for sure what the step before has said for sure. They change next to nothing
         # and are left out, unless the longest text would have too few steps then.
-        best = np.where(p.max(axis=1) > 0.999, p.argmax(axis=1), -1)
-        kept = np.append(True, (best[1:] < 0) | (best[1:] != best[:-1]))
-        if kept.sum() >= 2 * (longest or 0) * self.label_parts:
-            p = p[kept]
+        best, sure = p.argmax(axis=1), p.max(axis=1) > 0.999
+        repeats = np.append(False, sure[1:] & sure[:-1] & (best[1:] == best[:-1]))
+        if (~repeats).sum() >= 2 * (longest or 0) * self.label_parts:
+            p = p[~repeats]
         # Longer by other than the W + 1 likeliest classes, no prefix gets into a beam of W: one of
         # these may be a repeat, but W are not. Of parts of letters, so many of each kind.
         likely = np.argsort(-p[:, :-1].reshape(len(p), -1, self.label_parts), axis=1)
@@ -662,10 +662,9 @@ class LstmCtcOcr:
         If a length is asked for, a prefix competes with those that are as long. Of parts of letters
         that holds for whole letters, the last of which may be under way; all others go together.
         """
-        parts = self.label_parts
+        parts, numbers = self.label_parts, range(len(prefix))
         if longest is None or parts > 1 and any(
-                c % parts != i % parts or c // parts != prefix[i - i % parts] // parts
-                for i, c in enumerate(prefix)):
+                prefix[i] != prefix[i - i % parts] // parts * parts + i % parts for i in numbers):
             return "any"
         return len(prefix) if len(prefix) <= longest * parts else "too long"
 
@@ -2104,8 +2103,8 @@ class LstmCtcOcr:
             fault = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise self.Error(f"{path} cannot be read ({fault}): {remedy}") from None
         ocr = self._with_architecture(self._checked(config, path), path)
-        shape = session.get_inputs()[0].shape[2], session.get_outputs()[0].shape[2]
-        if shape != (ocr.im_height, len(ocr.words) * ocr.label_parts + 1):
+        shapes = [end.shape[2] for end in (*session.get_inputs(), *session.get_outputs())]
+        if shapes != [ocr.im_height, len(ocr.words) * ocr.label_parts + 1]:
             raise self.Error(f"{path} holds another network than it says: {remedy}")
         in_this_thread = functools.cache(functools.partial(_onnx_session, runtime, data, 1))
 
@@ -2133,13 +2132,12 @@ class LstmCtcOcr:
         doubt are read again: more of them are read right so, but only by a network that has learnt
         captchas of many kinds.
         """
-        def infer_again(view, rows):
+        def again(view, rows):
             return infer(self._viewed(view, [(ink[row], colours[row]) for row in rows]))
 
         views = [(0.6, self._from_afar), (0.4, self._from_near), (0.3, self._without_clutter)]
-        return self.texts(infer(ink), restriction, [
-            (doubt, functools.partial(infer_again, view)) for doubt, view in views
-            if NETWORKS[self.net].views])
+        views = [(doubt, functools.partial(again, view)) for doubt, view in views]
+        return self.texts(infer(ink), restriction, views if NETWORKS[self.net].views else ())
 
     def _viewed(self, view, images):
         """Returns images as a view shows them, ink at full strength: (B, H, w') uint8.
@@ -2147,11 +2145,8 @@ class LstmCtcOcr:
         view: function from ink (H, w) and colours to ink; images: B pairs of these.
         """
         seen = [view(*image) for image in images]
-        width = self._read_width(max(ink.shape[1] for ink in seen))
-        filled = np.zeros((len(seen), self.im_height, width), np.uint8)
-        for image, ink in zip(filled, seen):
-            image[:, :ink.shape[1]] = np.rint(cv2.normalize(ink, None, 255, 0, cv2.NORM_INF))
-        return filled
+        width = self._read_width(seen[0].shape[1])
+        return np.stack([self._filled(ink)[:, :width] for ink in seen])
 
     @staticmethod
     def _from_afar(ink, _):
@@ -2180,20 +2175,20 @@ class LstmCtcOcr:
         """
         away = colours - self._paper_of(colours)
         strength = abs(away).max(axis=2)
-        rows, columns = np.nonzero(strength > strength.max() / 2)
-        some = slice(None, None, 1 + len(rows) // 1000)  # 1,000 pixels are enough
-        rows, columns = rows[some], columns[some]
-        if len(rows) <= 6:
+        strong = np.argwhere(strength > strength.max() / 2)
+        strong = strong[::1 + len(strong) // 1000]  # about 1,000 pixels are enough
+        if len(strong) <= 6:
             return ink
+        rows, columns = strong.T
         cv2.setRNGSeed(0)  # of this thread
-        stop = cv2.TERM_CRITERIA_COUNT, 10, 0
-        _, groups, centres = cv2.kmeans(away[rows, columns], 6, None, stop, 1, cv2.KMEANS_PP_CENTERS)
-        spread = [len(np.unique(rows[here])) * len(np.unique(columns[here])) / here.sum()
-                  for here in groups.T == np.arange(6)[:, None]]
+        _, groups, centres = cv2.kmeans(away[rows, columns], 6, None, (cv2.TERM_CRITERIA_COUNT, 10, 0),
+                                        1, cv2.KMEANS_PP_CENTERS)
+        spread = [math.prod(len(np.unique(axis)) for axis in strong[here].T) / here.sum()
+                  for here in (groups[:, 0] == group for group in range(6))]
         clutter = centres[np.argmax(spread)]
         length = np.linalg.norm(away, axis=2).clip(1e-6) * np.linalg.norm(clutter)
         sine = np.sqrt(1 - (away @ clutter / length).clip(0, 1) ** 2)
-        other = (sine / 0.06 - 0.5).clip(0, 1)  # 0: the colour of the clutter; 1: another one
+        other = (sine / 0.06 - 0.5).clip(0, 1)  # 0: in the clutter's colour; 1: in another one
         if other[rows, columns].mean() < 0.08:  # nothing else would be left: all has one colour
             return ink
         strength *= other
@@ -2237,23 +2232,19 @@ class LstmCtcOcr:
                 raise reading
         return readings
 
-    READ_BATCH = 64  # images
-
     def recognise_files(self, paths):
         """Reads files on all cores, batch by batch.
 
         Yields for each path, in order, (path, text, confidence, None), or if the image cannot be
         read (path, None, None, what is wrong).
         """
-        paths = list(paths)
-        batches = [paths[start:start + self.READ_BATCH]
-                   for start in range(0, len(paths), self.READ_BATCH)]
+        paths, size = list(paths), 64
+        batches = [paths[start:start + size] for start in range(0, len(paths), size)]
         read = functools.partial(self._read_each, alone=len(batches) > 1)
         with ThreadPool(_cores()) as pool:
-            for batch, readings in zip(batches, pool.imap(read, batches)):
-                for path, reading in zip(batch, readings):
-                    failed = isinstance(reading, self.Error)
-                    yield path, *((None, None, str(reading)) if failed else (*reading, None))
+            for path, reading in zip(paths, itertools.chain.from_iterable(pool.imap(read, batches))):
+                failed = isinstance(reading, self.Error)
+                yield path, *((None, None, str(reading)) if failed else (*reading, None))
 
     def test(self, paths=(), as_json=False, report=""):
         """Reads files and folders, prints a line an image, and compares what was read with labels.
