@@ -3644,11 +3644,11 @@ def _warp_ctc(logits, labels, lengths):
     options = library.options(0, _cores(), classes - 1)  # 0: on the CPU
     all_steps = np.full(batch, steps, np.int32)
     losses, gradients = np.empty(batch, np.float32), np.zeros_like(logits)
-    status = library.get_workspace_size(
+    library.get_workspace_size(
         lengths.ctypes, all_steps.ctypes, classes, batch, options, ctypes.byref(size))
     workspace = np.empty(size.value, np.uint8)
     arrays = (each.ctypes for each in (logits, gradients, labels, lengths, all_steps))
-    status = status or library.compute_ctc_loss(
+    status = library.compute_ctc_loss(
         *arrays, classes, batch, losses.ctypes, workspace.ctypes, options)
     if status:
         raise LstmCtcOcr.Error(f"warp-ctc failed with status {status}")
