@@ -224,7 +224,8 @@ class LstmCtcOcr:
         None, "learning rate at the start; it falls as lr * (1 - (epoch / epoch_max) ** 2); with "
         "--start-from at most 0.001, else", usual=4e-3)
     save_epoch: float = setting(
-        None, "epochs between checkpoints; if not given, at least 100 steps, and", usual=0.1)
+        None, "epochs between checkpoints; if not given, as many as 100 steps take, at least",
+        usual=0.1)
     seed: int = setting(
         0, "fixes all that is random: rendered images, first weights, the order of the images",
         COUNT_OR_NONE)
