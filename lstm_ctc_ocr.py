@@ -236,7 +236,7 @@ class LstmCtcOcr:
         "and train writes my-model/<net>, for another dataset my-model/<its name>; test and start "
         "take an ONNX file too")
     beam_width: int = setting(
-        4, "prefixes that the beam search keeps; in reading, for each length that is possible",
+        4, "prefixes that the beam search keeps; with --length, for each length up to the longest",
         range(1, 101))
     letters: str = setting(
         "", "the only letters to read; a letter given in one case is also read for the other")
@@ -613,19 +613,21 @@ class LstmCtcOcr:
         return np.minimum(1, own[image, 2 * lengths] + paths[image, 2 * lengths + 1])
 
     def _search(self, p, longest=None):
-        """Finds likely sequences by CTC's prefix beam search (Hannun et al., 2014, arXiv:1408.2873).
+        """Finds the likeliest sequences by CTC's prefix beam search.
 
-        p: (T, C), blank last. Returns the `beam_width` likeliest sequences or, where `longest` is
-        given, as many of each length up to that number of letters, however unlikely they are.
+        p: (T, C), blank last. Returns `beam_width` sequences or, where `longest` is given, as many
+        of each length up to that number of letters, however unlikely they are. The source is Hannun
+        et al. (2014), arXiv:1408.2873.
         """
-        # Most steps say for sure what the step before has said for sure. They change next to nothing
-        # and are left out, unless the longest text would have too few steps then.
+        # Most steps are as sure as the step before them of the same class, often the blank. Such a
+        # step changes next to nothing. All are left out, if the longest text still has room.
         best, sure = p.argmax(axis=1), p.max(axis=1) > 0.999
         repeats = np.append(False, sure[1:] & sure[:-1] & (best[1:] == best[:-1]))
         if (~repeats).sum() >= 2 * (longest or 0) * self.label_parts:
             p = p[~repeats]
-        # Longer by other than the W + 1 likeliest classes, no prefix gets into a beam of W: one of
-        # these may be a repeat, but W are not. Of parts of letters, so many of each kind.
+        # To extend a prefix, W + 1 classes are enough for a beam of W. A less likely class would
+        # have to beat at least W of them; one may be weak, as the repeat of the prefix's last
+        # class. Where letters have parts, these are W + 1 first parts, W + 1 second ones and so on.
         likely = np.argsort(-p[:, :-1].reshape(len(p), -1, self.label_parts), axis=1)
         likely = likely[:, :self.beam_width + 1] * self.label_parts + np.arange(self.label_parts)
         group_of = functools.cache(functools.partial(self._group_of, longest))
@@ -640,10 +642,11 @@ class LstmCtcOcr:
         return [list(prefix) for prefix in beam]
 
     def _extended(self, beam, step, classes):
-        """Takes a beam over one step: its prefixes as they are, and longer by each of `classes`.
+        """Extends a beam by one time step: each prefix stays, and is continued by each class.
 
-        beam: {prefix: (logarithm of the probability of its paths that end with a blank, and of
-        those that end with its last class)}; step: logarithms of the C probabilities, blank last.
+        beam: {prefix: (log of the probability of its paths that end with a blank, log of that of
+        its paths that end with its last class)}; step: logs of the C probabilities, blank last.
+        Returns the same for all prefixes.
         """
         extended = collections.defaultdict(lambda: [-math.inf, -math.inf])
         for prefix, (blank, letter) in beam.items():
@@ -653,15 +656,16 @@ class LstmCtcOcr:
             for c in last:
                 own[1] = _log_sum(own[1], letter + step[c])
             for c in next_part.union(classes):
-                longer = extended[(*prefix, c)]  # if it is in the beam too, this is more of its own
+                longer = extended[(*prefix, c)]  # it may be in the beam too: then both are added
                 longer[1] = _log_sum(longer[1], step[c] + (blank if c in last else either))
         return extended
 
     def _group_of(self, longest, prefix):
-        """Says with which others a prefix competes for places in the beam.
+        """Names the group of prefixes in which a prefix competes for places in the beam.
 
-        If a length is asked for, a prefix competes with those that are as long. Of parts of letters
-        that holds for whole letters, the last of which may be under way; all others go together.
+        If a length is asked for, the prefixes of one length are a group. Where letters have parts,
+        this holds for prefixes of whole letters, of which the last may be unfinished; all other
+        prefixes are one group.
         """
         parts, numbers = self.label_parts, range(len(prefix))
         if longest is None or parts > 1 and any(
@@ -676,7 +680,7 @@ class LstmCtcOcr:
         `_search`. The probabilities are exact, and so mean the same however a sequence was found.
         First the best class of each step is tried. If these spell a sequence that has more than
         half of the probability, there can be none that is more probable, and no search is needed.
-        enough: do without the search from a lower probability on.
+        enough: a lower probability above which no search is made.
         """
         sequences = self.greedy(p)
         found = list(zip(sequences, self.sequence_probabilities(sequences, p).tolist()))
@@ -2079,7 +2083,7 @@ class LstmCtcOcr:
         return self._Reader(ocr, model, config, restriction, logits)
 
     def _open_folder(self, folder):
-        """Opens a model folder with TensorFlow: its architecture, config and logits, see `_Reader`."""
+        """Opens a model folder with TensorFlow; returns ocr, config and logits of a `_Reader`."""
         tf, (ocr, config, weights) = _tensorflow(), self._load_model(folder)
         with tf.Graph().as_default() as graph, _constants(weights, folder):
             net = ocr._build_reading(ocr._build_input(), config.get("temperature", 1))
@@ -2093,9 +2097,10 @@ class LstmCtcOcr:
         return ocr, config, logits
 
     def _open_onnx(self, path):
-        """Opens a file that `export FILE.onnx` has written with ONNX Runtime, see `_open_folder`."""
+        """Opens an exported .onnx file with ONNX Runtime; returns the same as `_open_folder`."""
         runtime = _package("onnxruntime", "read with an ONNX file")
-        remedy = f"write it with `python lstm_ctc_ocr.py export {path.name}`, or name another --model"
+        remedy = (f"write it with `python lstm_ctc_ocr.py export {path.name}`, or name another "
+                  "with --model")
         try:
             data = path.read_bytes()
             session = _onnx_session(runtime, data, _cores())
@@ -2168,7 +2173,9 @@ class LstmCtcOcr:
         return cv2.erode(cv2.warpAffine(ink, larger, (right, height)), np.ones((2, 2), np.uint8))
 
     def _without_clutter(self, ink, colours):
-        """Removes the ink of lines, grids and dots, if it has a colour of its own: (H, w) -> (H, w').
+        """Removes the ink of lines, grids and dots, if these have a colour of their own.
+
+        ink: (H, w); colours: (H, w', 1 or 3) float32. Returns ink (H, w) or (H, w').
 
         The colours of the strong ink are put into 6 groups. One of them is clutter: the one that is
         spread over the most rows and columns for its number of pixels. What differs from the paper
@@ -2182,8 +2189,9 @@ class LstmCtcOcr:
             return ink
         rows, columns = strong.T
         cv2.setRNGSeed(0)  # of this thread
-        _, groups, centres = cv2.kmeans(away[rows, columns], 6, None, (cv2.TERM_CRITERIA_COUNT, 10, 0),
-                                        1, cv2.KMEANS_PP_CENTERS)
+        stop = cv2.TERM_CRITERIA_COUNT, 10, 0
+        _, groups, centres = cv2.kmeans(
+            away[rows, columns], 6, None, stop, 1, cv2.KMEANS_PP_CENTERS)
         spread = [math.prod(len(np.unique(axis)) for axis in strong[here].T) / here.sum()
                   for here in (groups[:, 0] == group for group in range(6))]
         clutter = centres[np.argmax(spread)]
@@ -2243,7 +2251,8 @@ class LstmCtcOcr:
         batches = [paths[start:start + size] for start in range(0, len(paths), size)]
         read = functools.partial(self._read_each, alone=len(batches) > 1)
         with ThreadPool(_cores()) as pool:
-            for path, reading in zip(paths, itertools.chain.from_iterable(pool.imap(read, batches))):
+            readings = itertools.chain.from_iterable(pool.imap(read, batches))
+            for path, reading in zip(paths, readings):
                 failed = isinstance(reading, self.Error)
                 yield path, *((None, None, str(reading)) if failed else (*reading, None))
 
