@@ -1506,7 +1506,7 @@ class LstmCtcOcr:
         gained nothing. Told to stop by a signal, it saves and returns 128 + the signal's number.
         """
         place, folder = self._join_cluster(), self._folder_to_train()
-        if place.server is not None:
+        if place.serves:
             return self._serve_parameters(place)
         if not Path(self.dataset).is_dir():
             raise self.Error(f"{self.dataset} is no folder: render captchas with `python "
@@ -1757,17 +1757,16 @@ class LstmCtcOcr:
     PREPROCESSING = 1  # to be raised whenever `load_image` gives something else than before
 
     def _decoded_path(self, stem, files):
-        """Returns the path of decoded images: its end changes when they would be others.
+        """Returns the path of a file of decoded images; with other images, it is another.
 
-        That is by the network's input size, and each file's name, size and times of change.
+        It depends on the network's input size, and on each file's name, size and time of change.
         """
         state = hashlib.blake2b(digest_size=8)
         state.update(f"{self.im_width}x{self.im_height}/{self.PREPROCESSING}".encode())
         for path, _ in files:
             with contextlib.suppress(OSError):  # not there any more: `load_image` will say so
                 about = os.stat(path)
-                state.update(os.fsencode(
-                    f"/{path}/{about.st_size}/{about.st_mtime_ns}/{about.st_ctime_ns}"))
+                state.update(os.fsencode(f"/{path}/{about.st_size}/{about.st_mtime_ns}"))
         return Path(f"{stem}-{state.hexdigest()}")
 
     def _decode(self, files):
@@ -2332,10 +2331,10 @@ class LstmCtcOcr:
     class _Place:
         """A process's place among those that train together; by default it trains alone."""
         chief: bool = True
-        number: int = 0  # among chief and workers
+        serves: bool = False  # it is a parameter server
+        number: int = 0  # among chief and workers, or among the parameter servers
         workers: int = 1  # the chief included
         servers: int = 0  # parameter servers
-        server: object = None  # the number of the parameter server that it is
         target: str = ""  # of its sessions
         device: object = None  # where variables and operations go
         sees: tuple = ()  # the tasks that it communicates with
@@ -2355,11 +2354,10 @@ class LstmCtcOcr:
         try:
             resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
             cluster, job = resolver.cluster_spec(), resolver.task_type
-            index, sizes = int(resolver.task_id or 0), cluster.as_dict()
-            workers, servers = [[(job, index) for job in jobs for index in range(len(
-                sizes.get(job, ())))] for jobs in (("chief", "worker"), ("ps",))]
-            if (job, index) not in workers + servers or not workers or (
-                    len(workers) > 1 and not servers):
+            index, addresses = int(resolver.task_id or 0), cluster.as_dict()
+            sizes = {job: len(addresses.get(job, ())) for job in ("chief", "worker", "ps")}
+            workers, servers = sizes["chief"] + sizes["worker"], sizes["ps"]
+            if index >= sizes.get(job, 0) or workers == 0 or workers > 1 > servers:
                 raise ValueError("it must name a chief or worker, a ps if they are several, and "
                                  "a task that is one of them")
             if not servers:
@@ -2372,12 +2370,10 @@ class LstmCtcOcr:
         # process. The chief, once it trains, catches signals and saves first.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        place = LstmCtcOcr._Place(workers=len(workers), servers=len(servers), target=server.target)
-        if job == "ps":
-            return dataclasses.replace(place, chief=False, server=index)
-        here, number = f"/job:{job}/task:{index}", workers.index((job, index))
-        return dataclasses.replace(
-            place, chief=number == 0, number=number, sees=("/job:ps", here),
+        here, number = f"/job:{job}/task:{index}", index + sizes["chief"] * (job == "worker")
+        return LstmCtcOcr._Place(
+            chief=job != "ps" and number == 0, serves=job == "ps", number=number, workers=workers,
+            servers=servers, target=server.target, sees=("/job:ps", here),
             device=tf.train.replica_device_setter(cluster=cluster, worker_device=here))
 
     def _serve_parameters(self, place):
@@ -2385,10 +2381,10 @@ class LstmCtcOcr:
         tf = _tensorflow()
         with tf.Graph().as_default(), \
                 tf.Session(place.target, config=_session_config(place)) as session:
-            finished = self._finished_queue(place.server, place.workers).dequeue()
+            finished = self._finished_queue(place.number, place.workers).dequeue()
             print(f"holds weights for {place.workers} workers", file=sys.stderr)
             session.run(finished)
-            # A worker that has died will not say that it is done: wait for the others a little.
+            # The others are done at about the same time. If one has died, it will not say so.
             with contextlib.suppress(tf.errors.DeadlineExceededError):
                 for _ in range(place.workers - 1):
                     session.run(finished, options=tf.RunOptions(timeout_in_ms=10_000))
