@@ -1463,6 +1463,9 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ training
 
+    REPORT_STEPS = 100  # between reports, as in the article
+    FEW = 20_000  # from a model to start from, fewer images are distorted whenever they are shown
+
     @dataclasses.dataclass(frozen=True)
     class _Dataset:
         """The labelled images that this process trains and validates on."""
@@ -1481,7 +1484,7 @@ class LstmCtcOcr:
         data: object  # _Dataset
         steps_per_epoch: int
         last: int  # the step at which it ends
-        config: dict  # what config.json will say; its `step` is the newest checkpoint's; the chief's
+        config: dict  # of the chief: what config.json will say; its `step` is the last saved one
         session: object = None  # any thread may use it; a new one after a parameter server was lost
         stop: list = ()  # the signals that told the chief to stop
         step: int = 0
@@ -1683,8 +1686,8 @@ class LstmCtcOcr:
         """
         config = self._training_config(folder)
         if config.get("step", 0) < last:  # or else nothing will be validated
-            names = "/".join(os.path.basename(data.files[row][0]) for row in data.held)
-            held_out = hashlib.blake2b(os.fsencode(names), digest_size=8).hexdigest()
+            names = [os.path.basename(data.files[row][0]) for row in data.held]
+            held_out = _digest("/".join(names))
             if config.get("held_out") != held_out:
                 _forget_best(config)
             config.update(held_share=share, held_out=held_out)
@@ -1761,13 +1764,12 @@ class LstmCtcOcr:
 
         It depends on the network's input size, and on each file's name, size and time of change.
         """
-        state = hashlib.blake2b(digest_size=8)
-        state.update(f"{self.im_width}x{self.im_height}/{self.PREPROCESSING}".encode())
+        state = [f"{self.im_width}x{self.im_height}", str(self.PREPROCESSING)]
         for path, _ in files:
             with contextlib.suppress(OSError):  # not there any more: `load_image` will say so
                 about = os.stat(path)
-                state.update(os.fsencode(f"/{path}/{about.st_size}/{about.st_mtime_ns}"))
-        return Path(f"{stem}-{state.hexdigest()}")
+                state.append(f"{path}/{about.st_size}/{about.st_mtime_ns}")
+        return Path(f"{stem}-{_digest('/'.join(state))}")
 
     def _decode(self, files):
         """Decodes the images of (path, text) pairs on all cores, and names on stderr what is none.
@@ -1892,10 +1894,9 @@ class LstmCtcOcr:
     def _require_finite(self, run, *values):
         """Raises `Error` if the training has got out of hand."""
         if not np.isfinite(values).all():
-            step = run.config.get("step")
-            saved = f"; the checkpoint of step {step} in {run.folder} is intact" if step else ""
             raise self.Error("the loss or its gradient is no longer a number after step "
-                             f"{run.step}: lower --lr{saved}")
+                             f"{run.step}: lower --lr, to go on from the newest checkpoint in "
+                             f"{run.folder}")
 
     def _report(self, run, feeds):
         """Validates; prints the article's figures and draws the learning curve."""
@@ -2020,12 +2021,11 @@ class LstmCtcOcr:
             lines.append(f"{new:,} images are new since this training ended: to learn them too, "
                          "train with another --model")
         if most == 0:
-            remedy = "look whether the labels are right" if self.start_from else \
-                "start from a model (--start-from general, with another --model)"
             lines.append(
-                f"nothing has been learnt yet: not one of {len(run.data.held)} held-out images is "
-                f"read right. Go on with a larger --epoch-max than {self.epoch_max:.4g}, give more "
-                f"than {len(run.data.rows):,} images, or {remedy}")
+                f"nothing has been learnt yet: not one of {count} held-out images is read right. "
+                f"Look whether the labels are right, go on with a larger --epoch-max than "
+                f"{self.epoch_max:.4g}, give more images, or start from a model (--start-from "
+                "general, with another --model)")
         print("\n".join(lines), file=sys.stderr)
 
     @contextlib.contextmanager
