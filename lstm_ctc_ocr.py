@@ -2393,13 +2393,13 @@ class LstmCtcOcr:
 
     @staticmethod
     def _finished_queue(server, workers):
-        """Returns the queue on a parameter server to which each worker that is done adds an entry."""
+        """Returns a parameter server's queue: each worker that is done adds an entry."""
         tf = _tensorflow()
         with tf.device(f"/job:ps/task:{server}"):
             return tf.FIFOQueue(workers, tf.bool, shapes=[], shared_name=f"finished_{server}")
 
     def _build_agreement(self, steps_per_epoch, place, optimizer):
-        """Builds the variables and queues that chief and workers share; returns fields of `_Net`."""
+        """Builds what chief and workers share: variables and queues, as fields of `_Net`."""
         tf = _tensorflow()
         plan = json.dumps({**self._plan(), "last": math.ceil(self.epoch_max * steps_per_epoch)})
         return {"replicas": optimizer,
