@@ -1463,9 +1463,6 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ training
 
-    REPORT_STEPS = 100  # between reports, as in the article
-    FEW = 20_000  # from a model to start from, fewer images are distorted whenever they are shown
-
     @dataclasses.dataclass(frozen=True)
     class _Dataset:
         """The labelled images that this process trains and validates on."""
