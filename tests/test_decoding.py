@@ -53,7 +53,7 @@ def test_a_text_has_its_exact_probability_and_a_wide_beam_finds_the_best(shape, 
     for image, (text, confidence) in enumerate(ocr.texts(logits)):
         every = enumerate_sequences(logits[:, image])
         assert confidence == pytest.approx(every[tuple(map(ocr.words.index, text))], rel=1e-5)
-        if beam_width == 100 or max(every.values()) > 0.5:
+        if beam_width == 100 or beam_width > 1 and max(every.values()) > 0.5:  # a beam of one may lose it
             assert confidence == pytest.approx(max(every.values()), rel=1e-5)
 
 
