@@ -232,7 +232,7 @@ class LstmCtcOcr:
     # --- reading
     model: str = setting(
         "", "the model: a folder, or one that ships (lstm, cnn_lstm, general); if not given, test "
-        "and start read with what was trained last on the usual dataset, or else with cnn_lstm, "
+        "and start read with what was trained last on the usual dataset, or else with general, "
         "and train writes my-model/<net>, for another dataset my-model/<its name>; test and start "
         "take an ONNX file too")
     beam_width: int = setting(
@@ -1332,7 +1332,7 @@ class LstmCtcOcr:
             print(f"{_shown(folder)} is passed over: it read only {accuracy:.1%} of its held-out "
                   f"images; train it further, or read with it all the same by --model "
                   f"{_shown(folder)}", file=sys.stderr)
-        return MODELS / "pretrained" / (self.net or "cnn_lstm")
+        return MODELS / "pretrained" / (self.net or "general")
 
     def _load_config(self, folder, flag="--model"):
         """Returns a model folder's config.json; raises `Error` if there is none that is whole.

@@ -72,7 +72,8 @@ def test_a_report_is_of_any_image_and_overwrites_none(tmp_path, capfd):
         assert main(["test", "--report", str(report), str(path)]) == 2
         message, = capfd.readouterr().err.splitlines()
         assert "name an .html file in a folder that exists" in message
-    assert main(["test", "--labels", "*_LABEL_*", "--report", str(tmp_path / "it.html"), str(tmp_path)]) == 0
+    assert main(["test", "--model", str(SHIPPED), "--labels", "*_LABEL_*", "--report", str(tmp_path / "it.html"),
+                 str(tmp_path)]) == 0
     assert "<h2>Read wrong: 1" in (tmp_path / "it.html").read_text()
     lstm_ctc_ocr._replace(tmp_path / "it.html", os.fsdecode(b"caf\xe9.tif"))
     assert (tmp_path / "it.html").read_text() == "caf\\udce9.tif"
