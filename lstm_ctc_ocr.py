@@ -635,7 +635,7 @@ class LstmCtcOcr:
         for step, classes in zip(np.log(np.maximum(p, 1e-300)), likely.reshape(len(p), -1)):
             extended = self._extended(beam, step.tolist(), classes.tolist())
             beam, places = {}, collections.Counter({"too long": self.beam_width})
-            for prefix in sorted(extended, key=lambda prefix: -_log_sum(*extended[prefix])):
+            for prefix in sorted(extended, key=lambda prefix: -self._log_sum(*extended[prefix])):
                 places[group_of(prefix)] += 1
                 if places[group_of(prefix)] <= self.beam_width:
                     beam[prefix] = extended[prefix]
@@ -650,15 +650,21 @@ class LstmCtcOcr:
         """
         extended = collections.defaultdict(lambda: [-math.inf, -math.inf])
         for prefix, (blank, letter) in beam.items():
-            last, either, own = prefix[-1:], _log_sum(blank, letter), extended[prefix]
+            last, either, own = prefix[-1:], self._log_sum(blank, letter), extended[prefix]
             own[0] = either + step[-1]
             next_part = {c + 1 for c in last if (c + 1) % self.label_parts}
             for c in last:
-                own[1] = _log_sum(own[1], letter + step[c])
+                own[1] = self._log_sum(own[1], letter + step[c])
             for c in next_part.union(classes):
                 longer = extended[(*prefix, c)]  # it may be in the beam too: then both are added
-                longer[1] = _log_sum(longer[1], step[c] + (blank if c in last else either))
+                longer[1] = self._log_sum(longer[1], step[c] + (blank if c in last else either))
         return extended
+
+    @staticmethod
+    def _log_sum(a, b):
+        """Returns log(exp(a) + exp(b)); NumPy's takes three times as long for single numbers."""
+        low, high = min(a, b), max(a, b)
+        return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 
     def _group_of(self, longest, prefix):
         """Names the group of prefixes in which a prefix competes for places in the beam.
@@ -3685,13 +3691,6 @@ def fit_temperature(right, confidences):
     """
     p = np.clip(confidences, 1e-6, 1 - 1e-6)
     return TEMPERATURES[int(np.where(right, np.log(p), np.log(1 - p)).sum(axis=1).argmax())]
-
-
-def _log_sum(a, b):
-    """Returns log(exp(a) + exp(b)); NumPy's takes three times as long for single numbers."""
-    if a < b:
-        a, b = b, a
-    return a if b == -math.inf else a + math.log1p(math.exp(b - a))
 
 
 def edits(a, b):
