@@ -3084,11 +3084,11 @@ def draw_varied(text, seed, fonts):
     fonts: (path, its letters) of each. The image is 22 to 90 pixels high, and as wide as its text.
     """
     chance = random.Random(seed)
-    height = chance.choice((chance.randint(22, 45), chance.randint(36, 90)))
+    height = chance.choice((chance.randint(22, 46), chance.randint(44, 90)))
     share = chance.uniform(.55, 1.05) if chance.random() < .7 else chance.uniform(.25, .6)
     size = max(13, share * height)
     placed, width = _place_letters(chance, fonts, text, height, size)
-    paper, contrast = _colour(chance, PAPER_COLOURS), chance.choice((40, 70, 100, 120))
+    paper, contrast = _colour(chance, PAPER_COLOURS), chance.choice((50, 75, 100, 125))
     look = LstmCtcOcr._Look(
         chance, np.random.default_rng(chance.getrandbits(64)), fonts, (height, width), size, paper,
         _contrasting(chance, paper, contrast), contrast)
@@ -3218,7 +3218,7 @@ def _place_letters(chance, fonts, text, height, size):
     turn, slant = _some(chance, .25, -12, 12), _some(chance, .25, -.35, .35)
     stretch, slope = 1 + _some(chance, .33, -.25, .3), _some(chance, .33, -.12, .12)
     loose = chance.uniform(1, max(1, .8 * height / size))  # small letters are often far apart
-    shrink, jitter = _some(chance, .6, .05, .4), loose * _some(chance, .67, .05, .25)
+    shrink, jitter = _some(chance, .6, .05, .35), loose * _some(chance, .67, .05, .25)
     spacing = min(loose * chance.uniform(*chance.choice(SPACINGS)),
                   max(.8, MAX_ASPECT * height / (len(text) * .6 * size * stretch)))
     able = [path for path, letters in fonts if not text.strip(letters)]
@@ -3227,7 +3227,7 @@ def _place_letters(chance, fonts, text, height, size):
     for letter in text:
         path = font or chance.choice([path for path, letters in fonts if letter in letters])
         glyph, middle, advance = _glyph(path, letter, level)
-        scale = size / level * (1 - chance.uniform(0, shrink))
+        scale = size / level * (1.1 - chance.uniform(0, shrink))
         turned = cv2.getRotationMatrix2D((0, 0), turn + chance.uniform(-swing, swing), scale)[:, :2]
         matrix = turned @ [[stretch, slant + chance.uniform(-slants, slants)], [0, 1]]
         width = advance * stretch * scale
@@ -3491,11 +3491,11 @@ def _clutter(look, canvas, over):
 def _wave(look, force, places):
     """Bends rows and columns into waves."""
     turn = places[::-1] * (2 * math.pi / look.chance.uniform(.5, 3)) + look.chance.uniform(0, 7)
-    return force * look.noise.uniform(0, .08, (2, 1, 1)) * np.sin(turn)
+    return force * look.noise.uniform(0, .1, (2, 1, 1)) * np.sin(turn)
 
 
 def _dents(look, force, places):
-    spots = _spots(look, 2, look.shape[0] / look.chance.uniform(2, 4))
+    spots = _spots(look, 2, look.shape[0] / look.chance.uniform(3, 5))
     return force * look.chance.uniform(.07, .2) * (spots - .5)
 
 
@@ -3526,9 +3526,9 @@ def _warp(look, picture, force=.5, edge=cv2.BORDER_REPLICATE):
 # Degradations are functions of a look and of the canvas, (3, h, w). They return the canvas.
 
 def _swapped(look, canvas):
-    """Lets ink and paper change places: in blots, in stripes, or on one side."""
-    pattern = look.chance.choice((BLOTS, _gradient, _grid))
-    _blend(canvas, pattern(look, look.shape[0]) > .3, look.paper + look.ink - canvas)
+    """Lets ink and paper change places: in blots, or on one side."""
+    pattern = look.chance.choice((BLOTS, _gradient))
+    _blend(canvas, pattern(look, 0) > .3, look.paper + look.ink - canvas)
     return canvas
 
 
