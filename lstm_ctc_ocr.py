@@ -2490,8 +2490,10 @@ class LstmCtcOcr:
 
         Its step waits for another task. Such a step cannot be cancelled, so the process exits.
         """
-        with contextlib.suppress(_tensorflow().errors.OpError, RuntimeError):  # a lost server
-            self._between_steps(run, run.step, feeds)
+        # If a server is lost too, or the loss no number, the newest checkpoint stays what it is.
+        with contextlib.suppress(_tensorflow().errors.OpError, RuntimeError, self.Error):
+            self._require_finite(run, run.session.run(run.net.loss, feeds))
+            self._save(run)
         print(_stopped(run), file=sys.stderr, flush=True)
         os._exit(128 + run.stop[0])
 

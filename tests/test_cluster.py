@@ -52,7 +52,7 @@ class Cluster:
 
     def end(self):
         """Waits until all tasks have ended, as they should."""
-        said = {job: task.communicate(timeout=120)[1] for job, task in self.tasks.items()}  # or they wait for ever
+        said = {job: task.communicate(timeout=300)[1] for job, task in self.tasks.items()}  # or they wait for ever
         assert [task.returncode for task in self.tasks.values()] == [0, 0, 0], said
         assert "Traceback" not in "".join(said.values()), said
 
