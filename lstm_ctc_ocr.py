@@ -82,7 +82,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import types
 import warnings
 from multiprocessing.pool import ThreadPool
@@ -105,8 +104,7 @@ import waitress
 from PIL import Image, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import (
-    HTTPException, InternalServerError, ServiceUnavailable, Unauthorized)
+from werkzeug.exceptions import HTTPException, ServiceUnavailable, Unauthorized
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # it warns of odd headers; the image counts
 
@@ -2506,45 +2504,34 @@ class LstmCtcOcr:
 
     @dataclasses.dataclass
     class _Service:
-        """State that the requests to an application share; `lock` is held to change it."""
+        """State that the requests to an application share."""
         labelling: object  # _Labelling, with --label
         pool: object  # threads that read, one a core; the first job starts them
         jobs: list  # (bytes, Restriction, Future) of images that wait
-        latencies: collections.deque  # seconds, of the last requests for a reading
-        lock: object
-        waiting: int = 0  # images that wait, or are being read
-        images_read: int = 0
-        errors: int = 0  # requests for a reading that were answered with an error
-        other_requests: int = 0  # requests that asked for no reading, or were refused before it
-        stopping: bool = False
-
-        def close(self):
-            """Refuses new jobs; returns when all others are done and the threads have ended."""
-            with self.lock:
-                self.stopping = True
-            self.pool.shutdown()
+        lock: object  # held to change `jobs`
 
     def create_app(self):
         """Returns the Flask application, with its model loaded and run once.
 
         Its routes are those of the OpenAPI description: an operation's `operationId` names the
         method that answers it. `app.extensions["lstm_ctc_ocr"]` is the state that requests share;
-        its `close` ends the threads. Raises `Error` if there is no model, or no image to label.
+        its `pool.shutdown()` ends the threads. Raises `Error` if there is no model, or no image
+        to label.
         """
         labelling = self._open_labelling() if self.label else None
         ocr = self._reader.ocr
         blank = np.zeros((1, ocr.im_height, ocr.im_width), np.uint8)
         self._reader.logits(blank, alone=True)  # the first run takes long
-        service = self._Service(labelling, concurrent.futures.ThreadPoolExecutor(_cores()), [],
-                                collections.deque(maxlen=1000), threading.Lock())
+        pool = concurrent.futures.ThreadPoolExecutor(_cores())
+        service = self._Service(labelling, pool, [], threading.Lock())
         if labelling:
-            service.pool.submit(self._guess_all, service, iter(labelling.left()))
+            pool.submit(self._guess_all, service, iter(labelling.left()))
         app = flask.Flask(__name__, static_folder=None)
         app.extensions["lstm_ctc_ocr"] = service
         app.json.sort_keys = False
         app.config["MAX_CONTENT_LENGTH"] = self.MAX_BODY
-        app.before_request(functools.partial(self._admit, service))
-        app.after_request(functools.partial(self._account, service))
+        app.before_request(self._admit)
+        app.after_request(self._account)
         for error in (HTTPException, self.Error, OSError):
             app.register_error_handler(error, _json_error)
         for path, operations in describe_service(self.label)["paths"].items():
@@ -2555,7 +2542,7 @@ class LstmCtcOcr:
                                  provide_automatic_options=False)
         return app
 
-    def _admit(self, service):
+    def _admit(self):
         """Refuses a request without the token, which only /healthz does not need."""
         flask.g.begun = time.perf_counter()
         basic = flask.request.authorization
@@ -2573,22 +2560,15 @@ class LstmCtcOcr:
     HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
                "X-Frame-Options": "DENY", "Cache-Control": "no-store"}
 
-    def _account(self, service, response):
-        """Counts and logs a request; sets the headers that every answer has."""
-        request, status = flask.request, response.status_code
-        seconds = time.perf_counter() - flask.g.begun
-        with service.lock:
-            if request.path == "/captchaOcr" and status not in (401, 404, 405):
-                service.errors += status >= 400
-                service.latencies.append(seconds)
-            else:
-                service.other_requests += 1
+    def _account(self, response):
+        """Logs a request; sets the headers that every answer has."""
+        request, seconds = flask.request, time.perf_counter() - flask.g.begun
         response.headers.update(self.HEADERS)
         response.headers.setdefault("Content-Security-Policy", "default-src 'none'")
         target = ascii(request.full_path.rstrip("?"))[1:-1]  # no control characters in a log
         with contextlib.suppress(OSError):  # nobody may be reading the log
-            print(f'{request.remote_addr} "{request.method} {target}" {status} '
-                  f"{seconds * 1e3:.1f} ms", file=sys.stderr, flush=True)
+            print(f'{request.remote_addr} "{request.method} {target}" '
+                  f"{response.status_code} {seconds * 1e3:.1f} ms", file=sys.stderr, flush=True)
         return response
 
     def _answer_path(self, service):
@@ -2635,23 +2615,21 @@ class LstmCtcOcr:
         restriction = self._reader.ocr.restrict(str(given.get("letters") or self.letters),
                                                 str(given.get("length") or self.length))
         futures = [concurrent.futures.Future() for _ in datas]
-        with service.lock:
-            if service.stopping or service.waiting >= self.QUEUE:
-                raise ServiceUnavailable("too many images are waiting, or the service is stopping; "
-                                         "try again soon", retry_after=1)
-            service.waiting += len(datas)  # of a form all, or under load it would never fit
-            for data, future in zip(datas, futures):
-                service.jobs.append((data, restriction, future))
-                service.pool.submit(self._read_jobs, service)
+        try:
+            with service.lock:
+                if len(service.jobs) >= self.QUEUE:
+                    raise RuntimeError
+                for data, future in zip(datas, futures):  # a large form too, though over the limit
+                    service.pool.submit(self._read_jobs, service)  # RuntimeError: it is shut down
+                    service.jobs.append((data, restriction, future))
+        except RuntimeError:
+            raise ServiceUnavailable("too many images are waiting, or the service is stopping; "
+                                     "try again soon", retry_after=1) from None
         readings = [future.result() for future in futures]
-        read = [reading for reading in readings if isinstance(reading, tuple)]
-        with service.lock:
-            service.waiting -= len(datas)
-            service.images_read += len(read)
-        if not read:
+        if all(isinstance(reading, self.Error) for reading in readings):
             raise readings[0]
-        return [dict(zip(("ocr_ret", "confidence"), reading)) if isinstance(reading, tuple) else
-                {"error": str(reading)} for reading in readings]
+        return [{"error": str(reading)} if isinstance(reading, self.Error) else
+                dict(zip(("ocr_ret", "confidence"), reading)) for reading in readings]
 
     def _read_jobs(self, service):
         """Reads a batch of the images that wait, if others have left any.
@@ -2668,25 +2646,17 @@ class LstmCtcOcr:
         datas, restrictions, futures = zip(*batch)
         try:
             readings = self._read_each(datas, restrictions, alone=True)
-        except Exception:  # a fault of this program
-            readings = [InternalServerError()] * len(batch)
-            with contextlib.suppress(OSError):  # nobody may be reading the log
-                traceback.print_exc()
-        for future, reading in zip(futures, readings):
-            future.set_result(reading)
+            for future, reading in zip(futures, readings):
+                future.set_result(reading)
+        except Exception as fault:  # of this program; Flask logs it and answers with status 500
+            for future in futures:
+                future.set_exception(fault)
 
     def _answer_health(self, service):
-        """GET /healthz: says which model reads, and counts."""
-        config = self._reader.config
+        """GET /healthz: says which model reads, and how many images wait to be read."""
         told = ("net", "words", "words_max_num", "step", "accuracy")
-        with service.lock:
-            milliseconds = np.array(service.latencies or [0]) * 1e3
-        p50, p95, p99 = np.percentile(milliseconds, (50, 95, 99)).round(2).tolist()
-        return {"status": "stopping" if service.stopping else "ok", "version": VERSION,
-                "model": {name: config.get(name) for name in told},
-                "waiting": service.waiting, "images_read": service.images_read,
-                "errors": service.errors, "other_requests": service.other_requests,
-                "latency_ms": {"p50": p50, "p95": p95, "p99": p99}}
+        return {"status": "ok", "version": VERSION, "waiting": len(service.jobs),
+                "model": {name: self._reader.config.get(name) for name in told}}
 
     def _answer_description(self, service):
         """GET /openapi.json"""
@@ -2713,8 +2683,9 @@ class LstmCtcOcr:
         app = self.create_app()
         server = waitress.create_server(
             app, sockets=[listening], ident=None, max_request_body_size=self.MAX_BUFFER,
-            threads=self.QUEUE + 8,  # one is always free to say that too many images wait
-            connection_limit=self.CONNECTIONS)
+            connection_limit=self.CONNECTIONS, threads=self.CONNECTIONS)
+        serve = functools.partial(  # receives and sends what can be, after 0.1 seconds at most
+            server.asyncore.loop, 0.1, use_poll=True, map=server._map, count=1)
         waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
         host = f"[{self.host}]" if ":" in self.host else self.host
         address = f"http://{host}:{server.effective_port}"
@@ -2725,12 +2696,16 @@ class LstmCtcOcr:
             if self.label:
                 print(f"label {self.label} on {address}/label", file=sys.stderr, flush=True)
             while not stop:
-                self._serve(server)
-            self._drain(server, app.extensions["lstm_ctc_ocr"])
-
-    def _serve(self, server):
-        """Receives and sends what can be at this moment; waits 0.1 seconds for it at most."""
-        server.asyncore.loop(0.1, use_poll=True, map=server._map, count=1)
+                serve()
+            # Takes no more connections, and answers the requests under way, for 4 seconds at most.
+            app.extensions["lstm_ctc_ocr"].pool.shutdown(wait=False)
+            server.del_channel()
+            server.socket.shutdown(socket.SHUT_RD)  # who comes now is refused, rather than cut off
+            deadline = time.monotonic() + 4
+            while time.monotonic() < deadline and any(
+                    channel.requests or channel.total_outbufs_len
+                    for channel in server.active_channels.values()):
+                serve()
 
     def _listen(self):
         """Returns a socket that listens; raises `Error` if the address cannot be had."""
@@ -2745,18 +2720,6 @@ class LstmCtcOcr:
                   f"{self.image_root}, and those to label: set --token to keep strangers out",
                   file=sys.stderr)
         return listening
-
-    def _drain(self, server, service):
-        """Takes no more connections, and answers the requests under way, for 4 seconds at most."""
-        service.stopping = True
-        server.del_channel()
-        server.socket.shutdown(socket.SHUT_RD)  # who comes now is refused, rather than cut off
-        deadline = time.monotonic() + 4
-        while time.monotonic() < deadline and any(
-                channel.requests or channel.total_outbufs_len
-                for channel in server.active_channels.values()):
-            self._serve(server)
-        service.close()
 
     # ------------------------------------------------------------------ labelling page
 
@@ -2774,55 +2737,50 @@ class LstmCtcOcr:
         lock: object  # held to write
 
         def left(self):
-            """Returns the guesses of the images that have no label."""
-            return {name: guess for name, guess in list(self.guesses.items())
-                    if name not in self.labels}
+            """Returns the names of the images that have no label."""
+            return [name for name in list(self.guesses) if name not in self.labels]
 
         def guess(self, name):
-            """Reads an image; names on stderr and drops one that has gone or cannot be read."""
-            path = _file_under(self.folder, self.folder / name)
-            reading, = self.read([path]) if path else [LstmCtcOcr.Error(f"{name} has gone")]
-            if isinstance(reading, LstmCtcOcr.Error):
-                self.guesses.pop(name, None)
-                print(reading, file=sys.stderr)
-            else:
-                self.guesses[name] = reading
+            """Reads an image and returns its guess, or None if it has gone or cannot be read.
 
-        def show(self, name):
-            """Returns what the page shows of an image, or None if it cannot be read any more."""
-            self.guess(name)
-            if name not in self.guesses:
-                return None
-            text, confidence = self.guesses[name]
-            image = _data_url((self.folder / name).read_bytes())
-            return {"path": name, "image": image, "confidence": confidence,
-                    "text": self.labels.get(name, text)}
-
-        def show_next(self):
-            """Shows the image that was skipped least often, and of those the least surely read.
-
-            When all images have a label, it returns an empty path.
+            Such an image is named on stderr and dropped.
             """
-            while left := self.left():
-                name = min(left, key=lambda name: (self.skipped[name], left[name][1]))
-                if shown := self.show(name):
-                    return shown
-            return {"path": ""}
+            reading, = self.read([self.folder / name])
+            if isinstance(reading, LstmCtcOcr.Error):
+                print(reading, file=sys.stderr)
+                self.guesses.pop(name, None)
+                return None
+            self.guesses[name] = reading
+            return reading
+
+        def show(self, asked=""):
+            """Returns what the page shows: the image asked for if it is there, else the next one.
+
+            Next comes the image that was skipped least often, and of those the least surely read.
+            When all images have a label, the path is empty.
+            """
+            def order(name):
+                return self.skipped[name], self.guesses.get(name, LstmCtcOcr.UNREAD)[1]
+
+            shown = {"path": ""}
+            while name := asked if asked in self.guesses else min(
+                    self.left(), key=order, default=""):
+                if guess := self.guess(name):
+                    text, confidence = guess
+                    image = _data_url((self.folder / name).read_bytes())
+                    shown = {"path": name, "image": image, "confidence": confidence,
+                             "text": self.labels.get(name, text)}
+                    break
+            labelled = len(self.labels)
+            return {**shown, "labelled": labelled, "images": labelled + len(self.left())}
 
         def write(self, name, label):
             """Adds a line to the list of labels, whole or not at all; it is then on the disk."""
-            path = self.folder / LABELS
+            path, line = self.folder / LABELS, io.StringIO()
+            csv.writer(line, delimiter=self.separator, lineterminator="\n").writerow([name, label])
             with self.lock:
-                path.touch()
-                end = path.stat().st_size
-                try:
-                    with open(path, "a", encoding="utf-8", newline="") as file:
-                        lines = csv.writer(file, delimiter=self.separator, lineterminator="\n")
-                        lines.writerow([name, label])
-                    _to_disk(path, self.folder)
-                except OSError:
-                    os.truncate(path, end)
-                    raise
+                before = path.read_bytes() if path.exists() else b""
+                _replace(path, before + line.getvalue().encode(), durable=True)
                 self.labels[name] = label
 
     def _open_labelling(self):
@@ -2855,33 +2813,27 @@ class LstmCtcOcr:
     LONGEST_LABEL = 100  # letters; a line of a list cannot be as long as a client likes
 
     def _answer_label(self, service):
-        """POST /label: writes an image's label, or skips it without one; answers with the next."""
+        """POST /label: writes an image's label, or without one skips it; answers with the next."""
         request, labelling = flask.request, service.labelling
-        site = request.headers.get("Sec-Fetch-Site", "same-origin")
-        origin = request.headers.get("Origin", f"://{request.host}")
-        if site != "same-origin" or origin.partition("://")[2] != request.host:
+        origin = request.headers.get("Origin", f"://{request.host}")  # a browser always sends it
+        if origin.partition("://")[2] != request.host:
             flask.abort(403, "labels are taken from this service's own page, and from no other")
         body = _json_body()
-        name, label = str(body.get("path")), body.get("label")
+        name, label = str(body.get("path")), str(body.get("label") or "").strip()
         if name not in labelling.guesses:
             flask.abort(400, 'send JSON: {"path": an image of the folder, "label": its text}')
-        if label is None:
-            labelling.skipped[name] += 1
-        elif isinstance(label, str) and label.isprintable() and \
-                1 <= len(label.strip()) <= self.LONGEST_LABEL:
-            labelling.write(name, label.strip())
+        if len(label) > self.LONGEST_LABEL or not label.isprintable():
+            flask.abort(400, f"a label has at most {self.LONGEST_LABEL} letters, and holds no "
+                             "control characters")
+        if label:
+            labelling.write(name, label)
         else:
-            flask.abort(400, f"a label is 1 to {self.LONGEST_LABEL} letters, and holds no control "
-                             "characters")
-        return self._answer_image_to_label(service)
+            labelling.skipped[name] += 1
+        return labelling.show()
 
     def _answer_image_to_label(self, service):
         """GET /label/image?path=P: shows the image P if it is there, else the next one to label."""
-        labelling, asked = service.labelling, flask.request.args.get("path")
-        shown = labelling.show(asked) if asked in labelling.guesses else None
-        shown = shown or labelling.show_next()
-        labelled, left = len(labelling.labels), len(labelling.left())
-        return {**shown, "labelled": labelled, "images": labelled + left}
+        return service.labelling.show(flask.request.args.get("path"))
 
     # ------------------------------------------------------------------ export
 
@@ -4175,23 +4127,16 @@ DESCRIPTION = """{
   "/healthz": {
     "get": {
       "operationId": "answer_health",
-      "summary": "Model, version, counters, latency of the last readings",
+      "summary": "Model, version, and how many images wait to be read",
       "responses": {
         "200": {"description": "it is up", "content": {"application/json": {"schema": {
           "type": "object",
-          "required": ["status", "version", "model", "waiting", "images_read", "errors",
-                       "other_requests", "latency_ms"],
+          "required": ["status", "version", "model", "waiting"],
           "properties": {
-            "status": {"enum": ["ok", "stopping"]},
+            "status": {"const": "ok"},
             "version": {"type": "string"},
             "model": {"type": "object"},
-            "waiting": {"$ref": "#/components/schemas/Number"},
-            "images_read": {"$ref": "#/components/schemas/Number"},
-            "errors": {"$ref": "#/components/schemas/Number"},
-            "other_requests": {"$ref": "#/components/schemas/Number"},
-            "latency_ms": {
-              "type": "object", "required": ["p50", "p95", "p99"],
-              "additionalProperties": {"$ref": "#/components/schemas/Number"}}}}}}}}}},
+            "waiting": {"$ref": "#/components/schemas/Number"}}}}}}}}},
   "/openapi.json": {
     "get": {
       "operationId": "answer_description",

@@ -120,23 +120,25 @@ def test_over_a_socket_strangers_are_refused_and_a_correction_wins(folder):
         for headers, status in [
                 ({}, 401), ({"Authorization": "Bearer open"}, 401), ({**key, "Origin": "http://evil.example"}, 403),
                 ({**key, "Origin": "null"}, 403), ({**key, "Origin": f"http://127.0.0.1:{port + 1}"}, 403),
-                ({**key, "Sec_Fetch_Site": "cross-site"}, 403), ({**key, "Sec_Fetch_Site": "same-site"}, 403),
                 ({**key, "Content_Type": "text/plain"}, 400)]:
             code, answer = ask(port, "POST", "/label", label, **headers)
             assert code == status and list(answer) == ["error"]
         for name in ("../outside.png", "link.png", "/etc/passwd", str(folder / "0.png"), "notes.txt", "labels.csv", ""):
             assert ask(port, "POST", "/label", {"path": name, "label": "A"}, **key)[0] == 400
             assert ask(port, "GET", f"/label/image?path={name}", **key)[1]["path"] in {*NAMES} - {name}
-        for text in ("", "  ", "A\nB", "A\0", "\ud800", 7, []):
+        for text in ("A\nB", "A\0", "\ud800", 101 * "A"):
             assert ask(port, "POST", "/label", {"path": "0.png", "label": text}, **key)[0] == 400
         assert not (folder / "labels.csv").exists()
-        same = {**key, "Origin": f"http://127.0.0.1:{port}", "Sec_Fetch_Site": "same-origin"}
+        for text in ("", "  "):  # no label: the image is skipped
+            assert ask(port, "POST", "/label", {"path": "0.png", "label": text}, **key)[1]["labelled"] == 0
+        assert not (folder / "labels.csv").exists()
+        same = {**key, "Origin": f"http://127.0.0.1:{port}"}
         for text in (" A ", 'b,"ß', "C"):
             assert ask(port, "POST", "/label", {"path": "0.png", "label": text}, **same)[1]["labelled"] == 1
         assert ask(port, "GET", "/label/image?path=0.png", **key)[1]["text"] == "C"
     assert lines(folder) == [["0.png", "A"], ["0.png", 'b,"ß'], ["0.png", "C"]]
     client, service = client_of(folder)
-    service.close()
+    service.pool.shutdown()
     assert service.labelling.labels == {"0.png": "C"}  # the correction wins after a start too
 
 
@@ -158,7 +160,7 @@ def test_the_description_is_true(folder, method, path):
         case.call_and_validate(excluded_checks=[positive_data_acceptance])  # no schema knows which images there are
 
     promises()
-    service.close()
+    service.pool.shutdown()
 
 
 # ---------------------------------------------------------------------- order and faults
@@ -178,7 +180,7 @@ def test_what_is_read_least_surely_comes_first_and_what_is_skipped_last(folder, 
         answers = [client.get("/label/image").json]
         for body in ({}, {"label": "A"}, {"label": "B"}, {}, {}, {"label": "C"}, {"label": "D"}):
             answers.append(client.post("/label", json={"path": answers[-1]["path"], **body}).json)
-        service.close()
+        service.pool.shutdown()
     assert [answer["path"] for answer in answers] == [
         "1.png", "deep/er/2.png", "deep/3.png", "0.png", "1.png", "0.png", "1.png", ""]
     assert [(answer["labelled"], answer["images"]) for answer in answers] == [
@@ -193,7 +195,7 @@ def test_a_last_line_without_an_end_is_kept_and_told_of(folder, capfd):
     assert "see whether it is whole: '1.png,BCA'" in capfd.readouterr().err
     answer = client.post("/label", json={"path": "1.png", "label": "BCAVDPXT"})
     long = client.post("/label", json={"path": "1.png", "label": 200_000 * "A"})
-    service.close()
+    service.pool.shutdown()
     assert answer.json["labelled"] == 2 and long.status_code == 400
     assert (folder / "labels.csv").read_bytes() == (
         b'\xef\xbb\xbf0.png,PIY\r\nno.png,X\n1.png,BCA\n1.png,BCAVDPXT\n')
@@ -206,7 +208,7 @@ def test_it_goes_on_with_the_lists_that_training_reads(folder):
     client, service = client_of(folder)
     assert service.labelling.labels == {"0.png": "PIY", "deep/3.png": "PIY"}
     assert client.post("/label", json={"path": "1.png", "label": "BCAVDPXT"}).json["labelled"] == 3
-    service.close()
+    service.pool.shutdown()
     assert (folder / "labels.csv").read_text() == "image;text\n0.png;PIY\n1.png;BCAVDPXT\n"
     assert LstmCtcOcr().find_labels(folder)[0]["1.png"] == "BCAVDPXT"
 
@@ -220,7 +222,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_line(folder, monkeypatch):
 
         full.setattr("os.fsync", fail)
         answer = client.post("/label", json={"path": "1.png", "label": "A"})
-    service.close()
+    service.pool.shutdown()
     assert answer.status_code == 503 and "No space left" in answer.json["error"]
     assert (folder / "labels.csv").read_text() == "0.png,PIY\n" and "1.png" not in service.labelling.labels
 
@@ -232,14 +234,14 @@ def test_an_image_that_goes_away_is_not_waited_for(folder):
     assert client.get("/label/image").json["path"] == "0.png"
     os.rename(folder / "0.png", folder / "moved.png")
     assert client.get("/label/image").json["path"] == "" == client.get("/label/image?path=0.png").json["path"]
-    service.close()
+    service.pool.shutdown()
 
 
 def test_a_tiff_is_shown_as_png(folder):
     Image.open(folder / "0.png").save(folder / "scan.tif")
     client, service = client_of(folder)
     answer = client.get("/label/image?path=scan.tif").json
-    service.close()
+    service.pool.shutdown()
     assert answer["text"] == "PIY" and answer["image"].startswith("data:image;base64,iVBORw0KGgo")
 
 
