@@ -34,6 +34,7 @@ FreeSerif and LiberationMono-Regular; it draws the same bytes in every run:
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -45,7 +46,7 @@ from PIL import Image, ImageDraw, ImageFont
 HOME = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(HOME))
 
-from lstm_ctc_ocr import LABELLED, LstmCtcOcr, score  # noqa: E402
+from lstm_ctc_ocr import IMAGE_KINDS, LABELLED, LstmCtcOcr, score  # noqa: E402
 
 PRETRAINED = HOME / "my-model" / "pretrained"
 SHEET_COLUMNS, SHEET_ROWS = 8, 8  # of the contact sheet; as many rows for each folder
@@ -62,11 +63,9 @@ def labelled_images(folder, count):
         raise Refusal(f"no folder {folder}")
     named = [(path, match) for path in folder.iterdir() if (match := LABELLED.fullmatch(path.name))]
     named.sort(key=lambda pair: (int(pair[1][1]), pair[0].name))
-    files = [(path, match[2]) for path, match in named if cv2.haveImageReader(str(path))]
+    files = [(path, match[2]) for path, match in named if path.suffix.lower() in IMAGE_KINDS]
     if not files:
         raise Refusal(f"no images <i>_<LABEL>.<suffix> in {folder}")
-    if len(files) < len(named):
-        print(f"left out: {len(named) - len(files)} files of {folder} that OpenCV does not read", file=sys.stderr)
     return files[:count]
 
 
@@ -159,6 +158,27 @@ def summary_table(accuracies):
     return markdown([["case ignored", *names], *([row[0], *(f"{share:.1%}" for share in row[1:])] for row in rows)])
 
 
+def bar_chart(accuracies):
+    """{folder: {reader: accuracy}} as an SVG: a bar for our first model, one for the better of ddddocr's two."""
+    names = list(next(iter(accuracies.values())))
+    kinds = [(0, names[0], lambda row: row[names[0]]),
+             (1, "ddddocr, the better of its two models", lambda row: max(row[name] for name in names[-2:]))]
+    colours, height = ("#0a7d6c", "#b9b9b9"), 40 + 30 * len(accuracies)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" width="640" height="{height}">'
+             "<style>text { font: 13px system-ui, sans-serif; fill: #777 } .end { text-anchor: end }</style>"]
+    for number, name, _ in kinds:
+        parts.append(f'<rect x="{170 + 130 * number}" y="8" width="12" height="12" fill="{colours[number]}"/>'
+                     f'<text x="{188 + 130 * number}" y="19">{name}</text>')
+    for place, (folder, row) in enumerate(accuracies.items()):
+        top = 36 + 30 * place
+        parts.append(f'<text class="end" x="158" y="{top + 16}">{folder}</text>')
+        for number, _, share in kinds:
+            y, percent = top + 12 * number, 100 * share(row)
+            parts.append(f'<rect x="170" y="{y}" width="{4.2 * percent:.1f}" height="11" fill="{colours[number]}"/>'
+                         f'<text x="{176 + 4.2 * percent:.1f}" y="{y + 10}">{percent:.0f}</text>')
+    return "".join([*parts, "</svg>\n"])
+
+
 def evenly(items, most):
     """At most so many of them, from all over the list."""
     if len(items) <= most:
@@ -183,9 +203,8 @@ def contact_sheet(sections, font):
 
 def draw_cell(sheet, pen, font, place, path, truth, text, confidence):
     left, top = place
-    pixels = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if pixels is not None:
-        image = Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+    with contextlib.suppress(OSError), Image.open(path) as file:
+        image = file.convert("RGB")
         scale = min((CELL_WIDTH - 6) / image.width, (CELL_HEIGHT - 4) / image.height)
         sheet.paste(image.resize([max(1, round(side * scale)) for side in image.size]), (left + 3, top + 2))
     confidence = "no reading" if confidence is None else f"{confidence:.3f}"
@@ -201,7 +220,7 @@ def wrong_section(title, files, readings):
     return f"{title}: {len(wrong)} of {len(files)} wrong with case ignored, {len(shown)} of them here", shown
 
 
-def compare(folders, models, count, wrong):
+def compare(folders, models, count, wrong, chart):
     sets = {name: labelled_images(folder, count) for name, folder in by_name(folders).items()}
     readers = build_readers(models)
     first, accuracies, sections = next(iter(readers)), {}, []
@@ -213,6 +232,8 @@ def compare(folders, models, count, wrong):
                               for name, pairs in readings.items()}
         sections.append(wrong_section(f"{first}, {folder}", files, readings[first]))
     print(f"### All\n\n{summary_table(accuracies)}")
+    if chart:
+        Path(chart).write_text(bar_chart(accuracies))
     if wrong:
         contact_sheet(sections, ImageFont.load_default(15)).save(wrong)
 
@@ -224,6 +245,7 @@ def main(argv=None):
                         help="shipped models' names and model folders (default: all shipped ones)")
     parser.add_argument("--count", type=int, default=1000, metavar="N", help="images of each folder (default: 1000)")
     parser.add_argument("--wrong", metavar="FILE.png", help="a contact sheet of what the first model reads wrong")
+    parser.add_argument("--chart", metavar="FILE.svg", help="a bar chart of the accuracies with case ignored")
     arguments = parser.parse_args(argv)
     if arguments.count < 1:
         parser.error("--count must be above 0")
