@@ -337,12 +337,13 @@ class LstmCtcOcr:
 
         words: the letters that the classes stand for, if not `self.words`.
         """
-        text, last, seen = "", None, 0
-        for letter, part in (divmod(number, self.label_parts) for number in sequence):
-            seen = seen + 1 if last and letter == last[0] and part > last[1] else 1
-            if seen == self.label_parts // 2 + 1:
-                text += (words or self.words)[letter]
-            last = letter, part
+        words, parts = words or self.words, self.label_parts
+        text, last, seen = "", -1, 0
+        for number in sequence:
+            seen = seen + 1 if number > last and number // parts == last // parts else 1
+            if seen == parts // 2 + 1:
+                text += words[number // parts]
+            last = number
         return text
 
     @functools.cached_property
@@ -610,72 +611,60 @@ class LstmCtcOcr:
             own[:] = (two_before * skips + one_before + own) * step
         return np.minimum(1, own[image, 2 * lengths] + paths[image, 2 * lengths + 1])
 
-    def _search(self, p, longest=None):
+    def _search(self, p, longest=0):
         """Finds the likeliest sequences by CTC's prefix beam search.
 
-        p: (T, C), blank last. Returns `beam_width` sequences or, where `longest` is given, as many
-        of each length up to that number of letters, however unlikely they are. The source is Hannun
-        et al. (2014), arXiv:1408.2873.
+        p: (T, C), blank last. Returns `beam_width` sequences. Where `longest` is given, it returns
+        that many for each number of letters up to `longest`, however unlikely they are: prefixes
+        compete only with those that read as many letters and end with the same part of one. The
+        source is Hannun et al. (2014), arXiv:1408.2873.
         """
         # Most steps are as sure as the step before them of the same class, often the blank. Such a
         # step changes next to nothing. All are left out, if the longest text still has room.
-        best, sure = p.argmax(axis=1), p.max(axis=1) > 0.999
-        repeats = np.append(False, sure[1:] & sure[:-1] & (best[1:] == best[:-1]))
-        if (~repeats).sum() >= 2 * (longest or 0) * self.label_parts:
+        sure = p > 0.999
+        repeats = np.append(False, (sure[1:] & sure[:-1]).any(axis=1))
+        if (~repeats).sum() >= 2 * longest * self.label_parts:
             p = p[~repeats]
         # To extend a prefix, W + 1 classes are enough for a beam of W. A less likely class would
         # have to beat at least W of them; one may be weak, as the repeat of the prefix's last
-        # class. Where letters have parts, these are W + 1 first parts, W + 1 second ones and so on.
-        likely = np.argsort(-p[:, :-1].reshape(len(p), -1, self.label_parts), axis=1)
-        likely = likely[:, :self.beam_width + 1] * self.label_parts + np.arange(self.label_parts)
-        group_of = functools.cache(functools.partial(self._group_of, longest))
-        beam = {(): (0.0, -math.inf)}  # see `_extended`
-        for step, classes in zip(np.log(np.maximum(p, 1e-300)), likely.reshape(len(p), -1)):
-            extended = self._extended(beam, step.tolist(), classes.tolist())
+        # class.
+        likely = np.argsort(-p[:, :-1], axis=1)[:, :self.beam_width + 1]
+
+        @functools.cache
+        def group_of(prefix):
+            letters = len(self.sequence_to_text(prefix))
+            ending = prefix and prefix[-1] % self.label_parts
+            return (letters, ending) if letters <= longest else "too long"
+
+        beam = {(): (1, 0)}  # see `_extended`
+        for step, classes in zip(p.tolist(), likely.tolist()):
+            extended = self._extended(beam, step, classes)
             beam, places = {}, collections.Counter({"too long": self.beam_width})
-            for prefix in sorted(extended, key=lambda prefix: -self._log_sum(*extended[prefix])):
-                places[group_of(prefix)] += 1
-                if places[group_of(prefix)] <= self.beam_width:
+            for prefix in sorted(extended, key=lambda prefix: -sum(extended[prefix])):
+                places[group := longest and group_of(prefix)] += 1
+                if places[group] <= self.beam_width:
                     beam[prefix] = extended[prefix]
         return [list(prefix) for prefix in beam]
 
     def _extended(self, beam, step, classes):
         """Extends a beam by one time step: each prefix stays, and is continued by each class.
 
-        beam: {prefix: (log of the probability of its paths that end with a blank, log of that of
-        its paths that end with its last class)}; step: logs of the C probabilities, blank last.
-        Returns the same for all prefixes.
+        beam: {prefix: (probability of its paths that end with a blank, that of its paths that end
+        with its last class)}; step: the C probabilities, blank last. Returns the same for all
+        prefixes.
         """
-        extended = collections.defaultdict(lambda: [-math.inf, -math.inf])
+        extended = collections.defaultdict(lambda: [0, 0])
         for prefix, (blank, letter) in beam.items():
-            last, either, own = prefix[-1:], self._log_sum(blank, letter), extended[prefix]
-            own[0] = either + step[-1]
-            next_part = {c + 1 for c in last if (c + 1) % self.label_parts}
+            last, own = prefix[-1:], extended[prefix]
+            own[0] = (blank + letter) * step[-1]
             for c in last:
-                own[1] = self._log_sum(own[1], letter + step[c])
-            for c in next_part.union(classes):
-                longer = extended[(*prefix, c)]  # it may be in the beam too: then both are added
-                longer[1] = self._log_sum(longer[1], step[c] + (blank if c in last else either))
+                own[1] += letter * step[c]
+            # The class that follows the last one is always tried: so each letter can get all its
+            # parts, and is followed by another letter's.
+            for c in {*classes, *((c + 1) % (len(step) - 1) for c in last)}:
+                # It may be in the beam too: then both are added.
+                extended[*prefix, c][1] += step[c] * (blank if c in last else blank + letter)
         return extended
-
-    @staticmethod
-    def _log_sum(a, b):
-        """Returns log(exp(a) + exp(b)); NumPy's takes three times as long for single numbers."""
-        low, high = min(a, b), max(a, b)
-        return high if low == -math.inf else high + math.log1p(math.exp(low - high))
-
-    def _group_of(self, longest, prefix):
-        """Names the group of prefixes in which a prefix competes for places in the beam.
-
-        If a length is asked for, the prefixes of one length are a group. Where letters have parts,
-        this holds for prefixes of whole letters, of which the last may be unfinished; all other
-        prefixes are one group.
-        """
-        parts, numbers = self.label_parts, range(len(prefix))
-        if longest is None or parts > 1 and any(
-                prefix[i] != prefix[i - i % parts] // parts * parts + i % parts for i in numbers):
-            return "any"
-        return len(prefix) if len(prefix) <= longest * parts else "too long"
 
     def _most_probable(self, p, fits, longest, enough=0.5):
         """Returns the most probable sequence of each image and its probability, B pairs.
@@ -763,18 +752,18 @@ class LstmCtcOcr:
             p = self.softmax(logits)
             return p @ self._folds(words) if restriction.letters else p
 
-        longest = high if restriction.length else None
+        longest = high if restriction.length else 0
         found = self._most_probable(p := probabilities(logits), fits, longest)
         rows, seen, proposed = np.arange(len(found)), [p], [[sequence] for sequence, _ in found]
         for doubt, view in views:
-            doubtful = [place for place, b in enumerate(rows) if found[b][1] <= doubt]
-            if not doubtful:
+            doubtful = [found[b][1] <= doubt for b in rows]
+            if not any(doubtful):
                 break
             rows, seen = rows[doubtful], [p[:, doubtful] for p in seen]
             seen.append(p := probabilities(view(rows)))
-            proposed = [proposed[place] + [sequence] for place, (sequence, _) in zip(
-                doubtful, self._most_probable(p, fits, longest, enough=0))]
-            for b, best in zip(rows, self._likeliest(proposed, seen)):
+            for b, (sequence, _) in zip(rows, self._most_probable(p, fits, longest, enough=0)):
+                proposed[b].append(sequence)
+            for b, best in zip(rows, self._likeliest([proposed[b] for b in rows], seen)):
                 found[b] = best
         return [(self.sequence_to_text(sequence, words), confidence)
                 for sequence, confidence in found]
@@ -785,8 +774,7 @@ class LstmCtcOcr:
         C' are the classes of `letters`; what can be read as none of these is dropped.
         """
         same = [[read == letter for letter in letters] for read in self._read_as(letters)]
-        folds = np.zeros([len(words) * self.label_parts + 1 for words in (self.words, letters)])
-        folds[:-1, :-1] = np.kron(same, np.eye(self.label_parts))
+        folds = np.pad(np.kron(same, np.eye(self.label_parts)), (0, 1))
         folds[-1, -1] = 1  # the blank
         return folds
 
