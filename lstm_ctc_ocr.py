@@ -1655,7 +1655,7 @@ class LstmCtcOcr:
         share only shrinks while images are added, and for one model it never grows. So no image
         is trained on first and validated on later.
         """
-        images, files = self.load_images(files, folder / f".decoded-{place.number}")
+        images, files = self.load_images(files, folder)
         held = bisect.bisect_left(files, share, key=self._digest_of)
         count = len(files) - held
         self._require_images(count)  # some files may have been no images
@@ -1684,86 +1684,29 @@ class LstmCtcOcr:
         return config
 
     @dataclasses.dataclass(frozen=True)
-    class _ImageFile:
-        """Decoded images in a file, to be indexed by an array of rows like an array in memory.
-
-        A row is read when it is asked for, so the images take no memory of this process. Mapped
-        into memory they would, and be slower: the system reads ahead far more than is wanted.
-        """
-        path: Path
+    class _Images:
+        """Decoded images in an open file, to be indexed by an array of rows, from any thread."""
+        file: object
         shape: tuple  # H, W
+        reading: object = dataclasses.field(default_factory=threading.Lock)
 
         def __getitem__(self, rows):
             images = np.empty((len(rows), *self.shape), np.uint8)
-            with open(self.path, "rb", buffering=0) as file:
+            with self.reading:
                 for image, row in zip(images, rows.tolist()):
-                    file.seek(row * image.nbytes)
-                    file.readinto(image)
+                    self.file.seek(row * image.nbytes)
+                    self.file.readinto(image)
             return images
 
-    IN_MEMORY = 20_000  # decoded images that are kept in memory; more are kept in a file
+    IN_MEMORY = 20_000  # decoded images that are kept in memory; more are kept on the disk
 
-    def load_images(self, files, stem=None):
-        """Decodes the images of (path, text) pairs, and names on stderr what is none.
-
-        stem: how the path of the file begins that keeps more than `IN_MEMORY` decoded images.
-        That file is used again while the images stay the same, unless some were none. Without
-        `stem` all are kept in memory.
-        Returns images (n, H, W) uint8, to be indexed by an array of rows, and their pairs.
-        Raises `Error` if the file cannot be written.
-        """
-        shape = self.im_height, self.im_width
-        if stem and len(files) > self.IN_MEMORY:
-            path = self._decoded_path(stem, files)
-            if not path.exists():
-                path, files = self._decode_to_file(stem, files)
-            return self._ImageFile(path, shape), files
-        images, good = np.empty((len(files), *shape), np.uint8), []
-        for file, image in self._decode(files):
-            images[len(good)] = image
-            good.append(file)
-        return images[:len(good)], good
-
-    def _decode_to_file(self, stem, files):
-        """Decodes images to a file; returns its path, and the (path, text) pairs that are in it.
-
-        It gets its name once it is whole and on the disk, so whatever has that name is whole.
-        The decoded images of before are removed.
-        """
-        part, good = Path(f"{stem}-part"), []
-        with self._writing(stem.parent):
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            for old in stem.parent.glob(f"{stem.name}-*"):
-                old.unlink()
-            try:
-                with open(part, "wb") as out:
-                    for file, image in self._decode(files):
-                        out.write(image)
-                        good.append(file)
-                _to_disk(part)
-                path = part.rename(self._decoded_path(stem, good))
-            finally:
-                part.unlink(missing_ok=True)
-        return path, good
-
-    PREPROCESSING = 1  # to be raised whenever `load_image` gives something else than before
-
-    def _decoded_path(self, stem, files):
-        """Returns the path of a file of decoded images; with other images, it is another.
-
-        It depends on the network's input size, and on each file's name, size and time of change.
-        """
-        state = [f"{self.im_width}x{self.im_height}", str(self.PREPROCESSING)]
-        for path, _ in files:
-            with contextlib.suppress(OSError):  # not there any more: `load_image` will say so
-                about = os.stat(path)
-                state.append(f"{path}/{about.st_size}/{about.st_mtime_ns}")
-        return Path(f"{stem}-{_digest('/'.join(state))}")
-
-    def _decode(self, files):
+    def load_images(self, files, folder):
         """Decodes the images of (path, text) pairs on all cores, and names on stderr what is none.
 
-        Yields each pair that is one, and its image (H, W) uint8.
+        More images than `IN_MEMORY` are kept in a file in `folder`. It has no name, so the system
+        removes it when this process ends, however it ends.
+        Returns images (n, H, W) uint8, to be indexed by an array of rows, and their pairs.
+        Raises `Error` if the file cannot be written.
         """
         def load(file):
             try:
@@ -1771,12 +1714,20 @@ class LstmCtcOcr:
             except self.Error as error:
                 tqdm.write(f"left out: {error}", file=sys.stderr)
 
-        batch = 512  # so many are decoded before the caller is given them
+        good, batch = [], 512  # so many are decoded before they are written
         starts = tqdm(range(0, len(files), batch), "decoding", unit="img", unit_scale=batch,
                       disable=None)
-        with ThreadPool(_cores()) as pool:
+        with self._writing(folder), ThreadPool(_cores()) as pool:
+            kept = io.BytesIO()
+            if len(files) > self.IN_MEMORY:
+                folder.mkdir(parents=True, exist_ok=True)
+                kept = tempfile.TemporaryFile(dir=folder)
             for start in starts:
-                yield from filter(None, pool.map(load, files[start:start + batch]))
+                for file, image in filter(None, pool.map(load, files[start:start + batch])):
+                    kept.write(image)
+                    good.append(file)
+            kept.flush()
+        return self._Images(kept, (self.im_height, self.im_width)), good
 
     PATIENCE = 6  # validations in a row without any gain end a training on few images
 

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from multiprocessing.pool import ThreadPool
 
 import captcha
 import cv2
@@ -343,11 +344,11 @@ def load(self, path):
 LstmCtcOcr.load_image = load
 ocr = LstmCtcOcr(words="AX", words_max_num=3, im_width=96, im_height=64).resolve()
 try:
-    images, files = ocr.load_images(ocr.labelled_files(sys.argv[1]), Path(sys.argv[2]) / ".decoded-0")
+    images, files = ocr.load_images(ocr.labelled_files(sys.argv[1]), Path(sys.argv[2]))
 except ocr.Error as error:
     sys.exit(str(error))
 rows = [images[np.array([row])] for row in range(len(files))]
-print(len(decoded), *(text + hashlib.md5(row).hexdigest() for row, (_, text) in zip(rows, files)))
+print(*(text + hashlib.md5(row).hexdigest() for row, (_, text) in zip(rows, files)))
 """
 
 
@@ -358,11 +359,10 @@ def start_loading(folder, model, kill_at=0, **options):
 
 
 def loaded(process):
-    """Returns how many images a process has decoded, the digests of all, and its messages."""
+    """Returns the digests of all images that a process has decoded, and its messages."""
     output, messages = process.communicate()
     assert "Traceback" not in messages
-    decoded, *digests = output.split() or [0]
-    return int(decoded), sorted(digests), messages
+    return sorted(output.split()), messages
 
 
 def expected(ocr, folder):
@@ -385,71 +385,50 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
-def test_images_are_decoded_once_and_again_if_any_has_changed(ocr, folder, model):
-    """Each change is one of a single file: of its name, content, size or time, or that it is gone."""
-    files = sorted(folder.glob("*.png"))
+def test_many_images_are_kept_in_a_file_that_leaves_nothing_behind(ocr, folder, model):
     before = contents(folder)
-    assert loaded(start_loading(folder, model)) == (40, expected(ocr, folder), "")
-    assert contents(folder) == before and len(os.listdir(model)) == 1
-    changes = [lambda: None, lambda: files[0].rename(folder / "900_XXX.png"),
-               lambda: files[1].write_bytes(files[2].read_bytes()), lambda: os.utime(files[3], (1, 1)),
-               lambda: shutil.copy(files[4], folder / "901_AX.png"), files[5].unlink]
-    for change, decoded in zip(changes, (0, 40, 40, 40, 41, 40)):
-        change()
-        assert loaded(start_loading(folder, model)) == (decoded, expected(ocr, folder), "")
-        assert len(os.listdir(model)) == 1  # and that is the only one
+    assert loaded(start_loading(folder, model)) == (expected(ocr, folder), "")
+    assert contents(folder) == before and not os.listdir(model)
 
 
 def test_few_images_are_kept_in_memory(ocr, folder, model):
     for path in sorted(folder.glob("*.png"))[20:]:
         path.unlink()
-    for _ in range(2):
-        assert loaded(start_loading(folder, model)) == (20, expected(ocr, folder), "")
+    assert loaded(start_loading(folder, model)) == (expected(ocr, folder), "")
     assert not model.exists()
 
 
-def test_another_input_size_decodes_anew(folder, tmp_path, monkeypatch):
+def test_many_threads_read_decoded_images_at_once(ocr, folder, model, monkeypatch):
     monkeypatch.setattr(LstmCtcOcr, "IN_MEMORY", 20)
-    files = [(str(path), "A") for path in folder.glob("*.png")]
-    for width in 96, 80:
-        images, _ = LstmCtcOcr(**{**TASK, "im_width": width}).resolve().load_images(files, tmp_path / "decoded")
-        assert images[np.array([3, 39])].shape == (2, 64, width)
+    images, files = ocr.load_images([(str(path), "A") for path in folder.glob("*.png")], model)
+    whole, rows = images[np.arange(40)], [np.random.default_rng(seed).permutation(40) for seed in range(100)]
+    with ThreadPool(8) as pool:
+        assert all((read == whole[order]).all() for read, order in zip(pool.map(images.__getitem__, rows), rows))
+    assert all((image == ocr.load_image(path)).all() for image, (path, _) in zip(whole, files))
 
 
-def test_what_cannot_be_decoded_is_left_out_and_said_each_time(ocr, folder, model):
+def test_what_cannot_be_decoded_is_left_out_and_said(ocr, folder, model):
     good = expected(ocr, folder)
     (folder / "900_AX.png").write_bytes(b"no image")
-    for _ in range(2):
-        decoded, digests, messages = loaded(start_loading(folder, model))
-        assert (decoded, digests) == (41, good) and messages.count("left out") == 1
-        assert "900_AX.png: not a whole image" in messages
+    digests, messages = loaded(start_loading(folder, model))
+    assert digests == good and messages.count("left out") == 1
+    assert "900_AX.png: not a whole image" in messages
 
 
 @pytest.mark.parametrize("moment", [1, 20, 40])
-def test_kill_9_while_decoding_does_no_harm(moment, ocr, folder, model):
+def test_kill_9_while_decoding_leaves_nothing_behind(moment, ocr, folder, model):
     process = start_loading(folder, model, moment)
-    assert loaded(process)[0] == 0 and process.returncode == -9
-    for decoded in 40, 0:
-        assert loaded(start_loading(folder, model)) == (decoded, expected(ocr, folder), "")
-    assert len(os.listdir(model)) == 1
+    assert loaded(process) == ([], "") and process.returncode == -9
+    assert not os.listdir(model)
+    assert loaded(start_loading(folder, model)) == (expected(ocr, folder), "")
 
 
 def test_a_disk_that_is_full_while_decoding_is_one_line(ocr, folder, model):
     import resource
     process = start_loading(folder, model, preexec_fn=lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (120_000, 120_000)))
-    _, _, messages = loaded(process)
+    _, messages = loaded(process)
     message, = messages.splitlines()
     assert process.returncode == 1 and message.startswith(f"cannot write to {model} (File too large); run the same")
     assert not os.listdir(model)  # what was written takes no room
-    assert loaded(start_loading(folder, model)) == (40, expected(ocr, folder), "")
-
-
-def test_two_at_once_do_not_disturb_each_other(ocr, folder, model):
-    """As two workers of a cluster on one disk: each has files of its own."""
-    model.mkdir()
-    processes = [subprocess.Popen([sys.executable, "-c", LOAD.replace("decoded-0", f"decoded-{number}"), folder,
-                                   model, "0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-                 for number in range(2)]
-    assert [loaded(process) for process in processes] == [(40, expected(ocr, folder), "")] * 2
-    assert len(os.listdir(model)) == 2
+    assert loaded(start_loading(folder, model)) == (expected(ocr, folder), "")
