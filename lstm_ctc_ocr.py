@@ -3603,42 +3603,39 @@ def edits(a, b):
 
 
 def score(truths, readings):
-    """Compares what was read with the true texts; returns a dictionary.
+    """Compares what was read with the true texts, at least one; returns a dictionary.
 
     accuracy: the share of texts that are right as a whole. caseless: the same if the case of
     letters does not count. cer: the character error rate, edits for each true letter. count: texts.
-    by_length: {length of the true text: (right, count)}. by_repeat: {True: (right, count)} of the
-    texts with two equal letters side by side, and of the others under False.
+    by_length: {length of the true text: (right, count)}. by_repeat: the same for "some" texts that
+    hold a letter twice side by side, and for those with "none".
     """
-    count, distances = max(1, len(truths)), [len(edits(*pair)) for pair in zip(truths, readings)]
-    caseless = sum(truth.casefold() == reading.casefold() for truth, reading in zip(truths, readings))
+    distances = [len(edits(*pair)) for pair in zip(truths, readings)]
+    caseless = sum(truth.casefold() == text.casefold() for truth, text in zip(truths, readings))
 
-    def right_and_all(kind):
-        every = collections.Counter(map(kind, truths))
-        right = collections.Counter(kind(truth) for truth, n in zip(truths, distances) if n == 0)
-        return {key: (right[key], every[key]) for key in sorted(every)}
+    def right_by(kind):
+        right = collections.defaultdict(list)
+        for truth, distance in zip(truths, distances):
+            right[kind(truth)].append(distance == 0)
+        return {key: (sum(each), len(each)) for key, each in sorted(right.items())}
 
-    return {"accuracy": distances.count(0) / count, "caseless": caseless / count,
-            "cer": sum(distances) / max(1, sum(map(len, truths))), "count": len(truths),
-            "by_length": right_and_all(len),
-            "by_repeat": right_and_all(lambda text: bool(re.search(r"(.)\1", text, re.DOTALL)))}
+    return {"accuracy": distances.count(0) / len(truths), "caseless": caseless / len(truths),
+            "cer": sum(distances) / sum(map(len, truths)), "count": len(truths),
+            "by_length": right_by(len),
+            "by_repeat": right_by(lambda text: "some" if re.search(r"(.)\1", text) else "none")}
 
 
 def describe(scores):
     """Returns the lines that `test` prints below its readings; scores: those of `score`."""
-    lines = [f"accuracy {scores['accuracy']:.2%} ({round(scores['accuracy'] * scores['count'])} of "
-             f"{scores['count']}), {scores['caseless']:.2%} with case ignored, edit distance (CER) "
-             f"{scores['cer']:.4f}",
-             "by length   " + _shares(scores["by_length"])]
-    repeats = scores["by_repeat"]
-    if True in repeats:
-        lines.append("with a letter repeated side by side " + "; without ".join(
-            _counted(*repeats[key]) for key in (True, False) if key in repeats))
-    return "\n".join(lines)
+    right = round(scores["accuracy"] * scores["count"])
+    return (f"accuracy {scores['accuracy']:.2%} ({right} of {scores['count']}), "
+            f"{scores['caseless']:.2%} with case ignored, edit distance (CER) {scores['cer']:.4f}\n"
+            f"by length   {_shares(scores['by_length'])}\n"
+            f"by repeats  {_shares(scores['by_repeat'])}")
 
 
 def _shares(table):
-    """Returns {length: (right, count)} as a line of text."""
+    """Returns {kind of text: (right, count)} as a line of text."""
     return "  ".join(f"{length}: {right / count:.1%}" for length, (right, count) in table.items())
 
 
@@ -3659,16 +3656,16 @@ def _counted(right, count):
     return f"{right:,} of {count:,}, {low} to {high} %"
 
 
-# ---------------------------------------------------------------------- pictures: learning curve, report
+# ---------------------------------------------------------------------- pictures
 
-CHART = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="-60 -20 560 290" width="560" class="chart">
+CURVE = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="-60 -20 560 290" width="560">
 <style>
   text { font: 12px system-ui, sans-serif; fill: #555 }
   .axis { text-anchor: end }
   polyline { fill: none; stroke-width: 2 }
-  .line0 { stroke: #c60 } text.line0 { fill: #c60; stroke: none }
-  .line1 { stroke: #07b } text.line1 { fill: #07b; stroke: none }
+  .losses { stroke: #c60 } text.losses { fill: #c60; stroke: none }
+  .accuracies { stroke: #07b } text.accuracies { fill: #07b; stroke: none }
   path { stroke: #999; stroke-width: .5 }
   @media (prefers-color-scheme: dark) { text { fill: #bbb } }
 </style>
@@ -3677,23 +3674,13 @@ CHART = """\
 <text class="axis" x="-8" y="124">50 %</text>
 <text class="axis" x="-8" y="244">0 %</text>
 <text x="0" y="258">0</text>
-<text class="axis" x="480" y="258">$most $unit</text>
-$lines
+<text class="axis" x="480" y="258">$last steps</text>
+<text class="losses" x="0" y="-6">loss in training, in % of $highest</text>
+<polyline class="losses" points="$losses"/>
+<text class="accuracies" x="240" y="-6">held-out texts right</text>
+<polyline class="accuracies" points="$accuracies"/>
 </svg>
 """
-
-
-def chart(lines, most, unit):
-    """Draws a line chart; returns the text of an SVG file.
-
-    lines: {name: [(x, y)]}, at most two, with x from 0 to `most` and y from 0 to 1. unit: of x.
-    """
-    parts = []
-    for number, (name, points) in enumerate(lines.items()):
-        places = " ".join(f"{480 * x / most:.1f},{240 - 240 * y:.1f}" for x, y in points)
-        parts.append(f'<polyline class="line{number}" points="{places}"/>'
-                     f'<text class="line{number}" x="{240 * number}" y="-6">{name}</text>')
-    return string.Template(CHART).substitute(lines="\n".join(parts), most=f"{most:,}", unit=unit)
 
 
 def draw_curve(curve):
@@ -3701,11 +3688,12 @@ def draw_curve(curve):
 
     curve: [(step, loss in training, accuracy on held-out images)].
     """
-    highest = max(loss for _, loss, _ in curve) or 1
-    losses = [(step, loss / highest) for step, loss, _ in curve]
-    accuracies = [(step, accuracy) for step, _, accuracy in curve]
-    return chart({f"loss in training, in % of {highest:.3g}": losses,
-                  "held-out texts right": accuracies}, curve[-1][0], "steps")
+    steps, losses, accuracies = np.transpose(curve)
+    highest = losses.max() or 1
+    lines = [" ".join(f"{480 * step / steps[-1]:.1f},{240 - 240 * y:.1f}"
+                      for step, y in zip(steps, line)) for line in (losses / highest, accuracies)]
+    return string.Template(CURVE).substitute(
+        losses=lines[0], accuracies=lines[1], highest=f"{highest:.3g}", last=f"{steps[-1]:,.0f}")
 
 
 def thin_curve(curve):
@@ -3727,7 +3715,6 @@ REPORT = """\
   th, td { padding: .1rem .75rem .1rem 0; text-align: left; border-bottom: 1px solid #8884 }
   th { font-weight: normal }
   th, small { opacity: .7 }
-  .chart { max-width: 100%; height: auto }
   pre { white-space: pre-wrap }
   .wrong { display: flex; flex-wrap: wrap; gap: 1rem }
   figure { margin: 0; break-inside: avoid }
@@ -3740,14 +3727,12 @@ REPORT = """\
 {% endfor %}</table>
 {% endmacro %}
 <h1>How well captchas are read</h1>
-<p>By {{ model }}: <b>{{ right }}</b> right. What follows a count is its 95 % confidence interval.</p>
+<p>By {{ model }}: <b>{{ right }}</b> (95 % confidence interval) are right.</p>
 <pre>{{ description }}</pre>
-<h2>By length</h2>
-{{ table(("letters", "right"), lengths) }}
 <h2>Letters that are taken for others</h2>
 {{ table(("letter", "read as", "times"), letters) }}
 <h2>Is the confidence right?</h2>
-{{ reliability|safe }}
+<p>On images like these, the share of right readings is about the mean confidence.</p>
 {{ table(("mean confidence", "readings", "right"), sure) }}
 <h2>Read wrong: {{ count }}, the most confident first</h2>
 <div class="wrong">
@@ -3765,7 +3750,7 @@ def report_page(readings, model):
 
     readings: (path, true text, text that was read, confidence) of each image. model: its name.
     """
-    scores = score(*zip(*(reading[1:3] for reading in readings)))
+    _, truths, texts, _ = zip(*readings)
     wrong = [reading for reading in readings if reading[1] != reading[2]]
     wrong.sort(key=lambda reading: -reading[3])
     confused = collections.Counter(
@@ -3773,14 +3758,11 @@ def report_page(readings, model):
     bins = collections.defaultdict(list)  # readings that are about as confident
     for _, truth, text, confidence in readings:
         bins[min(9, int(10 * confidence))].append((confidence, text == truth))
-    means = [(*np.mean(bins[number], axis=0), len(bins[number])) for number in sorted(bins)]
+    means = [(*np.mean(alike, axis=0), len(alike)) for _, alike in sorted(bins.items())]
     return jinja2.Environment(autoescape=True).from_string(REPORT).render(
-        model=model, count=len(wrong), description=describe(scores),
+        model=model, count=len(wrong), description=describe(score(truths, texts)),
         right=_counted(len(readings) - len(wrong), len(readings)),
-        lengths=[(length, _counted(*pair)) for length, pair in scores["by_length"].items()],
         letters=[(*pair, times) for pair, times in confused.most_common(20)],
-        reliability=chart({"as it should be": [(0, 0), (1, 1)],
-                           "right": [(sure, share) for sure, share, _ in means]}, 1, "confidence"),
         sure=[(f"{sure:.2f}", number, f"{share:.1%}") for sure, share, number in means],
         wrong=[(_data_url(Path(path).read_bytes()), Path(path).name, truth, text, confidence)
                for path, truth, text, confidence in wrong[:200]])

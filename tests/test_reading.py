@@ -78,7 +78,7 @@ def test_lines_figures_and_order(trained, dataset, engine, capfd):
     assert all((row[-1] == "right") == (row[0] == row[-2]) for row in rows)
     right = sum(row[-1] == "right" for row in rows)
     assert f"accuracy {right / IMAGES:.2%} ({right} of {IMAGES})" in lines[IMAGES + 1]
-    assert lines[IMAGES + 2].startswith("by length") and lines[IMAGES + 3].startswith("with a letter repeated")
+    assert lines[IMAGES + 2].startswith("by length") and lines[IMAGES + 3].startswith("by repeats")
 
 
 @pytest.mark.parametrize("net, width", [("lstm", 64), ("cnn_lstm", 128)])  # 19 steps take 19 and 76 columns

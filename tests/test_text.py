@@ -102,4 +102,4 @@ def test_score_counts_by_length_and_by_repeat():
     scores = score(["A", "AA", "AB", "BB", "ABA"], ["A", "A", "AB", "BB", ""])
     assert scores["accuracy"] == 3 / 5 and scores["cer"] == 4 / 10
     assert scores["by_length"] == {1: (1, 1), 2: (2, 3), 3: (0, 1)}
-    assert scores["by_repeat"] == {True: (1, 2), False: (2, 3)}
+    assert scores["by_repeat"] == {"some": (1, 2), "none": (2, 3)}
