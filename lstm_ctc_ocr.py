@@ -909,10 +909,14 @@ class LstmCtcOcr:
         1 (white). An image that would be wider than W is squeezed into W. Of an animation only the
         first frame is used. Raises `Error`, which names the file and the fault.
         """
-        name = "the image" if isinstance(source, bytes) else _on_one_line(source)
-        data = source if isinstance(source, bytes) else self._read_file(source, name)
+        whole = isinstance(source, bytes)
+        name = "the image" if whole else _on_one_line(source)
         try:
-            with Image.open(io.BytesIO(data), formats=tuple(IMAGE_KINDS.values())) as image:
+            # To read a pipe may wait for ever, but /dev/stdin is one that the user names.
+            if not whole and Path(source).is_fifo() and not str(source).startswith("/dev/"):
+                raise OSError(0, "a pipe, not a file")
+            file = io.BytesIO(source) if whole else source
+            with Image.open(file, formats=[*IMAGE_KINDS.values()]) as image:
                 if math.prod(image.size) > self.MAX_PIXELS:  # as the header says; not decoded yet
                     raise Image.DecompressionBombError
                 ImageOps.exif_transpose(image, in_place=True)  # turned as the camera was held
@@ -922,18 +926,14 @@ class LstmCtcOcr:
         except UnidentifiedImageError:
             raise self.Unknown(f"{name}: not a whole image ({' '.join(IMAGE_KINDS)})") from None
         except Exception as error:  # a damaged file can fail in many ways
-            raise self.Error(f"{name}: not a whole image ({_on_one_line(error)})") from None
-        return self._resized(colours)
-
-    def _read_file(self, path, name):
-        """Returns the bytes of a file. Raises `Error` with that name if it cannot be read."""
-        try:
-            # To read a pipe may wait for ever, but /dev/stdin is one that the user names.
-            if Path(path).is_fifo() and not str(path).startswith("/dev/"):
-                raise self.Error(f"{name}: a pipe, not a file")
-            return Path(path).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            raise self.Error(f"{name}: {getattr(error, 'strerror', error)}") from None
+            reason = getattr(error, "strerror", None)  # if it cannot even be opened
+            reason = reason or f"not a whole image ({_on_one_line(error)})"
+            raise self.Error(f"{name}: {reason}") from None
+        height, width, _ = colours.shape
+        fitted = max(1, round(width * self.im_height / height))
+        size = min(self.im_width, fitted), self.im_height
+        method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
+        return np.atleast_3d(cv2.resize(colours, size, interpolation=method))
 
     @staticmethod
     def _colours_of(image):
@@ -948,17 +948,9 @@ class LstmCtcOcr:
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        if image.mode not in ("L", "RGB"):
+        if image.mode != "L":
             image = image.convert("RGB")
         return np.atleast_3d(np.float32(image) / 255)
-
-    def _resized(self, colours):
-        """Scales colours (h, w, 1 or 3) float32 to the network's height H, at most W wide."""
-        height, width, _ = colours.shape
-        fitted = max(1, round(width * self.im_height / height))
-        size = min(self.im_width, fitted), self.im_height
-        method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
-        return np.atleast_3d(cv2.resize(colours, size, interpolation=method))
 
     def ink_of(self, colours):
         """Measures how far each pixel's colour is from that of the paper.
@@ -1012,20 +1004,18 @@ class LstmCtcOcr:
         folder, (index, count) = Path(self.dataset), map(int, self.shard.split("/"))
         numbers = range(index - 1, self.im_total_num, count)
         rendering = ocr._rendering()
-        progress = tqdm(total=len(numbers), unit="img", desc=folder.name, disable=None)
-        with self._writing(folder), _deferred_stop() as stop, self._renderers() as pool, \
-                progress as bar:
+        with self._writing(folder), _deferred_stop() as stop, self._renderers() as pool:
             folder.mkdir(parents=True, exist_ok=True)
             ocr._claim(folder, rendering)
             with _signals_held():  # they would kill a process that is still starting
-                futures = [pool.submit(ocr._render, numbers[start:start + 20])
-                           for start in range(0, len(numbers), 20)]
-            for future in futures:
-                bar.update(future.result())
+                rendered = pool.map(ocr._render, numbers, chunksize=20)
+            for _ in tqdm(rendered, folder.name, len(numbers), unit="img", disable=None):
                 if stop:
-                    print(f"stopped; the same command goes on with the images that {folder} lacks",
-                          file=sys.stderr)
-                    return 128 + stop[0]
+                    break
+        if stop:
+            print(f"stopped; the same command goes on with the images that {folder} lacks",
+                  file=sys.stderr)
+            return 128 + stop[0]
         print(f"{len(numbers)} images in {folder}, shard {self.shard}", file=sys.stderr)
         return 0
 
@@ -1036,8 +1026,7 @@ class LstmCtcOcr:
         """Finds the fonts to draw with: (path, those of `words` that it has) of each."""
         folders = str(Path(_package("captcha", "render captchas").__file__).parent),
         if self.look == "varied":
-            system = map(os.path.expanduser, self.FONT_FOLDERS)
-            folders = tuple(self.fonts) or (*folders, *system)
+            folders = tuple(self.fonts) or (*folders, *self.FONT_FOLDERS)
         return _find_fonts(folders, self.words)
 
     def _rendering(self):
@@ -1046,15 +1035,15 @@ class LstmCtcOcr:
         Raises `Error` for letters that cannot be rendered.
         """
         fonts = self._fonts_found()
-        drawn = {" "} if self.look == "plain" else set()  # a space needs no font
-        missing = set(self.words).difference(drawn, *(letters for _, letters in fonts))
-        if unfit := sorted(missing | set(self.words) & set("/\\\0\n")):
+        # A blank needs no font, and a slash cannot stand in the name of a file.
+        drawn = set(" ").union(*(letters for _, letters in fonts)).difference("/\\")
+        if unfit := sorted(set(self.words) - drawn):
             raise self.Error(
                 f"cannot render {unfit}: no font has them, or names of files cannot hold them; "
                 "give other --words, or with --look varied --fonts a folder of fonts that do")
         names = "look", "seed", "words", "words_max_num", "im_width", "im_height"
-        lines = [f"{_flag(name)} {getattr(self, name)}" for name in names]
-        return [*lines, " ".join(["--fonts", *(Path(path).name for path, _ in fonts)])]
+        fonts = " ".join(Path(path).name for path, _ in fonts)
+        return [*(f"{_flag(name)} {getattr(self, name)}" for name in names), f"--fonts {fonts}"]
 
     RENDERING = ".rendering.txt"  # the file in a folder of images that says how they were rendered
 
@@ -1065,11 +1054,10 @@ class LstmCtcOcr:
         """
         path = folder / self.RENDERING
         found = path.read_text("utf-8", "replace").split("\n") if path.exists() else []
-        other = [line.split()[0] for line in rendering if line not in found]
-        if other and any(map(LABELLED.fullmatch, os.listdir(folder))):
-            these = f"of other {', '.join(other)}, see {path}" if found else "not rendered here"
-            raise self.Error(f"{folder} holds images {these}: give another --dataset")
-        if other:
+        if other := [line.split()[0] for line in rendering if line not in found]:
+            if any(map(LABELLED.fullmatch, os.listdir(folder))):
+                these = f"of other {', '.join(other)}, see {path}" if found else "not rendered here"
+                raise self.Error(f"{folder} holds images {these}: give another --dataset")
             _replace(path, "\n".join(rendering))
         for part in folder.glob(".*.part"):  # another machine may be writing it just now
             with contextlib.suppress(FileNotFoundError):
@@ -1097,32 +1085,31 @@ class LstmCtcOcr:
 
     PNG_END = b"IEND\xaeB`\x82"
 
-    def _render(self, numbers):
-        """Renders the images of these numbers, but for whole files that are there.
+    def _render(self, i):
+        """Renders image i, but if a whole file is there. Raises OSError if it cannot be written."""
+        random.seed(f"{self.seed}-{i}")  # the captcha package draws from this generator, too
+        plain, label = self._draw_label()
+        path = Path(self.dataset, f"{i}_{label}.png")
+        if not (path.exists() and path.read_bytes().endswith(self.PNG_END)):
+            _replace(path, self._draw(plain, label))  # no fsync: a torn file is rendered again
 
-        Returns how many they are. Raises OSError if one cannot be written.
-        """
-        for i in numbers:
-            random.seed(f"{self.seed}-{i}")  # the captcha package draws from this generator, too
-            plain, label = self._draw_label()
-            path = Path(self.dataset, f"{i}_{label}.png")
-            if not (path.exists() and path.read_bytes().endswith(self.PNG_END)):
-                _replace(path, self._draw(plain, label))  # no fsync: a torn file is rendered again
-        return len(numbers)
+    SMALL = CAPITALS.lower()
+    # The letters of varied captchas, where `words` has them, and how often they are these. Most
+    # captchas have letters of one case. "": all of `words`.
+    ALPHABETS = ((CAPITALS, 24), (CAPITALS + DIGITS, 26), (SMALL, 8), (SMALL + DIGITS, 14),
+                 (DIGITS, 12), ("", 16))
 
     def _draw_label(self):
         """Decides at random whether a captcha is plain, and its label: by the module `random`."""
-        letters, shortest, longest = self.words, 1, self.words_max_num
+        letters, lengths = self.words, [1, self.words_max_num]
         plain = self.look == "plain"
-        if not plain:  # mostly letters of one case, and 4 to 6 of them, as most captchas have
-            capitals, small = CAPITALS, CAPITALS.lower()
-            alphabets = capitals, capitals + DIGITS, small, small + DIGITS, DIGITS, letters
-            alphabet, = random.choices(alphabets, (24, 26, 8, 14, 12, 16))
+        if not plain:
+            alphabet = _pick(random, self.ALPHABETS)
             letters = [letter for letter in letters if letter in alphabet] or letters
             plain = random.random() < .1
-            if not plain and random.random() < .6:
-                shortest, longest = min(4, longest), min(6, longest)
-        length = random.randint(shortest, longest)
+            if not plain and random.random() < .6:  # as most captchas have
+                lengths = [min(length, self.words_max_num) for length in (4, 6)]
+        length = random.randint(*lengths)
         return plain, "".join(random.choice(letters) for _ in range(length))
 
     def _draw(self, plain, label):
@@ -1130,7 +1117,7 @@ class LstmCtcOcr:
         if plain:
             return _captcha_package(self.im_width, self.im_height).generate(label).getvalue()
         pixels = draw_varied(label, random.getrandbits(64), self._fonts_found())
-        return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+        return cv2.imencode(".png", pixels)[1].tobytes()
 
     @dataclasses.dataclass(frozen=True)
     class _Look:
@@ -1153,15 +1140,16 @@ class LstmCtcOcr:
         """Finds the labels of a folder's images: in its lists, or else in the images' names.
 
         Returns the labels, {path in the folder: text}; the way in which they were found, "list" or
-        a pattern as in the setting `labels`, "" if there are none; and lines for the user, which
+        a pattern as in the setting `labels`, "" if names give none; and lines for the user, which
         say so and count the files that give no label.
 
         Raises `Error` if the names can be read in two ways: the setting `labels` decides then.
         """
-        folder, (names, others), way, labels, left_out = Path(folder), _files_in(folder), "", {}, {}
+        folder, way, labels, left_out = Path(folder), "list", {}, {}
+        names, others = _files_in(folder) if folder.is_dir() else ((), ())
         if self.labels in ("", "list"):
-            way, labels, left_out = self._listed(folder, names, others)
-        if self.labels != "list" and not way:
+            labels, left_out = self._listed(folder, names, others)
+        if self.labels != "list" and not (labels or left_out):
             way, labels = self._named(folder, names)
         left_out["images without a label"] = [name for name in names if name not in labels]
         left_out["files that are no images"] = [
@@ -1173,46 +1161,36 @@ class LstmCtcOcr:
             if re.search(NO_UTF8, label):
                 raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8: save "
                                  "the list, or rename the image, in UTF-8")
-        faults = [f'{len(those):,} {what}, such as "{_on_one_line(those[0])}"'
-                  for what, those in left_out.items() if those]
-        return labels, way, said + ["left out: " + "; ".join(faults)] * bool(faults)
+        faults = "; ".join(f'{len(those):,} {what}, such as "{_on_one_line(those[0])}"'
+                           for what, those in left_out.items() if those)
+        return labels, way, said + [f"left out: {faults}"] * bool(faults)
 
     def _listed(self, folder, names, others):
         """Reads the lists of a folder: a line an image, or a text file beside each image.
 
-        names, others: the folder's images and its other files. Returns "list", or "" if there is no
-        list that is of use; {image: label}; and {what is wrong with lines: names in them}.
+        names, others: the folder's images and its other files. Returns {image: label} and {what is
+        wrong with lines: names in them}. Both are empty if no line names anything.
         """
-        images, others, labels, strange, replaced = set(names), set(others), {}, [], []
-        rows = []  # (number of the line, image, label)
-        for name in names:
-            beside = os.path.splitext(name)[0] + self.BESIDE
-            if beside in others:
-                rows.append((0, name, _text_of(folder / beside).strip().partition("\n")[0].strip()))
+        others, labels = set(others), dict.fromkeys(names, "")
+        left_out = collections.defaultdict(list)
+        rows = [(0, name, _text_of(folder / beside).strip().partition("\n")[0]) for name in names
+                if (beside := os.path.splitext(name)[0] + self.BESIDE) in others]
         for path in self.LISTS:
-            rows += self._rows(folder / path) if path in others else []
+            text = _text_of(folder / path) if path in others else ""
+            for number, line in enumerate(filter(str.strip, text.splitlines())):
+                # A line by itself, so that a quotation mark too many does not take in the next.
+                cells = map(str.strip, next(csv.reader([line], delimiter=_separator(text))))
+                rows.append((number, *cells, "")[:3])
         for number, name, label in rows:
-            if name not in images:
+            if name not in labels:
                 name = os.path.normpath(name.replace("\\", "/"))
-            if name in images:
-                replaced += [name] * (label != labels.get(name, label))
+            if name in labels:
+                if labels[name] not in ("", label):
+                    left_out["labels that a later line replaces"].append(name)
                 labels[name] = label
             elif number:  # the first line may name the columns
-                strange.append(name)
-        labels = {name: label for name, label in labels.items() if label}
-        return "list" if labels or strange else "", labels, {
-            "lines of lists that name no image": strange,
-            "labels that a later line replaces": replaced}
-
-    @staticmethod
-    def _rows(path):
-        """Reads a list; returns (number of the line from 0, image, label) of each that has one."""
-        text, rows = _text_of(path), []
-        for number, line in enumerate(text.splitlines()):
-            for row in csv.reader([line], delimiter=_separator(text)):
-                name, label, *_ = [cell.strip() for cell in (*row, "", "")]
-                rows += [(number, name, label)] * bool(name)
-        return rows
+                left_out["lines of lists that name no image"].append(name)
+        return {name: label for name, label in labels.items() if label}, left_out
 
     MAX_GAP = 10  # between the numbers of counted images, on average: some may be missing
 
@@ -1223,28 +1201,25 @@ class LstmCtcOcr:
         names <number>_<text>, either part may be the label: the one that looks far less like a
         running count is. Raises `Error` if neither does.
         """
-        words = re.escape("/" + (self.words or ""))  # "/", for a set cannot be empty, is in no name
+        letters = re.escape(self.words or "A")  # a label may hold them, besides usual letters
         end = r"(?: \(\d+\)|\.\d+)?(?:\.\w+)"  # LABEL (1).png and LABEL.1.png have a label, too
         if self.labels:
-            label = rf"((?>[^\s_.()]|[{words}])+?)"
+            label = rf"((?>[^\s_.()]|[{letters}])+?)"
             pattern = re.escape(self.labels).replace(r"\*", ".*").replace("LABEL", label)
             return self.labels, _labels_in(names, pattern + end + "?")
-        label = rf"(?>[^\W_]|[{words}]){{1,20}}"  # what is longer is a checksum or the like
-        whole = _labels_in(names, f"({label}){end}")
-        first = _labels_in(names, f"({label}?)_.*{end}")
-        last = _labels_in(names, rf"\d{{1,20}}_({label}){end}")
+        label = rf"(?>[^\W_]|[{letters}]){{1,20}}"  # what is longer is a checksum or the like
+        whole, first, last = (_labels_in(names, form + end) for form in (
+            f"({label})", f"({label}?)_.*", rf"\d{{1,20}}_({label})"))
         every = {**first, **whole}
         if len(last) >= len(every) / 2 > 0:
-            rivals = {"LABEL_*": first, "*_LABEL": last}
-            (low, _), (high, way) = sorted(
-                (self._gap({name: rivals[way][name] for name in last}), way) for way in rivals)
-            if high > 10 * low:
-                return way, rivals[way]
+            rivals = ("LABEL_*", {name: first[name] for name in last}), ("*_LABEL", last)
+            for (way, labels), (_, others) in itertools.permutations(rivals):
+                if self._gap(labels) > 10 * self._gap(others):
+                    return way, labels
             name = next(iter(last))
-            raise self.Error(
-                f"the names in {folder} can be read in two ways: give --labels 'LABEL_*' "
-                f"""("{_on_one_line(name)}" is {first[name]}) or --labels '*_LABEL' """
-                f"""("{_on_one_line(name)}" is {last[name]})""")
+            ways = " or ".join(f"""--labels '{way}' ("{_on_one_line(name)}" is {labels[name]})"""
+                               for way, labels in rivals)
+            raise self.Error(f"the names in {folder} can be read in two ways: give {ways}")
         share = len(whole) / max(1, len(every))
         way, labels = ("LABEL", whole) if share >= 0.9 else ("LABEL_*", every)
         if share < 0.1:  # so few are something else, such as logo.png
@@ -1258,18 +1233,18 @@ class LstmCtcOcr:
         """Measures how little labels look like a running count of the images.
 
         Returns the mean distance of neighbouring numbers where nearly all labels are different
-        numbers without zeros in front, else infinity. Numbers far apart but all of as many digits
-        are no count either. Labels that are all the same tell images apart as little as a count
+        numbers without zeros in front, else infinity. Numbers far apart but all of about the same
+        size are no count either. Labels that are all the same tell images apart as little as a count
         does, and are rated as one.
         """
         numbers = {(os.path.dirname(name), int(label))  # a subfolder counts anew
                    for name, label in labels.items() if re.fullmatch("0|[1-9][0-9]*", label)}
-        if not numbers or len(numbers) < 0.98 * len(labels):
+        if len(numbers) <= 0.98 * len(labels):
             return cls.MAX_GAP - 1 if len(set(labels.values())) < 2 else math.inf
-        values = sorted(number for _, number in numbers)
-        gap = (values[-1] - values[0]) / len(values)
-        same_length = len(str(values[0])) == len(str(values[-1]))
-        return math.inf if same_length and gap >= cls.MAX_GAP else gap
+        _, values = zip(*numbers)
+        low, high = min(values), max(values)
+        gap = (high - low) / len(values)
+        return gap if gap < cls.MAX_GAP or 10 * low <= high else math.inf
 
     def labelled_files(self, folder, found=None, number=0, workers=1):
         """Lists the labelled images of a folder as (path, text), ordered by digests of their names.
@@ -1296,8 +1271,7 @@ class LstmCtcOcr:
                 "them LABEL.png or the like, say with --labels how they are called, or write a "
                 "labels.csv, a line an image: its name, a comma, its label; or render some with "
                 "`python lstm_ctc_ocr.py create_dataset`, or name another folder with --dataset")
-        names.sort(key=lambda name: (_digest(name), name))
-        return [(os.path.join(folder, name), labels[name]) for name in names]
+        return [(os.path.join(folder, name), labels[name]) for name in sorted(names, key=_digest)]
 
     # ------------------------------------------------------------------ model folders
 
@@ -2207,7 +2181,8 @@ class LstmCtcOcr:
         page, paths = Path(report), [Path(path) for path in paths or (HOME / "dataset" / "test",)]
         if report and not (page.parent.is_dir() and page.suffix in (".html", ".htm")):
             raise self.Error(f"--report {report}: name an .html file in a folder that exists")
-        files = [file for path in paths for file in _image_files(path)]
+        files = [path / name for path in paths
+                 for name in (_files_in(path)[0] if path.is_dir() else [""])]
         if not files:
             raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders that "
                              "hold some")
@@ -2732,7 +2707,7 @@ class LstmCtcOcr:
             raise self.Error(f"no images in {self.label}: --label takes the folder of those that "
                              "you want to label")
         separator = _separator(_whole_lines(folder / LABELS))
-        _, labels, _ = self._listed(folder, names, others)
+        labels, _ = self._listed(folder, names, others)
         return self._Labelling(folder, separator, labels, guesses, self._read_each,
                                collections.Counter(), threading.Lock())
 
@@ -3059,7 +3034,7 @@ SYMBOL_FONT = re.compile("symbol|dingbat|wingd|webdings|ornament|D050000L", re.I
 @functools.cache
 def _find_fonts(folders, words):
     """Finds the fonts under folders, sorted by name: (path, the letters of `words` that it has)."""
-    paths = {path for folder in folders for path in Path(folder).rglob("*")
+    paths = {path for folder in folders for path in Path(folder).expanduser().rglob("*")
              if path.suffix.lower() in (".ttf", ".otf") and not SYMBOL_FONT.search(path.name)}
     return tuple((str(path), letters) for path in sorted(paths, key=lambda path: (path.name, path))
                  if len(letters := _letters_of(str(path), words)) > len(words) / 2)
@@ -3790,34 +3765,29 @@ def _size_of(path):
         return 0, 0
 
 
-def _image_files(path):
-    """Lists the images in a folder, see `_files_in`; a path that is no folder is an image."""
-    return [path / name for name in _files_in(path)[0]] if path.is_dir() else [path]
-
-
-def _files_in(folder):
+def _files_in(folder, inside=""):
     """Lists the images in a folder and its subfolders, and the other files: (images, others).
 
     All are paths from the folder on. Images of one folder come in the order of the numbers at the
     beginning of their names. A folder that is named like an image counts as one: whoever opens it
-    tells the user. Hidden files and folders are left out. What is no folder has none of either.
-    Raises OSError if a folder cannot be listed.
+    tells the user. Hidden files and folders are left out, and folders that are links. Raises
+    OSError if a folder cannot be listed. inside: lists this subfolder alone.
     """
-    def refuse(error):  # os.walk would pass over the folder
-        raise error
-
-    def place(name):
-        return int(re.match(r"\d*", name)[0] or -1), name
-
     images, others = [], []
-    for path, folders, files in os.walk(folder, onerror=refuse) if os.path.isdir(folder) else ():
-        start = "" if path == os.fspath(folder) else os.path.relpath(path, folder)
-        shown = {name for name in (*folders, *files) if not name.startswith(".")}
-        named = set(filter(_is_image_name, shown))
-        folders[:] = sorted(shown.intersection(folders) - named)
-        images += [os.path.join(start, name) for name in sorted(named, key=place)]
-        others += [os.path.join(start, name) for name in shown.intersection(files) - named]
-    return images, sorted(others)
+    for name in sorted(os.listdir(os.path.join(folder, inside)),
+                       key=lambda name: (int(re.match(r"\d*", name)[0] or -1), name)):
+        path = os.path.join(inside, name)
+        file = Path(folder, path)
+        if name.startswith("."):
+            continue
+        if name.lower().endswith(tuple(IMAGE_KINDS)):
+            images.append(path)
+        elif not file.is_dir():
+            others.append(path)
+        elif not file.is_symlink():
+            for found, more in zip((images, others), _files_in(folder, path)):
+                found += more
+    return images, others
 
 
 def _on_one_line(text):
@@ -3826,15 +3796,10 @@ def _on_one_line(text):
     return text if text.isprintable() else json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _is_image_name(name):
-    """Tells by its ending whether a file's name is that of an image."""
-    return name.lower().endswith(tuple(IMAGE_KINDS))
-
-
 def _labels_in(names, pattern):
     """Returns {name: label} of the images whose names follow a regular expression of one group."""
-    match = re.compile(pattern, re.DOTALL).fullmatch
-    return {name: found[1] for name in names if (found := match(os.path.basename(name)))}
+    return {name: found[1] for name in names
+            if (found := re.fullmatch(pattern, os.path.basename(name), re.DOTALL))}
 
 
 def _number_of(name):
@@ -4307,12 +4272,9 @@ def _package(name, purpose):
     """Imports a package that not everything needs; raises `Error` where it is not installed."""
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        if error.name != package:  # it is there, but lacks something itself
-            raise
+    except ModuleNotFoundError as error:  # it, or another one that it needs
         raise LstmCtcOcr.Error(
-            f"to {purpose}, install {package}: pip install {package}") from None
+            f"to {purpose}, install {error.name}: pip install {error.name}") from None
 
 
 OPENING = threading.RLock()  # held while TensorFlow is imported, or a model is opened
@@ -4371,10 +4333,8 @@ def _session_config(place=LstmCtcOcr._Place()):
 @functools.cache
 def _has_bfloat16():
     """Whether the processor has such instructions. TensorFlow's imitation takes twice as long."""
-    try:
-        return bool(re.search(r"\b(avx512|amx)_bf16\b", Path("/proc/cpuinfo").read_text()))
-    except OSError:  # not Linux
-        return False
+    info = Path("/proc/cpuinfo")  # of Linux
+    return info.exists() and bool(re.search(r"\b(avx512|amx)_bf16\b", info.read_text()))
 
 
 @contextlib.contextmanager
@@ -4414,21 +4374,18 @@ def _cpu_quota(root=Path("/")):
 
     They are those of Linux's cgroup v2, each with a file cpu.max.
     """
-    quotas = [math.inf]
+    limits = ""
     with contextlib.suppress(OSError):  # not Linux
-        groups = (root / "proc/self/cgroup").read_text()
-        own = root / "sys/fs/cgroup" / re.search("^0::/(.*)", groups + "\n0::/", re.M)[1]
-        for folder in (own, *own.parents):
-            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max 100000": none
-                quota, period = (folder / "cpu.max").read_text().split()
-                quotas.append(int(quota) / int(period))
-    return min(quotas)
+        group = (root / "proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+        for folder in (root / "sys/fs/cgroup" / group / "cpu.max").parents:
+            limits += "".join(file.read_text() for file in folder.glob("cpu.max"))
+    quotas = re.findall(r"(\d+) (\d+)", limits)  # "max 100000" is none
+    return min((int(quota) / int(period) for quota, period in quotas), default=math.inf)
 
 
 def _follow_parent():
-    """Makes this process end when its parent has ended, and not by a signal to both of them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Makes this process end when its parent has ended, and not by Ctrl-C in their terminal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows, see `_signals_held`
     cv2.setNumThreads(1)
 
     def follow():
@@ -4448,25 +4405,29 @@ def _one_ahead(iterable):
             yield item
 
 
+STOPS = signal.SIGINT, signal.SIGTERM
+
+
 @contextlib.contextmanager
 def _signals_held():
     """Holds Ctrl-C and SIGTERM back until it ends; processes started meanwhile never get them."""
-    hold = getattr(signal, "pthread_sigmask", lambda *_: None)  # Windows has none
-    hold(getattr(signal, "SIG_BLOCK", 0), (signal.SIGINT, signal.SIGTERM))
+    if fcntl:  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
-        hold(getattr(signal, "SIG_UNBLOCK", 0), (signal.SIGINT, signal.SIGTERM))
+        if fcntl:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 @contextlib.contextmanager
 def _deferred_stop():
     """Yields a list to which Ctrl-C and SIGTERM add their number, and nothing else happens."""
     caught, before = [], {}
-    if threading.current_thread() is threading.main_thread():  # no other thread hears signals
-        before = {number: signal.signal(number, lambda number, _: caught.append(number))
-                  for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        with contextlib.suppress(ValueError):  # only the main thread may hear signals
+            for number in STOPS:
+                before[number] = signal.signal(number, lambda number, _: caught.append(number))
         yield caught
     finally:
         for number, handler in before.items():
