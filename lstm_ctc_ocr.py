@@ -129,15 +129,15 @@ NETWORKS = {
     # views: whether an image that is read with little confidence is read again in other views;
     # lstm and cnn_lstm read fewer images right with them.
     "lstm": types.SimpleNamespace(
-        about="the article's", convolutions=(), projection=0, bidirectional=False, views=False),
+        about="the article's", convolutions=(), projection=0, views=False),
     "cnn_lstm": types.SimpleNamespace(
         about="with convolutions in front",
         convolutions=((32, 5, 4, 2, 0), (48, 3, 2, 2, 0), (96, 3, 2, 1, 0), (128, 3, 2, 1, 0)),
-        projection=128, bidirectional=True, views=False),
+        projection=128, views=False),
     "wide_cnn_lstm": types.SimpleNamespace(
         about="with larger convolutions",
         convolutions=((32, 5, 2, 2, 0), (48, 3, 2, 2, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 2)),
-        projection=160, bidirectional=True, views=True),
+        projection=160, views=True),
 }
 ARCHITECTURE = (  # the settings that a model folder fixes
     "net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height")
@@ -277,10 +277,6 @@ class LstmCtcOcr:
         if self.words is not None and (not self.words or len(set(self.words)) != len(self.words)):
             raise self.Error(
                 f"--words needs at least one letter and each of them once, not {self.words!r}")
-        shard = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard, re.ASCII)
-        if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
-            raise self.Error(
-                f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
         if self.labels not in ("", "list") and self.labels.count("LABEL") != 1:
             raise self.Error(
                 "--labels must be list, or hold LABEL once, such as '*_LABEL', not "
@@ -396,14 +392,11 @@ class LstmCtcOcr:
         if network.convolutions:
             x = self.convolutions(ink, training)  # (T, B, F)
             x = tf.nn.relu(self.dense(x, network.projection, "projection"))
-        else:
-            x = tf.transpose(ink, [2, 0, 1])  # the columns are the steps: (W, B, H)
-        if network.bidirectional:
             forward = self.lstm(x, "forward")
             backward = tf.reverse(self.lstm(tf.reverse(x, [0]), "backward"), [0])
             x = tf.concat([forward, backward], axis=2)
         else:
-            x = self.lstm(x)
+            x = self.lstm(tf.transpose(ink, [2, 0, 1]))  # the columns are the steps: (W, B, H)
         return self.dense(x, len(self.words) * self.label_parts + 1)  # (T, B, N) -> (T, B, C)
 
     def convolutions(self, ink, training):
@@ -458,7 +451,7 @@ class LstmCtcOcr:
 
     def lstm(self, x, name="lstm"):
         """Runs one LSTM layer over time: x (T, B, I) float32 -> outputs (T, B, N)."""
-        cells = self.n_hidden // (2 if NETWORKS[self.net].bidirectional else 1)
+        cells = self.n_hidden // (2 if NETWORKS[self.net].convolutions else 1)
         return self._lstm_layer()(x, *self._weights(name, x.shape[2] + cells, 4 * cells))
 
     @staticmethod
@@ -813,8 +806,7 @@ class LstmCtcOcr:
         temperature: divides the logits, so that the confidence is the share of readings that are
         right (Guo et al., 2017, arXiv:1706.04599).
         """
-        logits = self.logits(images)
-        logits = logits if temperature == 1 else logits / temperature
+        logits = self.logits(images) / temperature
         sparse, log_probability = self.decode(logits)
         return self._Net(images, logits, sparse, _tensorflow().exp(log_probability))
 
@@ -873,16 +865,14 @@ class LstmCtcOcr:
         that either, the letter gets the mean of all letters' weights.
         """
         _, config, weights = self._load_model(_model_folder(self.start_from))
-        words, blank = config["words"], len(config["words"]) * self.label_parts
-        columns = []
-        for letter in self.words:
-            place = words.find(letter if letter in words else letter.swapcase())
-            columns += [place * self.label_parts + part if place >= 0 else blank + 1
-                        for part in range(self.label_parts)]
+        words = config["words"]
+        places = [words.find(letter if letter in words else letter.swapcase())
+                  for letter in self.words]  # -1 where there is none: there, the mean is put
         for name in ("dense/kernel", "dense/bias"):
-            mean = weights[name][..., :blank].mean(axis=-1, keepdims=True)
-            known = np.append(weights[name], mean, axis=-1)
-            weights[name] = known[..., [*columns, blank]]
+            letters, blank = np.split(weights[name], [-1], axis=-1)
+            letters = np.stack(np.split(letters, len(words), axis=-1))  # (letters, ..., parts)
+            known = np.concatenate([letters, letters.mean(axis=0, keepdims=True)])
+            weights[name] = np.concatenate([*known[places], blank], axis=-1)
         return weights
 
     def _learning_rate(self, epoch):
@@ -1001,8 +991,11 @@ class LstmCtcOcr:
         """
         varied = {"words": CAPITALS + CAPITALS.lower() + DIGITS}
         ocr = self.resolve(varied if self.look == "varied" else {})
-        folder, (index, count) = Path(self.dataset), map(int, self.shard.split("/"))
-        numbers = range(index - 1, self.im_total_num, count)
+        folder, shard = Path(self.dataset), re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard)
+        if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
+            raise self.Error(
+                f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
+        numbers = range(int(shard[1]) - 1, self.im_total_num, int(shard[2]))
         rendering = ocr._rendering()
         with self._writing(folder), _deferred_stop() as stop, self._renderers() as pool:
             folder.mkdir(parents=True, exist_ok=True)
@@ -1288,8 +1281,8 @@ class LstmCtcOcr:
         """
         if self.model:
             return _model_folder(self.model)
-        own = [path for net in NETWORKS if self.net in (None, net)
-               and (path := MODELS / net / "checkpoint").exists()]
+        own = [path for path in MODELS.glob(f"{self.net or '*'}/checkpoint")
+               if path.parent.name in NETWORKS]
         for path in sorted(own, key=lambda path: path.stat().st_mtime, reverse=True):
             folder = path.parent
             accuracy = self._load_config(folder).get("accuracy", 0)
@@ -1300,22 +1293,18 @@ class LstmCtcOcr:
                   f"{_shown(folder)}", file=sys.stderr)
         return MODELS / "pretrained" / (self.net or "general")
 
-    def _load_config(self, folder, flag="--model"):
-        """Returns a model folder's config.json; raises `Error` if there is none that is whole.
-
-        flag: the one that names the folder.
-        """
+    def _load_config(self, folder):
+        """Returns a model folder's config.json; raises `Error` if there is none that is whole."""
         path = folder / "config.json"
         try:
             config = json.loads(path.read_text())
         except FileNotFoundError:
             raise self.Error(
                 f"no model in {folder}: train one with `python lstm_ctc_ocr.py train`, or name "
-                f"another with {flag}, such as general") from None
+                "another, such as general") from None
         except (OSError, ValueError, RecursionError) as error:
             raise self.Error(
-                f"{path} cannot be read ({error}): restore it, or name another folder with "
-                f"{flag}") from None
+                f"{path} cannot be read ({error}): restore it, or name another folder") from None
         return self._checked(config, path)
 
     def _checked(self, config, path):
@@ -1529,7 +1518,7 @@ class LstmCtcOcr:
         """Returns the settings that the model `start_from` fixes; raises `Error` for others."""
         if not self.start_from:
             return {}
-        config = self._load_config(_model_folder(self.start_from), "--start-from")
+        config = self._load_config(_model_folder(self.start_from))
         fixed = {name: config[name] for name in ("net", "n_hidden", "label_parts", "im_height")}
         self._require(fixed, f"--start-from {self.start_from} has",
                       "leave that out, or start from another model")
@@ -2036,12 +2025,10 @@ class LstmCtcOcr:
 
     def _say_model(self):
         """Says on stderr which model is read with, and how well it reads."""
-        config, accuracy = self._reader.config, "not validated yet"
-        if "accuracy" in config:
-            accuracy = (f"{config['accuracy']:.1%} of {config.get('validated_on', 0):,} held-out "
-                        "images")
-        print(f"reading with {_shown(self._reader.folder)} ({config['net']}, {accuracy})",
-              file=sys.stderr)
+        config = self._reader.config
+        print(f"reading with {_shown(self._reader.folder)} ({config['net']}, "
+              f"{config.get('accuracy', 0):.1%} of {config.get('validated_on', 0):,} held-out "
+              "images)", file=sys.stderr)
 
     def _read(self, infer, ink, colours, restriction):
         """Reads images of one width under one restriction; returns B pairs (text, confidence).
@@ -2051,12 +2038,13 @@ class LstmCtcOcr:
         doubt are read again: more of them are read right so, but only by a network that has learnt
         captchas of many kinds.
         """
-        def again(view, rows):
+        def again(rows, view):
             return infer(self._viewed(view, [(ink[row], colours[row]) for row in rows]))
 
-        views = [(0.6, self._from_afar), (0.4, self._from_near), (0.3, self._without_clutter)]
-        views = [(doubt, functools.partial(again, view)) for doubt, view in views]
-        return self.texts(infer(ink), restriction, views if NETWORKS[self.net].views else ())
+        views = ((0.6, self._from_afar), (0.4, self._from_near), (0.3, self._without_clutter))
+        return self.texts(infer(ink), restriction, [
+            (doubt, functools.partial(again, view=view))
+            for doubt, view in views if NETWORKS[self.net].views])
 
     def _viewed(self, view, images):
         """Returns images as a view shows them, ink at full strength: (B, H, w') uint8.
@@ -2121,23 +2109,23 @@ class LstmCtcOcr:
 
         restrictions: one for each source; by default that of the settings. alone: see `_Reader`.
         """
-        reader, alike, results = self._reader, collections.defaultdict(list), {}
+        reader, alike = self._reader, collections.defaultdict(list)
+        results, ocr = [None] * len(sources), reader.ocr
+        restrictions = restrictions or [reader.restriction] * len(sources)
         for row, source in enumerate(sources):
             try:
-                colours = reader.ocr.load_colours(source)
+                colours = ocr.load_colours(source)
             except self.Error as error:
                 results[row] = error
                 continue
-            width = reader.ocr._read_width(colours.shape[1])
-            restriction = restrictions[row] if restrictions else reader.restriction
-            ink = reader.ocr.ink_of(colours)[:, :width]
-            alike[width, restriction].append((row, ink, colours))
+            width = ocr._read_width(colours.shape[1])
+            alike[width, restrictions[row]].append((row, ocr.ink_of(colours)[:, :width], colours))
         infer = functools.partial(reader.logits, alone=alone)
         for (_, restriction), images in alike.items():
             rows, ink, colours = zip(*images)
-            readings = reader.ocr._read(infer, np.stack(ink), colours, restriction)
-            results.update(zip(rows, readings))
-        return [results[row] for row in range(len(results))]
+            for row, reading in zip(rows, ocr._read(infer, np.stack(ink), colours, restriction)):
+                results[row] = reading
+        return results
 
     def recognise(self, sources, letters="", length=""):
         """Reads images as one batch; returns their pairs (text, confidence).
@@ -2179,7 +2167,7 @@ class LstmCtcOcr:
         for a report none that is labelled.
         """
         page, paths = Path(report), [Path(path) for path in paths or (HOME / "dataset" / "test",)]
-        if report and not (page.parent.is_dir() and page.suffix in (".html", ".htm")):
+        if report and not (page.parent.is_dir() and page.suffix == ".html"):
             raise self.Error(f"--report {report}: name an .html file in a folder that exists")
         files = [path / name for path in paths
                  for name in (_files_in(path)[0] if path.is_dir() else [""])]
@@ -2190,25 +2178,24 @@ class LstmCtcOcr:
         truths = {}
         for path in paths:
             truths.update(self._reader.ocr._truths_of(path))
-        if report and not truths:
-            raise self.Error("--report wants labelled images, and none of these is: see "
-                             "`train --help` for --labels")
         readings = []  # (path, its label or None, text, confidence)
         for path, text, confidence, fault in self.recognise_files(files):
             if not fault:
                 readings.append((path, truths.get(path), text, confidence))
             self._print_reading(path, truths.get(path), text, confidence, fault, as_json)
-        labelled = [reading for reading in readings if reading[1] is not None]
+        labelled = [reading for reading in readings if reading[1]]
         if labelled and not as_json:
             print("\n" + describe(score(*zip(*(reading[1:3] for reading in labelled)))))
-        if labelled and report:
+        if report and not labelled:
+            raise self.Error("--report wants labelled images, and none of these is: see "
+                             "`train --help` for --labels")
+        if report:
             with self._writing(page.parent):
                 _replace(page, report_page(labelled, str(_shown(self._reader.folder))))
         if sum(confidence < 0.5 for *_, confidence in readings) > len(readings) / 2:
-            other = "" if self._reader.folder.stem == "general" else "try `--model general`, or "
             print("most of these do not look like what this model has learnt (confidence below "
-                  f"0.5): {other}label a few hundred of them, and `train --dataset FOLDER "
-                  "--start-from general`", file=sys.stderr)
+                  "0.5): if it is not general, try `--model general`; else label a few hundred of "
+                  "them, and `train --dataset FOLDER --start-from general`", file=sys.stderr)
         return 1 if len(readings) < len(files) else 0
 
     def _truths_of(self, path):
@@ -2853,9 +2840,8 @@ class LstmCtcOcr:
                 x = add("Relu", add("Add", x, convolution(y, f"{name}/residual{block}b")))
         x = add("Transpose", x, perm=[3, 0, 2, 1])
         x = add("Reshape", x, [0, 0, -1])  # (T, B, h * channels)
-        if network.projection:
+        if network.convolutions:
             x = add("Relu", dense(x, "projection"))
-        if network.bidirectional:
             forward = self._onnx_lstm(add, x, weights, "forward", "forward")
             backward = self._onnx_lstm(add, x, weights, "backward", "reverse")
             x = add("Concat", forward, backward, axis=2)
