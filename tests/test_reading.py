@@ -366,7 +366,7 @@ def test_publishing_keeps_the_readings_and_drops_the_rest(trained, dataset, tmp_
 
 
 @pytest.mark.parametrize("arguments, complaint", [
-    (["test", "--model", str(SHIPPED), "tests"], "no images in"),
+    (["test", "--model", str(SHIPPED), "tests/tools"], "no images in"),
     (["test", "--beam-width", "0"], "--beam-width must be 1 to 100"),
     (["test", "--model", str(SHIPPED), "--letters", "AB7"], "this model does not know '7'"),
     (["test", "--model", str(SHIPPED), "--length", "9-11"], "from 1 to this model's 10, not '9-11'"),
