@@ -186,9 +186,9 @@ class LstmCtcOcr:
     look: str = setting(
         "plain", "plain: as the captcha package draws them; varied: in all the ways in which "
         "captchas differ", ("plain", "varied"))
-    fonts: tuple = setting(
-        (), "folders of the fonts for varied captchas; if not given, the captcha package's and "
-        "the system's")
+    fonts: str = setting(
+        "", "folder of the fonts for varied captchas; if not given, the captcha package's and "
+        "the system's are used")
     im_total_num: int = setting(
         100_000, "images to render (100,000 take 0.9 GB on disk)", COUNT)
     workers: int = setting(0, "processes that render; 0: one a core", COUNT_OR_NONE)
@@ -1019,7 +1019,7 @@ class LstmCtcOcr:
         """Finds the fonts to draw with: (path, those of `words` that it has) of each."""
         folders = str(Path(_package("captcha", "render captchas").__file__).parent),
         if self.look == "varied":
-            folders = tuple(self.fonts) or (*folders, *self.FONT_FOLDERS)
+            folders = (self.fonts,) if self.fonts else (*folders, *self.FONT_FOLDERS)
         return _find_fonts(folders, self.words)
 
     def _rendering(self):
@@ -4454,10 +4454,9 @@ def _parser():
         for name in names.split():
             field = fields[name]
             usual = field.metadata["usual"] if field.default is None else field.default
-            shown = f" ({usual})" if usual not in ("", (), None) else ""
-            kind = {"nargs": "+"} if field.type is tuple else {"type": field.type}
-            sub.add_argument(
-                _flag(name), default=field.default, help=field.metadata["help"] + shown, **kind)
+            shown = "" if usual == "" else f" ({usual})"
+            sub.add_argument(_flag(name), type=field.type, default=field.default,
+                             help=field.metadata["help"] + shown)
         if command == "export":
             sub.add_argument(
                 "target", metavar="DIR|FILE.onnx", help="a new folder; TensorFlow Serving wants "

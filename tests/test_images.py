@@ -145,7 +145,7 @@ def test_kinds_of_captchas_occur_as_often_as_their_tables_say(monkeypatch):
     degradations = watch("DEGRADATIONS", -300, 600)
     relative = [watch("CLUTTER", 0, 1), watch("WARPS", -.6, .6)]
     patterns = watch("LETTER_PATTERNS", 0, 256)
-    fonts = LstmCtcOcr(look="varied", fonts=(FONTS,), words="aB3dE")._fonts_found()
+    fonts = LstmCtcOcr(look="varied", fonts=FONTS, words="aB3dE")._fonts_found()
     for seed in range(number):
         lstm_ctc_ocr.draw_varied("aB3dE"[:1 + seed % 5], seed, fonts)
     assert {row: drawn[row] / number for row in papers} == pytest.approx(

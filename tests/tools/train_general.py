@@ -316,9 +316,9 @@ def train(arguments):
     torch.manual_seed(arguments.seed)
     torch.backends.cudnn.benchmark = True
     # Raises an error now if the fonts lack a letter.
-    LstmCtcOcr(words=WORDS, look="varied", fonts=tuple(arguments.fonts))._rendering()
+    LstmCtcOcr(words=WORDS, look="varied", fonts=arguments.fonts)._rendering()
     processes = arguments.processes or max(1, lstm_ctc_ocr._cores() - 1)
-    renderers = [Renderer(number, arguments.images // processes, arguments.seed, tuple(arguments.fonts))
+    renderers = [Renderer(number, arguments.images // processes, arguments.seed, arguments.fonts)
                  for number in range(processes)]  # forked before this process opens a GPU
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pool, batch = Pool(torch, renderers, device), arguments.batch_size
@@ -448,7 +448,7 @@ def main():
     command.add_argument("--batch-size", type=int, default=384)
     command.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate at the start (2e-3)")
     command.add_argument("--processes", type=int, help="that render; if not given, one a core but one")
-    command.add_argument("--fonts", nargs="+", default=(), help="as in create_dataset")
+    command.add_argument("--fonts", default="", help="as in create_dataset")
     command.add_argument("--seed", type=int, default=200)
     command.set_defaults(run=train)
     command = commands.add_parser("pack")
