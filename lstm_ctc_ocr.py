@@ -2421,8 +2421,8 @@ class LstmCtcOcr:
         """
         labelling = self._open_labelling() if self.label else None
         ocr = self._reader.ocr
-        blank = np.zeros((1, ocr.im_height, ocr.im_width), np.uint8)
-        self._reader.logits(blank, alone=True)  # the first run takes long
+        self._reader.logits(  # the first run takes long
+            np.zeros((1, ocr.im_height, ocr.im_width), np.uint8), alone=True)
         pool = concurrent.futures.ThreadPoolExecutor(_cores())
         service = self._Service(labelling, pool, [], threading.Lock())
         if labelling:
@@ -2479,8 +2479,8 @@ class LstmCtcOcr:
             flask.abort(400, "say which image: /captchaOcr?img_path=./dataset/test/0_PIY.png")
         try:
             root = Path(os.path.realpath(self.image_root))
-            starts = Path(), root.parent, root  # where a relative path may start
-            paths = [_file_under(root, start / img_path) for start in starts]
+            # A relative path may start at the image root, or at the folder that holds the root.
+            paths = [_file_under(root, start / img_path) for start in (root.parent, root)]
             with open(next(filter(None, paths)), "rb") as file:
                 data = file.read(self.MAX_BODY + 1)
         except (StopIteration, OSError):  # the same answer, so that nobody learns what exists
@@ -2741,7 +2741,7 @@ class LstmCtcOcr:
     def export(self, target):
         """Writes the model in a form that needs nothing of this project.
 
-        target: a new folder, which becomes a SavedModel, or a new file FILE.onnx, see `_export_onnx`.
+        target: a new folder, which becomes a SavedModel, or a new file FILE.onnx.
         Raises `Error` if it is there already.
         """
         target = Path(target)
@@ -2749,23 +2749,22 @@ class LstmCtcOcr:
         for path in (target, target.with_suffix(".json")) if is_onnx else (target,):
             if path.exists():
                 raise self.Error(f"{path} is there already: name a new folder or file")
-        write = self._export_onnx if is_onnx else self._export_saved_model
-        write(target)
+        takes = self._export_onnx(target) if is_onnx else self._export_saved_model(target)
+        print(f"{target} takes {takes}", file=sys.stderr)
 
     def _export_saved_model(self, directory):
         """Writes a SavedModel: ink (B, H, w) uint8 -> text (B,) string, confidence (B,) float32.
 
         The ink is that of `load_image`, w of its W columns. Each image is read once, with
-        TensorFlow's beam search.
+        TensorFlow's beam search. Returns a description of the input.
         """
         tf, folder = _tensorflow(), self._model_to_read()
         ocr, config, weights = self._load_model(folder)
         with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, \
                 self._writing(directory), _constants(weights, folder):
             net = ocr._build_reading(ocr._build_input(), config.get("temperature", 1))
-            written = [*ocr._written(), ""]  # the last one fills the shorter texts up
-            classes = tf.sparse.to_dense(net.sparse, default_value=len(written) - 1)
-            text = tf.strings.reduce_join(tf.gather(written, classes), axis=1)
+            classes = 1 + tf.sparse.to_dense(net.sparse, default_value=-1)  # 0: the text has ended
+            text = tf.strings.reduce_join(tf.gather(ocr._written(), classes), axis=1)
             directory.parent.mkdir(parents=True, exist_ok=True)
             # The folder appears whole or not at all.
             with tempfile.TemporaryDirectory(prefix=".", dir=directory.parent) as part:
@@ -2773,21 +2772,24 @@ class LstmCtcOcr:
                     session, f"{part}/model", inputs={"ink": net.images},
                     outputs={"text": text, "confidence": net.confidence})
                 os.replace(f"{part}/model", directory)
-        print(f"{directory} takes ink (images, {ocr.im_height}, columns) uint8", file=sys.stderr)
+        return f"ink (images, {ocr.im_height}, columns) uint8"
 
     def _written(self):
-        """Returns what each class adds to a text in an export; of several parts the middle one."""
-        return [letter if part == self.label_parts // 2 else ""
-                for letter in self.words for part in range(self.label_parts)]
+        """Returns what each class adds to a text in an export, the blank first.
+
+        Of a letter's several parts the middle one adds it.
+        """
+        return [""] + [letter if part == self.label_parts // 2 else ""
+                       for letter in self.words for part in range(self.label_parts)]
 
     def _export_onnx(self, path):
         """Writes an ONNX file of standard operators, and beside it the .json that ddddocr needs.
 
-        Its input: images (B, 1 or 3 channels, H, any width) float32, 0 to 1, already scaled to the
-        height H. Those wider than W are squeezed, as in `load_image`. Negative numbers, 0 to -255,
-        are ink that `load_image` has prepared.
+        Its input: images (B, 1 or 3 channels, H, w) float32, 0 to 1, already scaled to the height
+        H; w is any width from H / 16. Negative numbers, 0 to -255, are ink that `load_image` has
+        prepared.
         Its output: scores (T, B, C) float32, the logarithms of probabilities, the blank first.
-        The metadata's `config` is the model's config.json.
+        The metadata's `config` is the model's config.json. Returns a description of the input.
         """
         onnx = _package("onnx", "write ONNX files")
         ocr, config, weights = self._load_model(self._model_to_read())
@@ -2804,15 +2806,14 @@ class LstmCtcOcr:
         model = onnx.helper.make_model(
             graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
         onnx.helper.set_model_props(model, {"config": json.dumps(config)})
-        onnx.checker.check_model(model)
         # ddddocr drops repeated classes, and joins what the charset has for the others.
-        settings = {"charset": ["", *ocr._written()], "word": False,
+        settings = {"charset": ocr._written(), "word": False,
                     "image": [-1, ocr.im_height], "channel": 3}
         with self._writing(path.parent):
             _replace(path, model.SerializeToString())
             _replace(path.with_suffix(".json"), json.dumps(settings) + "\n")
-        print(f"{path} takes images (1 or 3 channels, {ocr.im_height} rows, any width, 0 to 1); "
-              f"{path.with_suffix('.json')} is for ddddocr", file=sys.stderr)
+        return (f"images (1 or 3 channels, {ocr.im_height} rows, any width, 0 to 1); "
+                f"{path.with_suffix('.json')} is for ddddocr")
 
     def _onnx_network(self, add, weights):
         """Adds the network's operations to an ONNX graph, from "images" to "scores".
@@ -2842,64 +2843,40 @@ class LstmCtcOcr:
         x = add("Reshape", x, [0, 0, -1])  # (T, B, h * channels)
         if network.convolutions:
             x = add("Relu", dense(x, "projection"))
-            forward = self._onnx_lstm(add, x, weights, "forward", "forward")
-            backward = self._onnx_lstm(add, x, weights, "backward", "reverse")
-            x = add("Concat", forward, backward, axis=2)
-        else:
-            x = self._onnx_lstm(add, x, weights, "lstm", "forward")
+        x = self._onnx_lstm(add, x, weights)
         add("LogSoftmax", dense(x, "dense"), axis=2, name="scores")
 
-    @staticmethod
-    def _onnx_lstm(add, x, weights, name, direction):
-        """Adds one LSTM layer to an ONNX graph: x (T, B, I) -> (T, B, N).
-
-        direction: "forward", or "reverse" for a layer that reads the last step first.
-        """
-        layer = np.vstack([weights[f"{name}/kernel"], weights[f"{name}/bias"]])
-        i, c, f, o = np.split(layer, 4, axis=1)  # (I + N + 1, N) each
-        f[-1] += 1  # BlockLSTM adds it to the bias, ONNX does not
-        gates = np.hstack([i, o, f, c]).T[None]  # (1, 4 N, I + N + 1)
-        cells = i.shape[1]
+    def _onnx_lstm(self, add, x, weights):
+        """Adds the LSTM layers to an ONNX graph: x (T, B, I) -> (T, B, N of all directions)."""
+        both = NETWORKS[self.net].convolutions
+        layers = np.stack([np.vstack([weights[f"{name}/kernel"], weights[f"{name}/bias"]])
+                           for name in (("forward", "backward") if both else ("lstm",))])
+        i, c, f, o = np.split(layers, 4, axis=2)  # (directions, I + N + 1, N) each
+        f[:, -1] += 1  # BlockLSTM adds it to the bias, ONNX does not
+        gates, cells = np.concatenate([i, o, f, c], axis=2).transpose(0, 2, 1), i.shape[2]
         kernel, recurrent, bias = np.split(gates, [-cells - 1, -1], axis=2)
         biases = np.hstack([bias, 0 * bias])[..., 0]  # ONNX has a second one
-        x = add("LSTM", x, kernel, recurrent, biases, hidden_size=cells, direction=direction)
-        return add("Squeeze", x, [1])  # of (T, directions, B, N)
+        x = add("LSTM", x, kernel, recurrent, biases, hidden_size=cells,
+                direction="bidirectional" if both else "forward")
+        x = add("Transpose", x, perm=[0, 2, 1, 3])  # (T, B, directions, N)
+        return add("Reshape", x, [0, 0, -1])
 
     def _onnx_ink(self, add):
-        """Adds `ink_of` to an ONNX graph: "images" -> ink (B, 1, H, w) of 0 to 255.
-
-        w is the `_read_width` of the images' width, at most W.
-        """
-        height, most = [self.im_height], [self.im_width]
-        fitted = add("Min", add("Shape", "images", start=3), most)
-        given = add("Resize", "images", "", "", fitted, axes=[3], mode="linear",
-                    coordinate_transformation_mode="half_pixel")
-        prepared = add("ReduceMax", add("Relu", add("Neg", given)), [1])  # 0 for colours
-        colours = add("Relu", given)  # 0 for prepared ink
-        away = add("Abs", add("Sub", colours, self._onnx_paper(add, colours)))
-        ink = add("ReduceMax", away, [1])
-        strongest = add("Max", add("ReduceMax", ink, [2, 3]), np.float32(MIN_CONTRAST))
-        ink = add("Round", add("Mul", ink, add("Div", np.float32(255), strongest)))
-        ink = add("Add", ink, prepared)
-        needed = add("Max", fitted, [self._least_steps * self._stride])
-        more = add("Mod", add("Neg", needed), height)  # up to a multiple of H
-        width = add("Min", add("Add", needed, more), most)
-        padding = add("Concat", [0], add("Sub", width, fitted), axis=0)
-        return add("Pad", ink, padding, "", [3])
-
-    def _onnx_paper(self, add, colours):
-        """Adds `_paper_of` to an ONNX graph: (B, channels, H, w) -> (B, channels, 1, 1)."""
-        edge, end = max(1, self.im_height // 16), np.iinfo(np.int64).max
-
-        def part(top, bottom, left, right):
-            x = add("Slice", colours, [top, left], [bottom, right], [2, 3])
-            return add("Reshape", x, [0, 0, -1, 1])
-
-        along = add("Concat", part(0, edge, 0, end), part(-edge, end, 0, end),
-                    part(edge, -edge, 0, edge), part(edge, -edge, -edge, end), axis=2)
+        """Adds `ink_of` to an ONNX graph: "images" -> ink (B, 1, H, w) of 0 to 255."""
+        prepared = add("ReduceMax", add("Relu", add("Neg", "images")), [1])  # 0 for colours
+        colours = add("Relu", "images")  # 0 for prepared ink
+        edge = max(1, self.im_height // 16)
+        ends = [*range(edge), *range(-edge, 0)]
+        middle = add("Slice", colours, [edge], [-edge], [2])
+        border = add("Gather", colours, ends, axis=2), add("Gather", middle, ends, axis=3)
+        along = add("Concat", *(add("Reshape", part, [0, 0, -1, 1]) for part in border), axis=2)
         half = add("Div", add("Shape", along, start=2, end=3), [2])
         lower_half = add("TopK", along, add("Add", half, [1]), axis=2, largest=0)
-        return add("ReduceMax", lower_half, [2])  # the median
+        paper = add("ReduceMax", lower_half, [2])  # the median, as in `_paper_of`
+        ink = add("ReduceMax", add("Abs", add("Sub", colours, paper)), [1])
+        strongest = add("Max", add("ReduceMax", ink, [2, 3]), np.float32(MIN_CONTRAST))
+        ink = add("Round", add("Mul", ink, add("Div", np.float32(255), strongest)))
+        return add("Add", ink, prepared)
 
 
 def _add_to_onnx(onnx, graph, kind, *inputs, name=None, **attributes):
@@ -2914,7 +2891,7 @@ def _add_to_onnx(onnx, graph, kind, *inputs, name=None, **attributes):
             graph.initializer.append(onnx.numpy_helper.from_array(array, each))
         names.append(each)
     outputs = [name, f"{name}_places"] if kind == "TopK" else [name]
-    graph.node.append(onnx.helper.make_node(kind, names, outputs, name, **attributes))
+    graph.node.append(onnx.helper.make_node(kind, names, outputs, **attributes))
     return name
 
 
