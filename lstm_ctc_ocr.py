@@ -2681,21 +2681,24 @@ class LstmCtcOcr:
             csv.writer(line, delimiter=self.separator, lineterminator="\n").writerow([name, label])
             with self.lock:
                 before = path.read_bytes() if path.exists() else b""
+                before = before and before.removesuffix(b"\n") + b"\n"  # the last line may lack it
                 _replace(path, before + line.getvalue().encode(), durable=True)
                 self.labels[name] = label
 
     def _open_labelling(self):
         """Returns the state of labelling the folder `label`; raises `Error` if it has no images."""
         folder = Path(os.path.realpath(self.label))
-        names, others = _files_in(folder)  # only images that really are in there can be shown
-        guesses = {name: self.UNREAD for name in names
+        names, others = _files_in(folder) if folder.is_dir() else ((), ())
+        guesses = {name: self.UNREAD for name in names  # only those that really are in there
                    if name.isprintable() and _file_under(folder, folder / name)}
         if not guesses:
             raise self.Error(f"no images in {self.label}: --label takes the folder of those that "
                              "you want to label")
-        separator = _separator(_whole_lines(folder / LABELS))
+        written = _text_of(folder / LABELS) if LABELS in others else ""
+        if re.search(NO_UTF8, written):
+            raise self.Error(f"{folder / LABELS} is no CSV file in UTF-8: mend it, or move it away")
         labels, _ = self._listed(folder, names, others)
-        return self._Labelling(folder, separator, labels, guesses, self._read_each,
+        return self._Labelling(folder, _separator(written), labels, guesses, self._read_each,
                                collections.Counter(), threading.Lock())
 
     def _guess_all(self, service, names):
@@ -3793,23 +3796,6 @@ def _separator(text):
     return next((sign for sign in "\t,;" if sign in text.partition("\n")[0]), ",")
 
 
-def _whole_lines(path):
-    """Reads the list that labels are added to, "" if there is none, and ends its last line.
-
-    A line without its end may have been cut short by a power cut, so that the user has to look at
-    it. Raises `Error` if the file is no text in UTF-8.
-    """
-    text = _text_of(path) if path.exists() else ""
-    if re.search(NO_UTF8, text):
-        raise LstmCtcOcr.Error(f"{path} is no CSV file in UTF-8: mend it, or move it away")
-    if text and not text.endswith("\n"):
-        with open(path, "a") as file:
-            file.write("\n")
-        print(f"{path}: the last line had no end, see whether it is whole: "
-              f"{text.splitlines()[-1]!r}", file=sys.stderr)
-    return text
-
-
 def _digest(name):
     """Returns a number from 0 to 1 that depends on an image's path in its folder alone."""
     digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
@@ -3908,11 +3894,7 @@ def _page(page, **values):
 
 
 def _data_url(data):
-    """Returns an image file as a data URL; a TIFF, which browsers do not show, as PNG."""
-    if data.startswith((b"II*\0", b"MM\0*")):
-        with Image.open(io.BytesIO(data)) as image:
-            colours = 255 * LstmCtcOcr._colours_of(image)[..., ::-1]  # OpenCV writes BGR
-        data = cv2.imencode(".png", np.uint8(colours))[1].tobytes()
+    """Returns an image file as a data URL, for a page to show it."""
     return "data:image;base64," + base64.b64encode(data).decode()
 
 

@@ -13,7 +13,6 @@ import pytest
 import schemathesis
 from conftest import ROOT, SHIPPED, main, spawn
 from hypothesis import HealthCheck, given, settings
-from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from lstm_ctc_ocr import LstmCtcOcr
@@ -187,12 +186,11 @@ def test_what_is_read_least_surely_comes_first_and_what_is_skipped_last(folder, 
         (0, 4), (0, 4), (1, 4), (2, 4), (2, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_a_last_line_without_an_end_is_kept_and_told_of(folder, capfd):
-    """Such lists people bring; or a power cut tore it: only they can tell."""
+def test_a_last_line_without_an_end_is_kept(folder):
+    """Such lists people bring; the next label begins a line of its own."""
     (folder / "labels.csv").write_bytes(b'\xef\xbb\xbf0.png,PIY\r\nno.png,X\n1.png,BCA')
     client, service = client_of(folder)
     assert service.labelling.labels == {"0.png": "PIY", "1.png": "BCA"}
-    assert "see whether it is whole: '1.png,BCA'" in capfd.readouterr().err
     answer = client.post("/label", json={"path": "1.png", "label": "BCAVDPXT"})
     long = client.post("/label", json={"path": "1.png", "label": 200_000 * "A"})
     service.pool.shutdown()
@@ -235,14 +233,6 @@ def test_an_image_that_goes_away_is_not_waited_for(folder):
     os.rename(folder / "0.png", folder / "moved.png")
     assert client.get("/label/image").json["path"] == "" == client.get("/label/image?path=0.png").json["path"]
     service.pool.shutdown()
-
-
-def test_a_tiff_is_shown_as_png(folder):
-    Image.open(folder / "0.png").save(folder / "scan.tif")
-    client, service = client_of(folder)
-    answer = client.get("/label/image?path=scan.tif").json
-    service.pool.shutdown()
-    assert answer["text"] == "PIY" and answer["image"].startswith("data:image;base64,iVBORw0KGgo")
 
 
 @pytest.mark.parametrize("content, complaint", [(None, "no images in"), ({}, "no images in"),
