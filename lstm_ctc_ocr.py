@@ -989,17 +989,17 @@ class LstmCtcOcr:
         Returns 0, or 128 + the signal's number when it was told to stop. Raises `Error` if the
         folder holds images of other settings, or if it cannot be written.
         """
-        varied = {"words": CAPITALS + CAPITALS.lower() + DIGITS}
-        ocr = self.resolve(varied if self.look == "varied" else {})
+        usual = CAPITALS if self.look == "plain" else CAPITALS + self.SMALL + DIGITS
+        ocr = self.resolve({"words": usual})
         folder, shard = Path(self.dataset), re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard)
         if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
             raise self.Error(
                 f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
         numbers = range(int(shard[1]) - 1, self.im_total_num, int(shard[2]))
-        rendering = ocr._rendering()
+        fonts = ocr._fonts_found()
         with self._writing(folder), _deferred_stop() as stop, self._renderers() as pool:
             folder.mkdir(parents=True, exist_ok=True)
-            ocr._claim(folder, rendering)
+            ocr._claim(folder, fonts)
             with _signals_held():  # they would kill a process that is still starting
                 rendered = pool.map(ocr._render, numbers, chunksize=20)
             for _ in tqdm(rendered, folder.name, len(numbers), unit="img", disable=None):
@@ -1016,46 +1016,32 @@ class LstmCtcOcr:
                     "~/.fonts", "/Library/Fonts", "/System/Library/Fonts", "C:/Windows/Fonts")
 
     def _fonts_found(self):
-        """Finds the fonts to draw with: (path, those of `words` that it has) of each."""
+        """Finds the fonts to draw with: (path, those of `words` that it has) of each.
+
+        Raises `Error` for letters that cannot be rendered.
+        """
         folders = str(Path(_package("captcha", "render captchas").__file__).parent),
         if self.look == "varied":
             folders = (self.fonts,) if self.fonts else (*folders, *self.FONT_FOLDERS)
         return _find_fonts(folders, self.words)
 
-    def _rendering(self):
-        """Returns all that decides what the images look like, as lines of flags and values.
-
-        Raises `Error` for letters that cannot be rendered.
-        """
-        fonts = self._fonts_found()
-        # A blank needs no font, and a slash cannot stand in the name of a file.
-        drawn = set(" ").union(*(letters for _, letters in fonts)).difference("/\\")
-        if unfit := sorted(set(self.words) - drawn):
-            raise self.Error(
-                f"cannot render {unfit}: no font has them, or names of files cannot hold them; "
-                "give other --words, or with --look varied --fonts a folder of fonts that do")
-        names = "look", "seed", "words", "words_max_num", "im_width", "im_height"
-        fonts = " ".join(Path(path).name for path, _ in fonts)
-        return [*(f"{_flag(name)} {getattr(self, name)}" for name in names), f"--fonts {fonts}"]
-
     RENDERING = ".rendering.txt"  # the file in a folder of images that says how they were rendered
 
-    def _claim(self, folder, rendering):
-        """Writes into the folder what it is rendered with, and removes what a killed run has left.
+    def _claim(self, folder, fonts):
+        """Writes into the folder all that decides what its images look like, as flags and values.
 
-        rendering: see `_rendering`. Raises `Error` if the folder holds other labelled images.
+        fonts: see `_fonts_found`. Raises `Error` if the folder holds other labelled images.
         """
+        names = "look", "seed", "words", "words_max_num", "im_width", "im_height"
+        lines = [f"{_flag(name)} {getattr(self, name)}" for name in names]
+        lines.append(" ".join(["--fonts", *(Path(path).name for path, _ in fonts)]))
         path = folder / self.RENDERING
-        found = path.read_text("utf-8", "replace").split("\n") if path.exists() else []
-        if other := [line.split()[0] for line in rendering if line not in found]:
+        found = _text_of(path).split("\n") if path.exists() else []
+        if other := [line.split()[0] for line in lines if line not in found]:
             if any(map(LABELLED.fullmatch, os.listdir(folder))):
                 these = f"of other {', '.join(other)}, see {path}" if found else "not rendered here"
                 raise self.Error(f"{folder} holds images {these}: give another --dataset")
-            _replace(path, "\n".join(rendering))
-        for part in folder.glob(".*.part"):  # another machine may be writing it just now
-            with contextlib.suppress(FileNotFoundError):
-                if part.stat().st_mtime < time.time() - 600:  # to write one takes milliseconds
-                    part.unlink()
+            _replace(path, "\n".join(lines))
 
     @contextlib.contextmanager
     def _renderers(self):
@@ -1139,7 +1125,7 @@ class LstmCtcOcr:
         Raises `Error` if the names can be read in two ways: the setting `labels` decides then.
         """
         folder, way, labels, left_out = Path(folder), "list", {}, {}
-        names, others = _files_in(folder) if folder.is_dir() else ((), ())
+        names, others = _files_in(folder)
         if self.labels in ("", "list"):
             labels, left_out = self._listed(folder, names, others)
         if self.labels != "list" and not (labels or left_out):
@@ -2999,11 +2985,21 @@ SYMBOL_FONT = re.compile("symbol|dingbat|wingd|webdings|ornament|D050000L", re.I
 
 @functools.cache
 def _find_fonts(folders, words):
-    """Finds the fonts under folders, sorted by name: (path, the letters of `words` that it has)."""
+    """Finds the fonts under folders, sorted by name: (path, the letters of `words` that it has).
+
+    Raises `Error` if no font has a letter, or if no name of a file can hold it.
+    """
     paths = {path for folder in folders for path in Path(folder).expanduser().rglob("*")
              if path.suffix.lower() in (".ttf", ".otf") and not SYMBOL_FONT.search(path.name)}
-    return tuple((str(path), letters) for path in sorted(paths, key=lambda path: (path.name, path))
-                 if len(letters := _letters_of(str(path), words)) > len(words) / 2)
+    fonts = tuple((str(path), letters)
+                  for path in sorted(paths, key=lambda path: (path.name, path))
+                  if len(letters := _letters_of(str(path), words)) > len(words) / 2)
+    drawn = set().union(*(letters for _, letters in fonts)).difference("/\\")
+    if unfit := sorted(set(words) - drawn):
+        raise LstmCtcOcr.Error(
+            f"cannot render {unfit}: no font has them, or names of files cannot hold them; "
+            "give other --words, or with --look varied --fonts a folder of fonts that do")
+    return fonts
 
 
 def _letters_of(font, words):
@@ -3017,7 +3013,7 @@ def _letters_of(font, words):
     except OSError:  # no font after all
         return ""
     return "".join(letter for letter in words
-                   if any(shapes[letter]) and shapes[letter] != shapes["\uffff"]
+                   if (any(shapes[letter]) or letter == " ") and shapes[letter] != shapes["\uffff"]
                    and (letter == letter.upper() or shapes[letter] != shapes.get(letter.upper())))
 
 
@@ -3736,11 +3732,12 @@ def _files_in(folder, inside=""):
 
     All are paths from the folder on. Images of one folder come in the order of the numbers at the
     beginning of their names. A folder that is named like an image counts as one: whoever opens it
-    tells the user. Hidden files and folders are left out, and folders that are links. Raises
-    OSError if a folder cannot be listed. inside: lists this subfolder alone.
+    tells the user. Hidden files and folders are left out, and folders that are links. What is no
+    folder has none of either. Raises OSError if a folder cannot be listed. inside: lists this
+    subfolder alone.
     """
-    images, others = [], []
-    for name in sorted(os.listdir(os.path.join(folder, inside)),
+    here, images, others = os.path.join(folder, inside), [], []
+    for name in sorted(os.listdir(here) if os.path.isdir(here) else (),
                        key=lambda name: (int(re.match(r"\d*", name)[0] or -1), name)):
         path = os.path.join(inside, name)
         file = Path(folder, path)
@@ -4319,11 +4316,10 @@ def _cpu_quota(root=Path("/")):
 
     They are those of Linux's cgroup v2, each with a file cpu.max.
     """
-    limits = ""
-    with contextlib.suppress(OSError):  # not Linux
-        group = (root / "proc/self/cgroup").read_text().rpartition("::/")[2].strip()
-        for folder in (root / "sys/fs/cgroup" / group / "cpu.max").parents:
-            limits += "".join(file.read_text() for file in folder.glob("cpu.max"))
+    groups = root / "proc/self/cgroup"  # of Linux
+    group = groups.read_text().rpartition("::/")[2].strip() if groups.exists() else ""
+    folders = (root / "sys/fs/cgroup" / group / "cpu.max").parents
+    limits = "".join(file.read_text() for folder in folders for file in folder.glob("cpu.max"))
     quotas = re.findall(r"(\d+) (\d+)", limits)  # "max 100000" is none
     return min((int(quota) / int(period) for quota, period in quotas), default=math.inf)
 

@@ -316,7 +316,7 @@ def train(arguments):
     torch.manual_seed(arguments.seed)
     torch.backends.cudnn.benchmark = True
     # Raises an error now if the fonts lack a letter.
-    LstmCtcOcr(words=WORDS, look="varied", fonts=arguments.fonts)._rendering()
+    LstmCtcOcr(words=WORDS, look="varied", fonts=arguments.fonts)._fonts_found()
     processes = arguments.processes or max(1, lstm_ctc_ocr._cores() - 1)
     renderers = [Renderer(number, arguments.images // processes, arguments.seed, arguments.fonts)
                  for number in range(processes)]  # forked before this process opens a GPU
