@@ -1100,7 +1100,8 @@ class LstmCtcOcr:
 
     @dataclasses.dataclass(frozen=True)
     class _Look:
-        """What the parts of one varied captcha share; a colour is (3, 1, 1) float32, BGR, 0 to 255."""
+        """What the parts of one varied captcha share. A colour is (3, 1, 1) float32, BGR, 0 to 255.
+        """
         chance: random.Random
         noise: np.random.Generator  # for whole arrays
         fonts: tuple  # (path, the letters that it has) of each
@@ -1213,8 +1214,8 @@ class LstmCtcOcr:
 
         Returns the mean distance of neighbouring numbers where nearly all labels are different
         numbers without zeros in front, else infinity. Numbers far apart but all of about the same
-        size are no count either. Labels that are all the same tell images apart as little as a count
-        does, and are rated as one.
+        size are no count either. Labels that are all the same tell images apart as little as a
+        count does, and are rated as one.
         """
         numbers = {(os.path.dirname(name), int(label))  # a subfolder counts anew
                    for name, label in labels.items() if re.fullmatch("0|[1-9][0-9]*", label)}
