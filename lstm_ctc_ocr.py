@@ -2159,8 +2159,8 @@ class LstmCtcOcr:
         files = [path / name for path in paths
                  for name in (_files_in(path)[0] if path.is_dir() else [""])]
         if not files:
-            raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders that "
-                             "hold some")
+            raise self.Error(f"no images in {', '.join(map(str, paths))}: name files or folders "
+                             "that hold some")
         self._say_model()  # first of all, so that a missing model is the only thing said
         truths = {}
         for path in paths:
@@ -2214,7 +2214,7 @@ class LstmCtcOcr:
             width = self._reader.ocr.words_max_num
             print(f"{text:<{width}}  {confidence:.3f}  {_on_one_line(path)}{verdict}")
 
-    # ------------------------------------------------------------------ training on several machines
+    # -------------------------------------------------------------- training on several machines
 
     @dataclasses.dataclass(frozen=True)
     class _Place:
