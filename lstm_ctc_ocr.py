@@ -839,7 +839,7 @@ class LstmCtcOcr:
         if place.servers:  # the chief averages and applies the gradients of all workers
             optimizer = tf.train.SyncReplicasOptimizer(
                 optimizer, place.workers, variable_averages=averages, variables_to_average=averaged)
-            together = self._build_agreement(steps_per_epoch, place, optimizer)
+            together = self._build_agreement(place, optimizer)
         train = optimizer.apply_gradients(zip(gradients, variables), global_step=step)
         train = tf.group(train, *[tf.assign(*pair) for pair in statistics])
         if not place.servers:
@@ -1257,7 +1257,7 @@ class LstmCtcOcr:
 
     FORMAT = {"format": 1, "paper": "border"}  # what a config.json says that this version reads
     NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on", "least_loss",
-               "images_seen", "epoch", "cpu_minutes", "held_share")  # that it may say
+               "images_seen", "epoch", "held_share")  # that it may say
     MIN_ACCURACY = 0.5  # on held-out images, for a model to be chosen without being named
 
     def _model_to_read(self):
@@ -1430,7 +1430,6 @@ class LstmCtcOcr:
         losses: list = dataclasses.field(default_factory=list)  # of the steps since the last report
         reported: float = 0.0  # when that was, by the monotonic clock
         begun: float = 0.0  # CPU seconds of this process at its first step
-        earlier: float = 0.0  # CPU minutes that the model was trained before
         validations: list = dataclasses.field(default_factory=list)  # CPU seconds of each
 
         @property
@@ -1458,6 +1457,8 @@ class LstmCtcOcr:
         ocr = self._settings_for_training(folder, found[0])
         return ocr._train(place, folder, found)
 
+    FEW = 20_000  # images; fewer are distorted anew whenever they are shown, see `distort`
+
     def _train(self, place, folder, found):
         """Trains with settings that are complete but for `_schedule`'s.
 
@@ -1466,16 +1467,19 @@ class LstmCtcOcr:
         config = self._training_config(folder) if place.chief else {}
         files = self.labelled_files(self.dataset, found, place.number, place.workers)
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only shrinks
-        held = bisect.bisect_left(files, share, key=self._digest_of)
-        ocr = self.resolve(self._schedule(len(files) - held))
-        ocr._require_images(len(files) - held)
+        ocr = self.resolve(self._schedule(len(files) - self._held_of(files, share)))
         if ocr.ctc == "warp":
             _warp_library()  # where it is missing, that is said before the model folder is made
         alone = ocr._alone_in(folder) if place.chief else contextlib.nullcontext()
         tf = _tensorflow()
         with alone, tf.Graph().as_default(), tf.device(place.device):
-            print(*found[-1], sep="\n", file=sys.stderr)
-            ocr._say_task(folder, found[0])
+            print(*found[-1],
+                  f"1 to {ocr.words_max_num} letters of {ocr.words} in {ocr.im_width} x "
+                  f"{ocr.im_height} pixels; the model goes to {_shown(folder)}", sep="\n",
+                  file=sys.stderr)
+            if len(files) < ocr.FEW and not ocr.start_from:
+                print(f"{len(files):,} images are few to learn from nothing: a model to start "
+                      "from, such as --start-from general, needs far fewer", file=sys.stderr)
             return ocr._train_loop(ocr._prepare(place, folder, files, share))
 
     def _folder_to_train(self):
@@ -1498,7 +1502,7 @@ class LstmCtcOcr:
         if labels:
             shown = {"words": "".join(sorted(set().union(*labels.values()))),
                      "words_max_num": max(map(len, labels.values()))}
-            shown["im_width"] = self.resolve(start, shown, {"im_width": 10 ** 8})._width_of(labels)
+            shown["im_width"] = self.resolve(start, shown, {"im_width": 384})._width_of(labels)
         return self.resolve(later, start, shown)
 
     def _settings_of_start(self):
@@ -1512,14 +1516,16 @@ class LstmCtcOcr:
         return fixed
 
     def _width_of(self, names):
-        """Returns the width, a multiple of 16, that 95 % of the images need at `im_height`.
+        """Returns the width, a multiple of 16, that 95 % of the images have at `im_height`.
 
-        It leaves room for the longest text. Wider images are squeezed.
+        It is at most the `im_width` of these settings. Wider images are squeezed.
         """
-        sizes = [_size_of(Path(self.dataset, name)) for name in itertools.islice(names, 1000)]
-        shares = [width / height for width, height in sizes if height] or [1]
-        usual = self.im_height * np.quantile(shares, .95, method="inverted_cdf")
-        return 16 * math.ceil(max(min(usual, 384), self._least_steps * self._stride) / 16)
+        widths = []
+        for name in itertools.islice(names, 1000):
+            with contextlib.suppress(self.Error):  # whoever decodes it later says so
+                widths.append(self.load_colours(Path(self.dataset, name)).shape[1])
+        usual = np.quantile(widths or [self.im_width], .95, method="inverted_cdf")
+        return 16 * math.ceil(usual / 16)
 
     REPORT_STEPS = 100  # between reports, as in the article
 
@@ -1559,16 +1565,6 @@ class LstmCtcOcr:
                       "give the same to go on with it, or another folder with --model")
         return config
 
-    FEW = 20_000  # fewer images are distorted anew whenever they are shown, see `distort`
-
-    def _say_task(self, folder, labels):
-        """Says on stderr what is to be learnt from {path: text}, and how to need fewer images."""
-        print(f"1 to {self.words_max_num} letters of {self.words} in {self.im_width} x "
-              f"{self.im_height} pixels; the model goes to {_shown(folder)}", file=sys.stderr)
-        if len(labels) < self.FEW and not self.start_from:
-            print(f"{len(labels):,} images are few to learn from nothing: a model to start from, "
-                  "such as --start-from general, needs far fewer", file=sys.stderr)
-
     HELD_SHARE = 0.1  # of a small folder's images are held out
     HELD_NUM = 2000  # images are held out of a large folder, about
     HELD_LEAST = 20  # images are held out at least, or half of a tiny folder
@@ -1588,14 +1584,17 @@ class LstmCtcOcr:
 
     MIN_IMAGES = 10  # to train on, when it starts from a model
 
-    def _require_images(self, count):
-        """Raises `Error` if so few images are left to train on that it makes no sense."""
+    def _held_of(self, files, share):
+        """Counts the images to hold out: the first ones, whose digests are below `share`.
+
+        Raises `Error` if so few others are left to train on that it makes no sense.
+        """
+        held = bisect.bisect_left(files, share, key=self._digest_of)
         least = self.MIN_IMAGES if self.start_from else self.batch_size
-        if count < least:
-            remedy = "label more" if self.start_from else \
-                "render or label more, or lower --batch-size"
-            raise self.Error(f"{self.dataset} leaves {count} images to train on, fewer than "
-                             f"{least}: {remedy}")
+        if len(files) - held < least:
+            raise self.Error(f"{self.dataset} leaves {len(files) - held} images to train on, fewer "
+                             f"than {least}: label or render more, or lower --batch-size")
+        return held
 
     def _prepare(self, place, folder, files, share):
         """Decodes the images and builds the network; returns a `_Run`.
@@ -1606,32 +1605,19 @@ class LstmCtcOcr:
         is trained on first and validated on later.
         """
         images, files = self.load_images(files, folder)
-        held = bisect.bisect_left(files, share, key=self._digest_of)
+        held = self._held_of(files, share)  # some files may have been no images
         count = len(files) - held
-        self._require_images(count)  # some files may have been no images
         data = self._Dataset(
             images, files, np.arange(min(held, self.val_num)), np.arange(held, len(files)),
             distorts=bool(self.start_from) and count < self.FEW)
         steps_per_epoch = max(1, count // self.batch_size)
         last = math.ceil(self.epoch_max * steps_per_epoch)
         net = self._build_training(steps_per_epoch, place)
-        config = self._begin_config(folder, data, share, last) if place.chief else {}
+        config = {}
+        if place.chief:  # read again, for no other process can write it any more
+            config = {**self._training_config(folder), "held_share": share}
+            self._save_config(folder, config)
         return self._Run(place, folder, net, data, steps_per_epoch, last, config)
-
-    def _begin_config(self, folder, data, share, last):
-        """Notes in config.json which images are held out; returns what it says.
-
-        If these are others than before, what was best on those before is forgotten.
-        """
-        config = self._training_config(folder)
-        if config.get("step", 0) < last:  # or else nothing will be validated
-            names = [os.path.basename(data.files[row][0]) for row in data.held]
-            held_out = _digest("/".join(names))
-            if config.get("held_out") != held_out:
-                _forget_best(config)
-            config.update(held_share=share, held_out=held_out)
-        self._save_config(folder, config)
-        return config
 
     @dataclasses.dataclass(frozen=True)
     class _Images:
@@ -1699,9 +1685,8 @@ class LstmCtcOcr:
                 self._require_finite(run, loss, norm)
                 run.losses.append(float(loss))
                 run.step = int(step)
-                bar.update((run.step - before) * self.batch_size)
-                bar.set_postfix(loss=f"{np.mean(run.losses[-100:]):.3f}",
-                                accuracy=run.config.get("accuracy"))
+                bar.update(run.step - before)
+                bar.set_postfix(loss=f"{loss:.3f}")
                 if chief:
                     self._between_steps(run, before, feeds)
                 if run.stop:
@@ -1720,9 +1705,7 @@ class LstmCtcOcr:
         if not plan.items() <= run.config.items():  # there may be something to gain again
             run.config["idle"] = 0
         run.reported, run.begun = time.monotonic(), time.process_time()
-        run.earlier = run.config.get("cpu_minutes", 0)
-        bar = tqdm(total=run.last * self.batch_size, initial=run.step * self.batch_size,
-                   unit="img", disable=None)
+        bar = tqdm(total=run.last, initial=run.step, unit="step", disable=None)
         bar.write(f"{len(run.data.rows)} images to train on, {len(run.data.held)} held out; "
                   f"from step {run.step} to {run.last}", file=sys.stderr)
         return bar
@@ -1795,13 +1778,10 @@ class LstmCtcOcr:
         epoch, batch = divmod(run.step, run.steps_per_epoch)
         lr = self._learning_rate((run.step - 1) / run.steps_per_epoch)
         train_loss = float(np.mean(run.losses))
-        images, sequences = feeds.values()
-        readings = run.session.run(run.net.sparse, {run.net.images: images})
-        train = score(self._texts_of(sequences), self._texts_of(readings))
+        readings = run.session.run(run.net.sparse, feeds)
+        train = score(self._texts_of(feeds[run.net.sequences]), self._texts_of(readings))
         truths, readings, loss, temperature = self._validate(run)
         held = score(truths, readings)
-        wrong = [pair for pair in zip(truths, readings) if pair[0] != pair[1]]
-        samples = (wrong or [(truths[0], readings[0])])[:3]
         tqdm.write("\n".join([
             f"epoch {epoch}  batch {batch} of {run.steps_per_epoch}  step {run.step}  "
             f"lr {lr:.2e}  {speed:.0f} images/s",
@@ -1810,7 +1790,7 @@ class LstmCtcOcr:
             f"accuracy {held['accuracy']:.2%}",
             "accuracy by length  " + _shares(held["by_length"]),
             *(f"True [{', '.join(truth)}] <====> [{', '.join(reading)}]"
-              for truth, reading in samples)]) + "\n", file=sys.stderr)
+              for truth, reading in zip(truths[:3], readings))]) + "\n", file=sys.stderr)
         self._note_gain(run, held, loss, temperature)
         run.config["curve"] = thin_curve(
             [*run.config.get("curve", []), (run.step, train_loss, held["accuracy"])])
@@ -1824,8 +1804,14 @@ class LstmCtcOcr:
     def _note_gain(self, run, held, loss, temperature):
         """Notes in the config whether this validation is the best so far, and has gained anything.
 
-        Of a few held-out images some are read right by chance: there the loss decides.
+        What was best on other held-out images is forgotten. Of a few held-out images some are read
+        right by chance: there the loss decides.
         """
+        names = [os.path.basename(run.data.files[row][0]) for row in run.data.held]
+        held_out = _digest("/".join(names))
+        if run.config.get("held_out") != held_out:
+            _forget_best(run.config)
+            run.config["held_out"] = held_out
         most, least = run.config.get("accuracy", 0), run.config.get("least_loss", math.inf)
         few = run.data.distorts and held["count"] < self.MIN_VALIDATED
         if loss < least if few else held["accuracy"] >= most:
@@ -1885,37 +1871,30 @@ class LstmCtcOcr:
                 raise
         kept = {f"LstmCtcOcr-{step}" for step in (
             run.step, run.config["step"], run.config.get("best_step"))}
-        minutes = run.earlier + (time.process_time() - run.begun) / 60
         run.config.update(
             step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
             images_seen=run.step * self.batch_size * run.place.workers, images=run.trained_on,
-            epoch_max=self.epoch_max, lr=self.lr, cpu_minutes=round(minutes, 2),
-            tensorflow=_tensorflow().__version__)
+            epoch_max=self.epoch_max, lr=self.lr, tensorflow=_tensorflow().__version__)
         self._save_config(run.folder, run.config)
         for path in run.folder.glob("LstmCtcOcr-*"):
             if path.name.split(".")[0] not in kept:
                 path.unlink()
 
     def _say_how_it_ended(self, run):
-        """Prints what a training has come to that has done its last step, and what to do next."""
-        config, most = run.config, run.config.get("accuracy")
-        count = config.get("validated_on", 0)
-        best = "none held out" if not count else \
-            f"best held-out accuracy {_counted(round(most * count), count)}"
-        lines = [f"{run.step} steps done; {best}; in {run.folder}"]
-        if config.get("idle") == self.PATIENCE:
+        """Prints what a training that has ended has come to, and what to do next."""
+        count, most = run.config.get("validated_on", 0), run.config.get("accuracy", 0)
+        lines = [f"{run.step} steps done; the model is in {run.folder}"]
+        if count:
+            lines.append(f"of the held-out images it reads {_counted(round(most * count), count)}")
+        if run.config.get("idle") == self.PATIENCE:
             lines.append(f"it has ended early: the last {self.PATIENCE} validations have gained "
                          "nothing")
-        new = run.trained_on - config.get("images", math.inf)
-        if new > 0:
-            lines.append(f"{new:,} images are new since this training ended: to learn them too, "
-                         "train with another --model")
-        if most == 0:
+        lines.append(f"to learn longer, give a larger --epoch-max than {self.epoch_max:.4g}; to "
+                     "learn images that are new too, another --model")
+        if count and not most:
             lines.append(
-                f"nothing has been learnt yet: not one of {count} held-out images is read right. "
-                f"Look whether the labels are right, go on with a larger --epoch-max than "
-                f"{self.epoch_max:.4g}, give more images, or start from a model (--start-from "
-                "general, with another --model)")
+                "nothing has been learnt yet: look whether the labels are right, give more images, "
+                "or start from a model (--start-from general, with another --model)")
         print("\n".join(lines), file=sys.stderr)
 
     @contextlib.contextmanager
@@ -2233,9 +2212,8 @@ class LstmCtcOcr:
         """Starts this process's server in the cluster that TF_CONFIG describes; returns its place.
 
         TF_CONFIG is as TensorFlow documents it: {"cluster": {"chief": [address], "worker": [...],
-        "ps": [...]}, "task": {"type": ..., "index": ...}}. Without a chief, the first worker is
-        it. Without TF_CONFIG, or if no other task is in it, the process trains alone. Raises
-        `LstmCtcOcr.Error` if TF_CONFIG makes no sense.
+        "ps": [...]}, "task": {"type": ..., "index": ...}}. Without it the process trains alone.
+        Raises `LstmCtcOcr.Error` if it makes no sense.
         """
         if not os.environ.get("TF_CONFIG"):
             return LstmCtcOcr._Place()
@@ -2244,58 +2222,51 @@ class LstmCtcOcr:
             resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
             cluster, job = resolver.cluster_spec(), resolver.task_type
             index, addresses = int(resolver.task_id or 0), cluster.as_dict()
-            sizes = {job: len(addresses.get(job, ())) for job in ("chief", "worker", "ps")}
-            workers, servers = sizes["chief"] + sizes["worker"], sizes["ps"]
-            if index >= sizes.get(job, 0) or workers == 0 or workers > 1 > servers:
-                raise ValueError("it must name a chief or worker, a ps if they are several, and "
-                                 "a task that is one of them")
-            if not servers:
-                return LstmCtcOcr._Place()
+            sizes = {name: len(addresses.get(name, ())) for name in ("chief", "worker", "ps")}
+            if sizes["chief"] != 1 or not sizes["ps"] or index >= sizes.get(job, 0):
+                raise ValueError("it must name a chief, a ps or several, and a task that is one of "
+                                 "them")
             with _quiet_stderr():
                 server = tf.train.Server(cluster, job, index, config=_session_config())
-        except (ValueError, TypeError, AttributeError, KeyError, tf.errors.OpError) as error:
+        except Exception as error:  # it can be wrong in many ways
             raise LstmCtcOcr.Error(f"TF_CONFIG: {str(error).splitlines()[0]}") from None
         # While TensorFlow waits for other tasks, no Python code hears a signal: let it end the
         # process. The chief, once it trains, catches signals and saves first.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        here, number = f"/job:{job}/task:{index}", index + sizes["chief"] * (job == "worker")
+        here = f"/job:{job}/task:{index}"
         return LstmCtcOcr._Place(
-            chief=job != "ps" and number == 0, serves=job == "ps", number=number, workers=workers,
-            servers=servers, target=server.target, sees=("/job:ps", here),
+            chief=job == "chief", serves=job == "ps", number=index + (job == "worker"),
+            workers=1 + sizes["worker"], servers=sizes["ps"], target=server.target,
+            sees=("/job:ps", here),
             device=tf.train.replica_device_setter(cluster=cluster, worker_device=here))
 
     def _serve_parameters(self, place):
-        """Holds a share of the weights for the workers until they are done; returns 0."""
+        """Holds a share of the weights for the workers until the chief is done; returns 0."""
         tf = _tensorflow()
         with tf.Graph().as_default(), \
                 tf.Session(place.target, config=_session_config(place)) as session:
-            finished = self._finished_queue(place.number, place.workers).dequeue()
+            finished = self._finished_queue(place.number).dequeue()
             print(f"holds weights for {place.workers} workers", file=sys.stderr)
             session.run(finished)
-            # The others are done at about the same time. If one has died, it will not say so.
-            with contextlib.suppress(tf.errors.DeadlineExceededError):
-                for _ in range(place.workers - 1):
-                    session.run(finished, options=tf.RunOptions(timeout_in_ms=10_000))
-            time.sleep(3)  # while they close their sessions
+            time.sleep(10)  # the workers hear it too, and close their sessions
         return 0
 
     @staticmethod
-    def _finished_queue(server, workers):
-        """Returns a parameter server's queue: each worker that is done adds an entry."""
+    def _finished_queue(server):
+        """Returns a parameter server's queue: the chief adds an entry once it is done."""
         tf = _tensorflow()
         with tf.device(f"/job:ps/task:{server}"):
-            return tf.FIFOQueue(workers, tf.bool, shapes=[], shared_name=f"finished_{server}")
+            return tf.FIFOQueue(1, tf.bool, shapes=[], shared_name=f"finished_{server}")
 
-    def _build_agreement(self, steps_per_epoch, place, optimizer):
+    def _build_agreement(self, place, optimizer):
         """Builds what chief and workers share: variables and queues, as fields of `_Net`."""
         tf = _tensorflow()
-        plan = json.dumps({**self._plan(), "last": math.ceil(self.epoch_max * steps_per_epoch)})
         return {"replicas": optimizer,
-                "plan": tf.get_variable("plan", initializer=plan, trainable=False,
-                                        collections=["plan"]),
-                "finished": tuple(self._finished_queue(server, place.workers).enqueue(True)
-                                  for server in range(place.servers))}
+                "plan": tf.get_variable("plan", initializer=json.dumps(self._plan()),
+                                        trainable=False, collections=["plan"]),
+                "finished": [self._finished_queue(server).enqueue(True)
+                             for server in range(place.servers)]}
 
     def _open_in_cluster(self, run):
         """Opens a session that is opened anew whenever a parameter server was lost.
@@ -2351,7 +2322,6 @@ class LstmCtcOcr:
                 session = self._open_in_cluster(run)
                 if not run.place.chief:
                     plan = json.loads(run.session.run(run.net.plan))
-                    run.last = plan.pop("last")
                     self._require(plan, "the chief trains with",
                                   "give the same to every task of the cluster")
                 yield run_step
@@ -2364,8 +2334,9 @@ class LstmCtcOcr:
             closed = run.session
             if not run.stop:
                 closed = session
-                with contextlib.suppress(tf.errors.OpError):  # the servers may have gone already
-                    run.session.run(run.net.finished)
+                if run.place.chief:
+                    with contextlib.suppress(tf.errors.OpError):  # a server may have gone
+                        run.session.run(run.net.finished)
                 threading.excepthook = lambda _: None  # closing stops TensorFlow's own threads
             closing = threading.Thread(target=closed.close, daemon=True)
             closing.start()
@@ -3718,15 +3689,6 @@ def _stopped(run):
 
 
 # ---------------------------------------------------------------------- images and files
-
-def _size_of(path):
-    """Returns the width and height of an image file by its header, or zeros if it is none."""
-    try:
-        with Image.open(path, formats=tuple(IMAGE_KINDS.values())) as image:
-            return image.size
-    except Exception:  # a header can be wrong in many ways
-        return 0, 0
-
 
 def _files_in(folder, inside=""):
     """Lists the images in a folder and its subfolders, and the other files: (images, others).

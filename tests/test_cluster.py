@@ -177,7 +177,7 @@ def test_hosts_with_addresses_of_their_own(cluster, hosts, tmp_path):
 
 @pytest.mark.parametrize("config, complaint", [
     ("{", "TF_CONFIG"),
-    ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}', "a ps if they are several"),
+    ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}', "a chief, a ps or several"),
     ('{"cluster": {"chief": ["a:1"], "ps": ["b:1"]}, "task": {"type": "evaluator", "index": 0}}', "one of them"),
     ('{"cluster": {"chief": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 1}}', "one of them"),
     ('{"cluster": {}}', "one of them"),

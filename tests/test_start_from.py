@@ -118,7 +118,7 @@ def test_a_training_that_has_ended_keeps_what_it_knows_and_tells_of_new_images(f
     for number in range(3):
         shutil.copy(next(few.glob("*_A.png")), folder / f"{1000 + number}_A.png")
     assert train(folder, trained, tmp_path / "model", val_num=5, epoch_max=5) == 0
-    assert " images are new since this training ended" in capfd.readouterr().err
+    assert "to learn images that are new too, another --model" in capfd.readouterr().err
     assert all(config_of(tmp_path / "model")[name] == before[name] for name in ("accuracy", "best_step", "step"))
 
 
