@@ -1001,8 +1001,11 @@ class LstmCtcOcr:
             folder.mkdir(parents=True, exist_ok=True)
             ocr._claim(folder, fonts)
             with _signals_held():  # they would kill a process that is still starting
-                rendered = pool.map(ocr._render, numbers, chunksize=20)
-            for _ in tqdm(rendered, folder.name, len(numbers), unit="img", disable=None):
+                # Not `pool.map`: when a process is killed, it cancels what the pool sets to failed.
+                rendered = [pool.submit(ocr._render, numbers[start:start + 20])
+                            for start in range(0, len(numbers), 20)]
+            for part in tqdm(rendered, folder.name, unit="img", unit_scale=20, disable=None):
+                part.result()
                 if stop:
                     break
         if stop:
@@ -1064,13 +1067,17 @@ class LstmCtcOcr:
 
     PNG_END = b"IEND\xaeB`\x82"
 
-    def _render(self, i):
-        """Renders image i, but if a whole file is there. Raises OSError if it cannot be written."""
-        random.seed(f"{self.seed}-{i}")  # the captcha package draws from this generator, too
-        plain, label = self._draw_label()
-        path = Path(self.dataset, f"{i}_{label}.png")
-        if not (path.exists() and path.read_bytes().endswith(self.PNG_END)):
-            _replace(path, self._draw(plain, label))  # no fsync: a torn file is rendered again
+    def _render(self, numbers):
+        """Renders the images of these numbers, but for whole files that are there.
+
+        Raises OSError if one cannot be written.
+        """
+        for i in numbers:
+            random.seed(f"{self.seed}-{i}")  # the captcha package draws from this generator, too
+            plain, label = self._draw_label()
+            path = Path(self.dataset, f"{i}_{label}.png")
+            if not (path.exists() and path.read_bytes().endswith(self.PNG_END)):
+                _replace(path, self._draw(plain, label))  # no fsync: a torn file is rendered again
 
     SMALL = CAPITALS.lower()
     # The letters of varied captchas, where `words` has them, and how often they are these. Most
