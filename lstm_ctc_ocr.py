@@ -27,7 +27,7 @@ Contents of this file:
     text, sequences, sparse tensors     "PIY" to [15, 8, 24] to a sparse tensor, and back
     the network                         from an image's ink to logits
     CTC: loss and search                from logits to a loss, or to a text and its confidence;
-                                        here ends what the article of 2018 is about
+                                        here ends what the original article is about
     graphs                              the network ready to train, or ready to read
     images                              from a file to ink; the only preprocessing
     rendering captchas                  the command create_dataset
@@ -148,8 +148,8 @@ COUNT, COUNT_OR_NONE = range(1, 10 ** 9), range(10 ** 9)  # what numbers of thin
 def setting(default, text, allowed=None, usual=None):
     """Declares a setting once: its default, its flag, the flag's help and the values allowed.
 
-    A setting whose default is None is open: `LstmCtcOcr.resolve` gives it a value, and `usual` if
-    nothing else says which. A number that is no integer must always be above 0.
+    A default of None means that the value is still open: `LstmCtcOcr.resolve` decides it, and
+    takes `usual` if nothing else says which. A float must be above 0.
     """
     metadata = {"help": text, "allowed": allowed, "usual": usual}
     return dataclasses.field(default=default, metadata=metadata)
@@ -160,7 +160,7 @@ class LstmCtcOcr:
     """The whole system; its fields are its settings. Constructing it opens and builds nothing.
 
     The commands (`create_dataset`, `train`, `test`, `start`, `export`) and `recognise` take the
-    settings as they are. All other methods need every setting, as `resolve` returns them.
+    settings as they are. A method that builds a network needs every setting, see `resolve`.
     Nothing changes afterwards: one object may render, train, read and serve from any thread.
     """
 
@@ -195,8 +195,8 @@ class LstmCtcOcr:
     shard: str = setting(
         "1/1", "I/N: render only part I of N, to share the work among N machines")
     val_num: int = setting(
-        2000, "the most images to hold out and validate on, a tenth of a small folder; 0: train "
-        "on all", COUNT_OR_NONE)
+        2000, "the most images to validate on; about so many are held out, or a tenth of a small "
+        "folder; 0: train on all", COUNT_OR_NONE)
     # --- the network
     net: str = setting(
         None, "the network: " + "; ".join(f"{name}, {net.about}" for name, net in NETWORKS.items())
@@ -373,11 +373,11 @@ class LstmCtcOcr:
     MIN_PART = 8  # images: from fewer, batch normalisation would take too rough statistics
 
     def logits(self, images, training=False):
-        """Runs the network, the same in training and in reading.
+        """Runs the network: the one forward pass, for training and for reading.
 
         (B, H, W) uint8 -> (T, B, C) float32, one class a letter (or part of one), the blank last.
         A batch of known size is split into parts, at most one a core: one time step's matrix
-        product is too small to be shared by cores, and a part on each is half again as fast.
+        product is too small to be shared by cores; one part a core is 1.5 times as fast.
         """
         tf, size = _tensorflow(), images.shape[0] or 1
         most = min(_cores(), size // self.MIN_PART)
@@ -424,7 +424,7 @@ class LstmCtcOcr:
         """Convolves and normalises x (B, h, w, I): (B, h / down, w / across, channels).
 
         Batch normalisation (Ioffe and Szegedy, 2015, arXiv:1502.03167) scales each channel. In
-        training, mean and variance are those of the batch, and variables keep them. In reading,
+        training, mean and variance are those of this part, and variables keep them. In reading,
         the moving averages of these variables become part of the kernel and of a bias.
         """
         tf, strides = _tensorflow(), [1, down, across, 1]
@@ -484,7 +484,7 @@ class LstmCtcOcr:
                 cell_clip=-1.0)  # by default it would clip the cell at 3
 
             def gradient(d_outputs):
-                # Transposed once, here: as a part of each step's product it takes a fifth longer.
+                # Transposed once, here: to do it in every step takes a fifth longer.
                 recurrent = tf.transpose(kernel[inputs:])
                 d_gates = backward(d_outputs, recurrent, i, cs, f, o, ci, co)
                 h_prev = tf.concat([tf.zeros_like(h[:1]), h[:-1]], axis=0)
@@ -554,13 +554,16 @@ class LstmCtcOcr:
     def decode(self, logits):
         """Decodes logits (T, B, C), blank last, by TensorFlow's beam search, as in the article.
 
-        Validation and the SavedModel use it. Returns the texts as a sparse tensor (B, .) int64,
-        and the logarithms of their probabilities, (B,) float32. A probability is the sum over the
-        alignments that the beam has kept: with a wide enough beam, it is exp(-CTC loss).
+        Validation and the SavedModel use it, because it runs inside the graph. Reading uses
+        `texts`, whose search knows restrictions and gives exact probabilities. Returns the texts as
+        a sparse tensor (B, .) int64, and the logarithms of their probabilities, (B,) float32. A
+        probability is the sum over the alignments that the beam has kept: with a wide enough beam,
+        it is exp(-CTC loss).
         """
         tf = _tensorflow()
         steps, batch = tf.unstack(tf.shape(logits)[:2])
-        (sparse,), log_probability = tf.nn.ctc_beam_search_decoder(  # merge_repeated: AAA is read A
+        # merge_repeated=True would read AAA as A.
+        (sparse,), log_probability = tf.nn.ctc_beam_search_decoder(
             logits, tf.fill([batch], steps), self.beam_width, top_paths=1, merge_repeated=False)
         return sparse, log_probability[:, 0]
 
@@ -586,8 +589,8 @@ class LstmCtcOcr:
         """Returns the exact probability of each sequence, the sum over all its alignments.
 
         sequences: n; p: (T, n, C), blank last. Returns (n,) float64. This is the forward recursion
-        of Graves et al. (2006), section 4.1. It needs no logarithms, because float64 loses only
-        what ends below 1e-300.
+        of Graves et al. (2006), section 4.1. It needs no logarithms: float64
+        underflows only below 1e-300.
         """
         blank, image = p.shape[2] - 1, np.arange(len(sequences))
         lengths = np.array([len(sequence) for sequence in sequences], int)
@@ -608,19 +611,19 @@ class LstmCtcOcr:
         """Finds the likeliest sequences by CTC's prefix beam search.
 
         p: (T, C), blank last. Returns `beam_width` sequences. Where `longest` is given, it returns
-        that many for each number of letters up to `longest`, however unlikely they are: prefixes
-        compete only with those that read as many letters and end with the same part of one. The
-        source is Hannun et al. (2014), arXiv:1408.2873.
+        that many for each number of letters up to `longest`, and for each part of a letter that a
+        sequence may end with, however unlikely they are: only such prefixes compete with one
+        another. The source is Hannun et al. (2014), arXiv:1408.2873.
         """
-        # Most steps are as sure as the step before them of the same class, often the blank. Such a
-        # step changes next to nothing. All are left out, if the longest text still has room.
+        # Neighbouring steps often are sure of the same class, mostly the blank. The second of them
+        # changes next to nothing. All such are left out, if the longest text still has room.
         sure = p > 0.999
         repeats = np.append(False, (sure[1:] & sure[:-1]).any(axis=1))
         if (~repeats).sum() >= 2 * longest * self.label_parts:
             p = p[~repeats]
         # To extend a prefix, W + 1 classes are enough for a beam of W. A less likely class would
-        # have to beat at least W of them; one may be weak, as the repeat of the prefix's last
-        # class.
+        # have to beat W of them. (One of the W + 1 may be weak: to repeat the prefix's last class
+        # needs a blank.)
         likely = np.argsort(-p[:, :-1], axis=1)[:, :self.beam_width + 1]
 
         @functools.cache
@@ -666,7 +669,7 @@ class LstmCtcOcr:
         `_search`. The probabilities are exact, and so mean the same however a sequence was found.
         First the best class of each step is tried. If these spell a sequence that has more than
         half of the probability, there can be none that is more probable, and no search is needed.
-        enough: a lower probability above which no search is made.
+        enough: above this probability, no search is made.
         """
         sequences = self.greedy(p)
         found = list(zip(sequences, self.sequence_probabilities(sequences, p).tolist()))
@@ -709,7 +712,7 @@ class LstmCtcOcr:
         return self.Restriction(letters, length)
 
     def _read_as(self, letters):
-        """Says as which letter each of `words` is read, if it is one of `letters`."""
+        """Returns for each of `words` the letter of `letters` that it is read as, or another."""
         return [word if word in letters else word.swapcase() for word in self.words]
 
     def _bounds(self, length):
@@ -962,7 +965,7 @@ class LstmCtcOcr:
         return np.sort(border, axis=0)[len(border) // 2]  # np.partition takes 4 times as long
 
     def _filled(self, ink):
-        """Scales ink (H, w) float32 to full strength and adds paper: (H, W) uint8, see `ink_of`."""
+        """Scales ink (H, w) to full strength and adds paper: (H, W) uint8, see `ink_of`."""
         image = np.zeros((self.im_height, self.im_width), np.uint8)
         strongest = max(ink.max(), MIN_CONTRAST)
         image[:, :ink.shape[1]] = cv2.convertScaleAbs(ink, alpha=255 / strongest)
@@ -971,8 +974,8 @@ class LstmCtcOcr:
     def _read_width(self, width):
         """Returns how many of an image's W columns the network is given; the rest is paper.
 
-        width: of the image as `load_colours` returns it. The result is a multiple of H, so that
-        images of similar width are read together, and has enough steps for the longest text.
+        width: of the image as `load_colours` returns it. The result is a multiple of H or W, so
+        that images of similar width are read together; the longest text has enough steps.
         """
         squares = math.ceil(max(width, self._least_steps * self._stride) / self.im_height)
         return min(self.im_width, squares * self.im_height)
@@ -1068,7 +1071,7 @@ class LstmCtcOcr:
     PNG_END = b"IEND\xaeB`\x82"
 
     def _render(self, numbers):
-        """Renders the images of these numbers, but for whole files that are there.
+        """Renders the images of these numbers, unless a complete file exists.
 
         Raises OSError if one cannot be written.
         """
@@ -1098,10 +1101,15 @@ class LstmCtcOcr:
         length = random.randint(*lengths)
         return plain, "".join(random.choice(letters) for _ in range(length))
 
+    @staticmethod
+    @functools.cache
+    def _captcha_package(width, height):
+        return _package("captcha.image", "render captchas").ImageCaptcha(width, height)
+
     def _draw(self, plain, label):
         """Draws a captcha with the module `random`'s generator: returns the bytes of a PNG file."""
         if plain:
-            return _captcha_package(self.im_width, self.im_height).generate(label).getvalue()
+            return self._captcha_package(self.im_width, self.im_height).generate(label).getvalue()
         pixels = draw_varied(label, random.getrandbits(64), self._fonts_found())
         return cv2.imencode(".png", pixels)[1].tobytes()
 
@@ -1303,9 +1311,9 @@ class LstmCtcOcr:
 
     def _checked(self, config, path):
         """Returns what the file `path` says of a model; raises `Error` if that makes no sense."""
-        types = self.__annotations__
+        kinds = self.__annotations__
         if not (isinstance(config, dict) and self.FORMAT.items() <= config.items()
-                and all(isinstance(config.get(name), types[name]) for name in ARCHITECTURE)
+                and all(isinstance(config.get(name), kinds[name]) for name in ARCHITECTURE)
                 and all(isinstance(config.get(name, 0), (int, float)) for name in self.NUMBERS)):
             raise self.Error(
                 f"{path} is not what this version writes, with {self.FORMAT}: train anew, or name "
@@ -1607,9 +1615,8 @@ class LstmCtcOcr:
         """Decodes the images and builds the network; returns a `_Run`.
 
         files: this process's (path, text) pairs in the order of their digests. An image is held
-        out if its digest is below `share`, whatever `val_num` and the number of workers are. The
-        share only shrinks while images are added, and for one model it never grows. So no image
-        is trained on first and validated on later.
+        out if its digest is below `share`, whatever `val_num` and the number of workers are. For
+        one model that share never grows. So no image is trained on first and validated on later.
         """
         images, files = self.load_images(files, folder)
         held = self._held_of(files, share)  # some files may have been no images
@@ -1696,10 +1703,11 @@ class LstmCtcOcr:
                 bar.set_postfix(loss=f"{loss:.3f}")
                 if chief:
                     self._between_steps(run, before, feeds)
-                if run.stop:
+                # A signal that came after saving waits for the next step, which saves again.
+                if run.stop and run.step == run.config["step"]:
                     break
         if run.stop:
-            print(_stopped(run), file=sys.stderr)
+            print(self._stopped(run), file=sys.stderr)
             return 128 + run.stop[0]
         if chief:
             self._say_how_it_ended(run)
@@ -1748,9 +1756,9 @@ class LstmCtcOcr:
     def _between_steps(self, run, before, feeds):
         """Reports and saves if it is time for it, after the step that followed step `before`.
 
-        A report waits until one more validation fits into its share of the time. What the first
-        one will take is a guess. CPU time counts, so that it does not matter if the machine was
-        busy or stopped for a while.
+        Reports are due every `REPORT_STEPS` steps and at the end. One before the end waits until
+        validating takes at most `VALIDATION_SHARE` of the CPU time; what the first one will take is
+        a guess. The clock would also count moments in which the machine was busy or stopped.
         """
         elapsed = time.process_time() - run.begun
         cost = run.validations[-1] if run.validations else \
@@ -1817,7 +1825,7 @@ class LstmCtcOcr:
         names = [os.path.basename(run.data.files[row][0]) for row in run.data.held]
         held_out = _digest("/".join(names))
         if run.config.get("held_out") != held_out:
-            _forget_best(run.config)
+            self._forget_best(run.config)
             run.config["held_out"] = held_out
         most, least = run.config.get("accuracy", 0), run.config.get("least_loss", math.inf)
         few = run.data.distorts and held["count"] < self.MIN_VALIDATED
@@ -1904,6 +1912,18 @@ class LstmCtcOcr:
                 "or start from a model (--start-from general, with another --model)")
         print("\n".join(lines), file=sys.stderr)
 
+    @staticmethod
+    def _forget_best(config):
+        """Removes from a config what it says of the best checkpoint so far."""
+        for name in ("accuracy", "validated_on", "best_step", "least_loss", "idle"):
+            config.pop(name, None)
+
+    @staticmethod
+    def _stopped(run):
+        """Returns the line that says how to go on with a training that was stopped."""
+        return (f"stopped and saved at step {run.config['step']} of {run.last}; the same command "
+                "goes on from there")
+
     @contextlib.contextmanager
     def _session_alone(self, run):
         """Opens a session in this process; yields the function that runs a step."""
@@ -1923,7 +1943,7 @@ class LstmCtcOcr:
         if any(run.folder.glob("LstmCtcOcr-*.index")):
             restore = functools.partial(run.net.saver.restore, session)
             if self._restore(restore, run.folder) < run.config.get("best_step", 0):
-                _forget_best(run.config)
+                self._forget_best(run.config)
         elif self.start_from:
             weights = self._start_weights()
             for variable in _tensorflow().global_variables():  # and their moving averages
@@ -2007,9 +2027,9 @@ class LstmCtcOcr:
         """Reads images of one width under one restriction; returns B pairs (text, confidence).
 
         infer: function from ink (B, H, w) uint8 to logits (T, B, C); ink: (B, H, w); colours: B
-        arrays (H, w', 1 or 3) float32, as `load_colours` gives them. In the further views images in
-        doubt are read again: more of them are read right so, but only by a network that has learnt
-        captchas of many kinds.
+        arrays (H, w', 1 or 3) float32, as `load_colours` gives them. Images in doubt are read again
+        in further views. That raises the accuracy, but only of a network that has learnt captchas
+        of many kinds.
         """
         def again(rows, view):
             return infer(self._viewed(view, [(ink[row], colours[row]) for row in rows]))
@@ -2358,7 +2378,7 @@ class LstmCtcOcr:
         with contextlib.suppress(_tensorflow().errors.OpError, RuntimeError, self.Error):
             self._require_finite(run, run.session.run(run.net.loss, feeds))
             self._save(run)
-        print(_stopped(run), file=sys.stderr, flush=True)
+        print(self._stopped(run), file=sys.stderr, flush=True)
         os._exit(128 + run.stop[0])
 
     # ------------------------------------------------------------------ service
@@ -3684,17 +3704,6 @@ def report_page(readings, model):
                for path, truth, text, confidence in wrong[:200]])
 
 
-def _forget_best(config):
-    """Removes from a config what it says of the best checkpoint so far."""
-    for name in ("accuracy", "validated_on", "best_step", "least_loss", "idle"):
-        config.pop(name, None)
-
-
-def _stopped(run):
-    return (f"stopped and saved at step {run.config['step']} of {run.last}; the same command goes "
-            "on from there")
-
-
 # ---------------------------------------------------------------------- images and files
 
 def _files_in(folder, inside=""):
@@ -3808,11 +3817,6 @@ def _replace(path, content, durable=False):
         _to_disk(*[path.parent] * durable)
     finally:
         part.unlink(missing_ok=True)
-
-
-@functools.cache
-def _captcha_package(width, height):
-    return _package("captcha.image", "render captchas").ImageCaptcha(width, height)
 
 
 # ---------------------------------------------------------------------- HTTP
@@ -4196,7 +4200,7 @@ OPENING = threading.RLock()  # held while TensorFlow is imported, or a model is 
 def _tensorflow():
     """Returns TensorFlow's graph-and-session API. Only the first call imports it, for seconds."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    gc.disable()  # it would go through the large package again and again, for a second in all
+    gc.disable()  # it would scan TensorFlow's objects again and again, for a second in all
     try:
         with OPENING, _quiet_stderr():  # no setting stops the lines that the import prints
             tf = _package("tensorflow.compat.v1", "train, export or read with a model folder (an "
