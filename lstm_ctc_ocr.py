@@ -69,6 +69,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -1303,10 +1304,11 @@ class LstmCtcOcr:
         except FileNotFoundError:
             raise self.Error(
                 f"no model in {folder}: train one with `python lstm_ctc_ocr.py train`, or name "
-                "another, such as general") from None
+                "another, such as --model general") from None
         except (OSError, ValueError, RecursionError) as error:
             raise self.Error(
-                f"{path} cannot be read ({error}): restore it, or name another folder") from None
+                f"{path} cannot be read ({error}): restore it, or name another folder with "
+                "--model or --start-from") from None
         return self._checked(config, path)
 
     def _checked(self, config, path):
@@ -2572,6 +2574,8 @@ class LstmCtcOcr:
             connection_limit=self.CONNECTIONS, threads=self.CONNECTIONS)
         serve = functools.partial(  # receives and sends what can be, after 0.1 seconds at most
             server.asyncore.loop, 0.1, use_poll=True, map=server._map, count=1)
+        # While its threads are still starting, it would say that requests wait for them.
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
         host = f"[{self.host}]" if ":" in self.host else self.host
         address = f"http://{host}:{server.effective_port}"
