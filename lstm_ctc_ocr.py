@@ -927,7 +927,9 @@ class LstmCtcOcr:
         fitted = max(1, round(width * self.im_height / height))
         size = min(self.im_width, fitted), self.im_height
         method = cv2.INTER_AREA if height > self.im_height else cv2.INTER_LINEAR
-        return np.atleast_3d(cv2.resize(colours, size, interpolation=method))
+        if (width, height) != size:
+            colours = np.atleast_3d(cv2.resize(colours, size, interpolation=method))
+        return colours
 
     @staticmethod
     def _colours_of(image):
@@ -942,9 +944,11 @@ class LstmCtcOcr:
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        if image.mode != "L":
+        if image.mode not in ("L", "RGB"):
             image = image.convert("RGB")
-        return np.atleast_3d(np.float32(image) / 255)
+        colours = np.atleast_3d(np.float32(image))
+        colours /= 255  # in place: to make a further array takes as long as to decode the image
+        return colours
 
     def ink_of(self, colours):
         """Measures how far each pixel's colour is from that of the paper.
@@ -954,8 +958,8 @@ class LstmCtcOcr:
         if the contrast is below `MIN_CONTRAST`. A narrower image gets paper on its right.
         """
         paper = self._paper_of(colours)[:, None, None]
-        channels = np.ascontiguousarray(colours.transpose(2, 0, 1))  # faster in this order
-        return self._filled(np.abs(channels - paper).max(axis=0))
+        away = np.subtract(colours.transpose(2, 0, 1), paper, order="C")  # faster in this order
+        return self._filled(np.abs(away, out=away).max(axis=0))
 
     def _paper_of(self, colours):
         """Returns the paper's colour, (channels,) float32: the median along the image's border."""
