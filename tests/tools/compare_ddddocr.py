@@ -31,6 +31,11 @@ FreeSerif and LiberationMono-Regular; it draws the same bytes in every run:
     for i in range(1000):
         label = random.sample(string.ascii_uppercase + string.digits, 4)
         draw(label).save(f"dataset/wheezy/{i}_{''.join(label)}.jpg", "JPEG", quality=75)
+
+dataset/math holds 500 sums of the first program, such as `7+5=`, `10-4=` and `3*8=`, which is what the labels are. Draw
+them as the first, with CAPTCHA_CHALLENGE_FUNCT="captcha.helpers.math_challenge" among the settings, but write the
+images to f"dataset/math/{i}.png" and print(f"{i}.png,{challenge}") into dataset/math/labels.csv, as not every file
+system takes a `*` in a name. This tool does not read that list; `lstm_ctc_ocr.py test` does.
 """
 
 import argparse

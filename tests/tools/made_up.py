@@ -1,4 +1,4 @@
-"""Draws nine kinds of captchas that `create_dataset` does not draw in this way, to measure `general` on.
+"""Draws eighteen kinds of captchas that `create_dataset` does not draw in this way, to measure `general` on.
 
     python tests/tools/made_up.py OUT [--count 500] [--seed 7]        (needs the fonts of Debian's fonts-dejavu)
 
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
 ALL = CAPITALS + CAPITALS.lower() + DIGITS
+CLEAR = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # none that looks like another one
 WHITE = (255, 255, 255)
 
 
@@ -172,6 +173,129 @@ def square(fonts):
     return text, lined(image)
 
 
+def curve(image, ink, width=1):
+    """A wave from the left edge to the right one."""
+    middle, height = random.uniform(.3, .7) * image.height, random.uniform(.1, .35) * image.height
+    length, start = random.uniform(.5, 1.5) * image.width, random.uniform(0, 7)
+    ImageDraw.Draw(image).line([(x, middle + height * math.sin(start + 2 * math.pi * x / length))
+                                for x in range(-4, image.width + 8, 4)], ink, width, "curve")
+
+
+def pale(fonts):
+    """Outlines of letters, double in places, each in another pale colour, one curve."""
+    text, paper = a_text(CLEAR + "abdefhnrt", 4, 5), colour(225, 255)
+    image = Image.new("RGB", (170, 50), paper)
+    write(image, text, random.choice(fonts), (26, 34), lambda: colour(130, 225), 25, (-4, 2), 6, hollow=True)
+    image = ImageChops.darker(image, waved(image, paper, (1.5, 20), (2, 25)))
+    curve(image, colour(120, 210), 2)
+    return text, image
+
+
+def outlines(fonts):
+    """Overlapping outlines of digits, black and white curves across them."""
+    text, image = a_text(DIGITS), Image.new("RGB", (180, 60), WHITE)
+    write(image, text, random.choice(fonts), (34, 44), lambda: (0, 0, 0), 20, (-8, -3), 6, hollow=True)
+    image = waved(image, WHITE, (1, 20), (2, 60))
+    for ink in ((0, 0, 0), WHITE, WHITE):
+        curve(image, ink, random.randint(2, 3))
+    return text, image
+
+
+def faint(fonts):
+    """Eight to ten shaky small letters, little darker than the noise, which darkens to one side."""
+    text, image = a_text(CAPITALS.lower(), 8, 10), Image.new("RGB", (250, 50))
+    write(image, text, random.choice(fonts), (24, 28), lambda: WHITE, 12, (0, 3), 3)
+    ink = np.array(waved(image, (0, 0, 0), (1, 15), (1, 20)))[..., 0] / 255 * random.uniform(50, 75)
+    noise = np.random.default_rng(random.getrandbits(32)).normal(0, 14, ink.shape)
+    paper = np.linspace(*random.choice(((225, 110), (110, 225))), image.width) + noise
+    return text, Image.fromarray(np.uint8(np.clip(paper - ink, 0, 255)))
+
+
+def leaving(fonts):
+    """Letters turned by up to 50 degrees, cut off at all four edges."""
+    text, paper = a_text(CLEAR, 4, 5), colour(190, 255)
+    blank, ink = Image.new("RGB", (280, 110), paper), colour(0, 120)
+    image = blank.copy()
+    write(image, text, random.choice(fonts), (38, 46), lambda: ink, 50, (0, 5), 9)
+    left, top, right, bottom = ImageChops.difference(image, blank).getbbox()
+    cut = [random.randint(3, 7) for _ in range(4)]
+    return text, lined(image.crop((left + cut[0], top + cut[1], right - cut[2], bottom - cut[3])))
+
+
+def framed(fonts):
+    """A thick frame close around the letters, or bars above and below them, in their colour."""
+    text, ink, paper = a_text(CLEAR), colour(0, 120), colour(200, 255)
+    image = Image.new("RGB", (190, 38), paper)
+    write(image, text, random.choice(fonts), (27, 32), lambda: ink, 15, (0, 3), 5)
+    width = random.randint(4, 14)
+    image = ImageOps.expand(image, random.choice(((0, width), width)), ink)
+    return text, ImageOps.expand(image, random.choice((0, 4)), paper)
+
+
+def thick(fonts):
+    """Ellipses, and lines that begin with a hook, as thick as strokes, in the letters' colour or in another."""
+    text, ink = a_text(CLEAR), colour(0, 120)
+    image = Image.new("RGB", (220, 60), colour(200, 255))
+    write(image, text, random.choice(fonts), (32, 38), lambda: ink, 15, (0, 4), 4)
+    draw = ImageDraw.Draw(image)
+    for other in random.choices((ink, colour(0, 150)), k=2):
+        x, y, width = random.randint(-10, 130), random.randint(-15, 45), random.randint(3, 4)
+        if random.random() < .4:
+            draw.ellipse((x, y, x + random.randint(25, 80), y + random.randint(15, 45)), outline=other, width=width)
+        else:
+            draw.arc((x, y, x + 18, y + 18), random.randint(120, 250), 90, other, width)
+            draw.line((x + 9, y + 17, x + random.choice((150, -150)), random.randint(0, 60)), other, width)
+    return text, image
+
+
+def bitmap(fonts):
+    """Letters of 8 to 14 pixels without grey, enlarged."""
+    text, image = a_text(CLEAR), Image.new("RGB", (120, 22), colour(200, 255))
+    draw, ink, x, times = ImageDraw.Draw(image), colour(0, 120), random.randint(2, 6), random.randint(2, 3)
+    small = ImageFont.truetype(random.choice(fonts), random.randint(11, 14))
+    face = random.choice((small, small, ImageFont.load_default_imagefont()))
+    draw.fontmode = "1"
+    for letter in text:
+        draw.text((x, random.randint(2, 7)), letter, ink, face)
+        x += round(face.getlength(letter)) + random.randint(0, 2)
+    for _ in range(30):
+        draw.point((random.randint(0, 119), random.randint(0, 21)), colour(0, 150))
+    enlarge = random.choice((Image.Resampling.NEAREST, Image.Resampling.BILINEAR))
+    return text, image.crop((0, 0, x + 4, 22)).resize(((x + 4) * times, 22 * times), enlarge)
+
+
+def typewriter(fonts):
+    """Letters with thin strokes and serifs, all in rooms of one width, each bent by itself."""
+    text, image = a_text(CLEAR), Image.new("RGB", (170, 50), colour(200, 255))
+    face = ImageFont.truetype(next(font for font in fonts if "DejaVuSerif.ttf" in font), 100)
+    ink = colour(30, 130)
+    for place, letter in enumerate(text):
+        large = Image.new("L", (120, 180))
+        ImageDraw.Draw(large).text((60, 130), letter, 255, face, anchor="ms")
+        large = waved(large.filter(ImageFilter.MinFilter(3)), 0, (10, 90), (10, 80))
+        drawn = large.resize((32, 48), Image.Resampling.BOX)
+        image.paste(ink, (1 + 25 * place, random.randint(-7, 7)), drawn)
+    curve(image, ink)
+    return text, image
+
+
+def digits(fonts):
+    """Six digits, of which many are the same as the one before, that touch each other."""
+    text = random.choice(DIGITS)
+    while len(text) < 6:
+        text += random.choice((text[-1], text[-1], random.choice(DIGITS)))
+    paper, ink = colour(200, 255), colour(0, 120)
+    image = Image.new("RGB", (130, 40), paper)
+    write(image, text, random.choice(fonts), (22, 30), lambda: ink, 15, (-6, -2), 3)
+    image = waved(image, paper, (1, 20), (2, 50))
+    curve(image, ink, 2)
+    return text, image
+
+
+KINDS = (hollow, distorted, sparse, dotted, noisy, scattered, turned, uneven, square,
+         pale, outlines, faint, leaving, framed, thick, bitmap, typewriter, digits)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -180,7 +304,7 @@ def main():
     parser.add_argument("--fonts", type=Path, default="/usr/share/fonts/truetype/dejavu")
     arguments = parser.parse_args()
     fonts = [str(path) for path in sorted(arguments.fonts.glob("*.ttf")) if "Math" not in path.name]
-    for draw in (hollow, distorted, sparse, dotted, noisy, scattered, turned, uneven, square):
+    for draw in KINDS:
         random.seed(f"{arguments.seed} {draw.__name__}")
         folder = arguments.out / draw.__name__
         folder.mkdir(parents=True, exist_ok=True)
