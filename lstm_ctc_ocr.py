@@ -1005,6 +1005,9 @@ class LstmCtcOcr:
                 f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
         numbers = range(int(shard[1]) - 1, self.im_total_num, int(shard[2]))
         fonts = ocr._fonts_found()
+        if unfit := sorted({*"/\\"} & {*ocr.words}):
+            raise self.Error(f"cannot render {unfit}: names of files cannot hold them; give other "
+                             "--words")
         with self._writing(folder), _deferred_stop() as stop, self._renderers() as pool:
             folder.mkdir(parents=True, exist_ok=True)
             ocr._claim(folder, fonts)
@@ -1091,20 +1094,34 @@ class LstmCtcOcr:
     # The letters of varied captchas, where `words` has them, and how often they are these. Most
     # captchas have letters of one case. "": all of `words`.
     ALPHABETS = ((CAPITALS, 24), (CAPITALS + DIGITS, 26), (SMALL, 8), (SMALL + DIGITS, 14),
-                 (DIGITS, 12), ("", 16))
+                 (DIGITS, 15), ("", 14))
 
     def _draw_label(self):
         """Decides at random whether a captcha is plain, and its label: by the module `random`."""
         letters, lengths = self.words, [1, self.words_max_num]
         plain = self.look == "plain"
         if not plain:
+            signs = [sign for sign in "+++---××*/÷" if {sign, *DIGITS} <= {*letters}]
+            if signs and random.random() < .06:
+                return False, self._draw_sum(signs)
+            if signs:
+                letters = [letter for letter in letters if letter.isalnum()]
             alphabet = _pick(random, self.ALPHABETS)
             letters = [letter for letter in letters if letter in alphabet] or letters
+            if random.random() < .08:  # letters that repeat are easily lost
+                letters = random.choices(letters, k=2)
             plain = random.random() < .1
             if not plain and random.random() < .6:  # as most captchas have
                 lengths = [min(length, self.words_max_num) for length in (4, 6)]
         length = random.randint(*lengths)
         return plain, "".join(random.choice(letters) for _ in range(length))
+
+    def _draw_sum(self, signs):
+        """Decides on a sum at random, such as 12-4=? or 3×8; signs: those between the numbers."""
+        most = random.choice((9, 20, 99))
+        end = random.choice([end for end in ("", "=", "=?") if {*end} <= {*self.words}])
+        numbers = random.randint(0, most), random.randint(0, most)
+        return (random.choice(signs).join(map(str, numbers)) + end)[:self.words_max_num]
 
     @staticmethod
     @functools.cache
@@ -2908,14 +2925,14 @@ def _onnx_session(runtime, data, threads):
 def draw_varied(text, seed, fonts):
     """Draws a captcha in a look that the seed decides; returns (h, w, 3) uint8, BGR.
 
-    fonts: (path, its letters) of each. The image is 22 to 90 pixels high, and as wide as its text.
+    fonts: (path, its letters) of each. The image is 15 to 90 pixels high, and as wide as its text.
     """
     chance = random.Random(seed)
-    height = chance.choice((chance.randint(22, 46), chance.randint(44, 90)))
+    height = round(chance.choice((15, 22, 45, 45)) * chance.uniform(1, 2))
     share = chance.uniform(.55, 1.05) if chance.random() < .7 else chance.uniform(.25, .6)
     size = max(13, share * height)
     placed, width = _place_letters(chance, fonts, text, height, size)
-    paper, contrast = _colour(chance, PAPER_COLOURS), chance.choice((50, 75, 100, 125))
+    paper, contrast = _colour(chance, PAPER_COLOURS), chance.choice((35, 50, 75, 100, 125))
     look = LstmCtcOcr._Look(
         chance, np.random.default_rng(chance.getrandbits(64)), fonts, (height, width), size, paper,
         _contrasting(chance, paper, contrast), contrast)
@@ -2959,7 +2976,8 @@ def _as_pixels(canvas):
 
 # A row of colours holds the least and the most that each of B, G and R may be.
 
-PAPER_COLOURS = ((255, 255), 30), ((195, 255), 30), ((0, 0), 11), ((0, 90), 13), ((0, 255), 16)
+PAPER_COLOURS = (((255, 255), 28), ((195, 255), 28), ((0, 0), 9), ((0, 90), 11), ((90, 170), 12),
+                 ((0, 255), 12))
 INK_COLOURS = ((0, 255), 80), ((0, 0), 13), ((255, 255), 7)
 
 
@@ -2971,17 +2989,19 @@ def _colour(chance, table=INK_COLOURS):
     return np.resize(np.float32(values), (3, 1, 1))
 
 
-def _brightness(colour):
-    return float(np.dot((.114, .587, .299), colour.ravel()))
+def _contrast(colour, other=0):
+    """Returns how well one tells two colours apart by brightness, or else by hue: 0 to 255."""
+    away = np.ravel(colour - other)
+    return max(abs(np.dot((.114, .587, .299), away)), .3 * max(abs(away)))
 
 
 def _contrasting(chance, other, least):
-    """Chooses a colour that is at least so much brighter or darker than another one.
+    """Chooses a colour that has at least so much contrast to another one.
 
     least: at most 127, so that black or white always fits.
     """
     colour = _colour(chance)
-    while abs(_brightness(colour - other)) < least:
+    while _contrast(colour, other) < least:
         colour = _colour(chance)
     return colour
 
@@ -2994,18 +3014,16 @@ SYMBOL_FONT = re.compile("symbol|dingbat|wingd|webdings|ornament|D050000L", re.I
 def _find_fonts(folders, words):
     """Finds the fonts under folders, sorted by name: (path, the letters of `words` that it has).
 
-    Raises `Error` if no font has a letter, or if no name of a file can hold it.
+    Raises `Error` if no font has a letter.
     """
     paths = {path for folder in folders for path in Path(folder).expanduser().rglob("*")
              if path.suffix.lower() in (".ttf", ".otf") and not SYMBOL_FONT.search(path.name)}
     fonts = tuple((str(path), letters)
                   for path in sorted(paths, key=lambda path: (path.name, path))
                   if len(letters := _letters_of(str(path), words)) > len(words) / 2)
-    drawn = set().union(*(letters for _, letters in fonts)).difference("/\\")
-    if unfit := sorted(set(words) - drawn):
-        raise LstmCtcOcr.Error(
-            f"cannot render {unfit}: no font has them, or names of files cannot hold them; "
-            "give other --words, or with --look varied --fonts a folder of fonts that do")
+    if unfit := sorted(set(words).difference(*(letters for _, letters in fonts))):
+        raise LstmCtcOcr.Error(f"cannot render {unfit}: no font has them; give other --words, or "
+                               "with --look varied --fonts a folder of fonts that do")
     return fonts
 
 
@@ -3031,16 +3049,21 @@ def _face(font, size):
 
 
 @functools.lru_cache(32768)
-def _glyph(font, letter, size):
-    """Draws a letter: (h, w) uint8 with a margin, y of its middle from the baseline, advance."""
-    face = _face(font, size)
-    mask, (_, top) = face.getmask2(letter, "L", anchor="ls")
-    pixels = np.asarray(mask, np.uint8).reshape(mask.size[::-1])
-    return np.pad(pixels, size // 8 + 1), top + mask.size[1] / 2, face.getlength(letter)
+def _glyph(font, letter, size, block=1):
+    """Draws a letter: (h, w) uint8 with a margin, y of its middle from the baseline, advance.
+
+    block: width of the squares that it is made of, as in a bitmap font; 1: of a smooth letter, 1.
+    """
+    face = _face(font, size // block)
+    mask, (_, top) = face.getmask2(letter, "L" if block == 1 else "1", anchor="ls")
+    pixels = np.asarray(mask, np.uint8).reshape(mask.size[::-1]).repeat(block, 0).repeat(block, 1)
+    return (np.pad(pixels, size // 8 + 1), block * (top + mask.size[1] / 2),
+            block * face.getlength(letter))
 
 
 GLYPH_SIZES = 20, 34, 58  # pixels an em; glyphs are drawn at these sizes, cached, and then scaled
-SPACINGS = (.72, .95), (.95, 1.1), (1.05, 1.5), (1.4, 2.4)  # of letters, in widths of a letter
+# Of letters, in widths of a letter.
+SPACINGS = (.65, .8), (.72, .95), (.95, 1.1), (1.05, 1.5), (1.4, 2.4)
 MAX_ASPECT = 4.3  # width / height, about; letters that are far apart move closer to keep it
 
 
@@ -3051,7 +3074,9 @@ def _place_letters(chance, fonts, text, height, size):
     of the image, in pixels.
     """
     level = GLYPH_SIZES[bisect.bisect(GLYPH_SIZES[:-1], .9 * size)]
-    swing, slants = _some(chance, .7, 5, 48), _some(chance, .5, .1, .3)
+    block = level // chance.randint(8, 14) if chance.random() < .08 else 1
+    swing = _some(chance, .7, 5, 50 if text.isalnum() else 9)  # a plus, turned, looks like a times
+    slants = _some(chance, .5, .1, .3)
     turn, slant = _some(chance, .25, -12, 12), _some(chance, .25, -.35, .35)
     stretch, slope = 1 + _some(chance, .33, -.25, .3), _some(chance, .33, -.12, .12)
     loose = chance.uniform(1, max(1, .8 * height / size))  # small letters are often far apart
@@ -3060,19 +3085,20 @@ def _place_letters(chance, fonts, text, height, size):
                   max(.8, MAX_ASPECT * height / (len(text) * .6 * size * stretch)))
     able = [path for path, letters in fonts if not text.strip(letters)]
     font = chance.choice(able) if able and chance.random() < .7 else None
-    x, y, placed = 0, height - (height - .72 * size) * chance.uniform(.2, .8), []
+    x, y, placed = 0, height - (height - .72 * size) * chance.uniform(.07, .93), []
     for letter in text:
         path = font or chance.choice([path for path, letters in fonts if letter in letters])
-        glyph, middle, advance = _glyph(path, letter, level)
+        glyph, middle, advance = _glyph(path, letter, level, block)
         scale = size / level * (1.1 - chance.uniform(0, shrink))
         turned = cv2.getRotationMatrix2D((0, 0), turn + chance.uniform(-swing, swing), scale)[:, :2]
         matrix = turned @ [[stretch, slant + chance.uniform(-slants, slants)], [0, 1]]
         width = advance * stretch * scale
         down = y + middle * scale + chance.uniform(-jitter, jitter) * size
-        placed.append((glyph, matrix, x + width / 2, np.clip(down, .3 * size, height - .3 * size)))
+        down = np.clip(down, .24 * size, height - .24 * size)
+        placed.append((glyph, matrix, x + width / 2, down))
         x += width * chance.uniform(spacing, 1.15 * spacing)
         y += slope * height / len(text)
-    extent, margins = x - width * (spacing - 1), height * (.04 + 2.2 * chance.random() ** 3)
+    extent, margins = x - width * (spacing - 1), height * (2.2 * chance.random() ** 3 - .05)
     whole = int(max(extent + margins, height * chance.uniform(.9, 3)))
     left = (whole - extent) * chance.choice((.5, chance.uniform(.1, .9)))
     return [(glyph, matrix, left + x, y) for glyph, matrix, x, y in placed], whole
@@ -3117,23 +3143,35 @@ def _dotted(look, layer):
 
 
 def _fading(look, layer):
-    """Lets letters fade into another colour from one side to the other."""
+    """Lets letters fade into another colour from one side to the other, or from part to part."""
     other = _contrasting(look.chance, look.paper, look.contrast)
-    _blend(layer[:3], _gradient(look, 0), layer[3] * other)
+    _blend(layer[:3], look.chance.choice((_gradient, _patches))(look, 0), layer[3] * other)
     return layer
 
 
-LETTER_PATTERNS = (_hatched, .04), (_sparse, .07), (_dotted, .07), (_fading, .06)
+def _outlined(look, layer):
+    """Keeps the outline of all the letters together."""
+    kernel = np.ones([2 + round(look.size * look.chance.uniform(.01, .06))] * 2)
+    return layer * cv2.morphologyEx(layer[3], cv2.MORPH_GRADIENT, kernel)
+
+
+LETTER_PATTERNS = ((_fading, .07), (_fading, .07), (_outlined, .06), (_hatched, .04),
+                   (_sparse, .06), (_dotted, .06))
 
 # A style draws a letter in steps: (morphological change of the glyph, its size in strokes, shift to
-# the side and down). The last step has the letter's colour, a step before it another colour.
-LETTER = cv2.MORPH_DILATE, 0, 0
+# the side and down). One step has the letter's colour; of more, the first has another colour, the
+# second the letter's, the third that of the paper.
+LETTER, HOLLOW = (cv2.MORPH_DILATE, 0, 0), (cv2.MORPH_GRADIENT, 1, 0)
+EDGE, SHADOW = (cv2.MORPH_DILATE, 2, 0), (cv2.MORPH_DILATE, 0, 1)
 STYLES = (
-    ([LETTER], 54),
-    ([(cv2.MORPH_DILATE, 1, 0)], 9),  # bold
-    ([(cv2.MORPH_GRADIENT, 1, 0)], 15),  # hollow
-    ([(cv2.MORPH_DILATE, 2, 0), LETTER], 9),  # with an edge
-    ([(cv2.MORPH_DILATE, 0, 1), LETTER], 9),  # with a shadow
+    ([LETTER], 46),
+    ([(cv2.MORPH_DILATE, 1, 0)], 8),  # bold
+    ([HOLLOW], 12),
+    ([(cv2.MORPH_GRADIENT, 1, .6), HOLLOW], 4),
+    ([EDGE, LETTER], 8),
+    ([SHADOW, LETTER], 8),
+    ([EDGE, EDGE, LETTER], 5),  # hollow, and hides what it overlaps
+    ([(cv2.MORPH_DILATE, 3, 0), (cv2.MORPH_DILATE, 1, 0), LETTER], 5),
     ([(cv2.MORPH_DILATE, 99, 0), LETTER], 4),  # on a tile
 )
 
@@ -3146,12 +3184,13 @@ def _draw_letters(look, placed):
     several, crisp = chance.random() < .3, chance.random() < .12
     for glyph, matrix, x, y in placed:
         ink = _contrasting(chance, look.paper, look.contrast) if several else look.ink
-        for (change, strokes, shift), colour in zip(style, (other, ink)[-len(style):]):
+        colours = (other, ink, look.paper)[len(style) == 1:]
+        for (change, strokes, shift), colour in zip(style, colours):
             kernel = np.ones([1 + strokes * max(1, round(stroke * len(glyph)))] * 2)
             away = shift * max(1, look.size / 16)
             _stamp(layer, cv2.morphologyEx(glyph, change, kernel), matrix, x + right * away,
                    y + away, colour, crisp)
-    if look.size > 26:  # smaller ones could not be read any more
+    if look.size > 26 and style[0][1] < 99:  # small ones and tiles could not be read any more
         layer = _apply(look, layer, LETTER_PATTERNS)
     return layer
 
@@ -3199,6 +3238,15 @@ def _texture(look, thickness):
     return _spots(look, *map(look.chance.choice, TEXTURES))
 
 
+def _patches(look, thickness):
+    return _spots(look, 1, look.size / look.chance.uniform(1, 6), cv2.INTER_NEAREST)[0] > .5
+
+
+def _dusk(look, thickness):
+    """Draws noise that gets stronger to one side."""
+    return _gradient(look, 0) * (.4 + .6 * _texture(look, 0))
+
+
 def _grid(look, thickness):
     """Draws stripes, or two sets of them across one another."""
     angle = look.chance.choice((0, math.pi / 2, look.chance.uniform(0, math.pi)))
@@ -3228,8 +3276,11 @@ def _small_letters(look, thickness):
 
 
 def _border(look, thickness):
-    inside = np.zeros(np.subtract(look.shape, 2 * thickness), np.float32)
-    return np.pad(inside, thickness, constant_values=1)
+    """Draws a frame, or bars above and below."""
+    high = 1 + look.shape[0] // look.chance.randint(9, 60)
+    wide = look.chance.choice((high, high, 0))
+    inside = np.zeros(np.subtract(look.shape, (2 * high, 2 * wide)), np.float32)
+    return np.pad(inside, ((high, high), (wide, wide)), constant_values=1)
 
 
 def _many(make, least, most, filled=False):
@@ -3278,13 +3329,19 @@ def _oval(look):
     return _points(look, 1) + cv2.ellipse2Poly((0, 0), axes, turn, 0, end, 9) / 10
 
 
+def _hooked(look):
+    """Chooses a line that begins with a ring or a hook."""
+    hook, line = _oval(look), _line(look)
+    return np.concatenate((hook, line - line[0] + hook[-1]))
+
+
 def _polygon(look):
     return _points(look, look.chance.randint(3, 5))
 
 
 BLOTS = _many(_oval, 1, 4, filled=True)
-PAPERS = ((None, 45), (_gradient, 15), (_texture, 14), (_grid, 10), (_ripples, 8),
-          (_many(_polygon, 2, 8, filled=True), 8))
+PAPERS = ((None, 43), (_gradient, 13), (_texture, 13), (_dusk, 8), (_grid, 9), (_ripples, 7),
+          (_many(_polygon, 2, 8, filled=True), 7))
 
 
 def _draw_paper(look):
@@ -3293,13 +3350,14 @@ def _draw_paper(look):
     if pattern:
         # Its second colour is so near to the first that letters stand out from both.
         away = _colour(look.chance) - look.paper
-        room = .45 * abs(_brightness(look.ink - look.paper)) / max(abs(_brightness(away)), 20)
+        room = .42 * _contrast(look.ink, look.paper) / max(_contrast(away), 20)
         _blend(canvas, pattern(look, look.chance.randint(2, 16)), look.paper + away * min(1, room))
     return canvas
 
 
-CLUTTER = ((_many(_line, 1, 6), 38), (_dots, 20), (_grid, 11), (_many(_hair, 8, 50), 8),
-           (_many(_oval, 1, 12), 12), (BLOTS, 6), (_border, 5), (_small_letters, 5), (_ripples, 3))
+CLUTTER = ((_many(_line, 1, 6), 33), (_many(_hooked, 1, 5), 7), (_dots, 18), (_grid, 10),
+           (_many(_hair, 8, 50), 7), (_many(_oval, 1, 12), 13), (BLOTS, 5), (_border, 9),
+           (_small_letters, 5), (_ripples, 3))
 
 
 def _clutter(look, canvas, over):
@@ -3308,17 +3366,18 @@ def _clutter(look, canvas, over):
     over: over the letters, where they may also have the colour of the paper.
     """
     chance = look.chance
-    for _ in range(chance.choice((0, 0, 1, 1, 2))):
+    for _ in range(chance.choice((0, 0, 0, 1, 1, 2))):
         opacity = np.float32(1 - _some(chance, .45, .2, .85))
         # What is faint may be thicker than a stroke of a letter, and still nobody takes it for one.
-        thickness = chance.uniform(.25, .95) * look.size / 11 / math.sqrt(opacity)
+        thickness = chance.uniform(.25, 1.2) * look.size / 11 / math.sqrt(opacity)
         share = _pick(chance, CLUTTER)(look, max(1, round(thickness)))
         if chance.random() < .2:
             share = share > .3
         colour = _pick(
-            chance, ((look.ink, 6), (look.paper, over), (_colour(chance), 5), (None, 4)))
+            chance, ((look.ink, 6), (look.paper, 2 * over), (_colour(chance), 5), (None, 4)))
         if colour is None:  # many colours
-            colour = 255 * _spots(look, 3, chance.choice((1, 6, 20)), cv2.INTER_NEAREST)
+            channels, grain = chance.choice((1, 3)), chance.choice((1, 6, 20))
+            colour = 255 * _spots(look, channels, grain, cv2.INTER_NEAREST)
         _blend(canvas, share * opacity, colour)
 
 
@@ -3348,7 +3407,7 @@ def _jolts(look, force, places):
     return look.noise.normal(0, force * look.chance.uniform(.01, .03), size)
 
 
-WARPS = (_wave, 50), (_dents, 30), (_lens, 15), (_jolts, 10)
+WARPS = (_wave, 45), (_dents, 38), (_lens, 12), (_jolts, 10)
 
 
 def _warp(look, picture, force=.5, edge=cv2.BORDER_REPLICATE):
@@ -3382,7 +3441,7 @@ def _pixelated(look, canvas):
 
 def _noisy(look, canvas):
     shape = look.chance.choice((1, 3)), *look.shape
-    strength = 3 + 47 * look.chance.random() ** 3
+    strength = 3 + .45 * look.contrast * look.chance.random() ** 3
     return canvas + strength * look.noise.standard_normal(shape, np.float32)
 
 
