@@ -1097,17 +1097,22 @@ class LstmCtcOcr:
                  (DIGITS, 15), ("", 14))
 
     def _draw_label(self):
-        """Decides at random whether a captcha is plain, and its label: by the module `random`."""
+        """Decides at random whether a captcha is plain, and its label: by the module `random`.
+
+        Some varied captchas are sums, such as 12-4=? or 3×8, if `words` has what they take. The
+        others then have none of their signs.
+        """
         letters, lengths = self.words, [1, self.words_max_num]
         plain = self.look == "plain"
         if not plain:
-            signs = [sign for sign in "+++---××*/÷" if {sign, *DIGITS} <= {*letters}]
+            signs = [sign for sign in "+++---××*/÷" if {sign, *DIGITS, *"=?"} <= {*letters}]
             if signs and random.random() < .06:
-                return False, self._draw_sum(signs)
-            if signs:
-                letters = [letter for letter in letters if letter.isalnum()]
+                numbers = random.choices([*DIGITS * 9, *map(str, range(100))], k=2)
+                label = random.choice(signs).join(numbers) + "=?"[:random.randint(0, 2)]
+                return False, label[:self.words_max_num]
             alphabet = _pick(random, self.ALPHABETS)
-            letters = [letter for letter in letters if letter in alphabet] or letters
+            letters = [letter for letter in letters if letter in alphabet or not alphabet
+                       and (letter.isalnum() or not signs)] or letters
             if random.random() < .08:  # letters that repeat are easily lost
                 letters = random.choices(letters, k=2)
             plain = random.random() < .1
@@ -1115,13 +1120,6 @@ class LstmCtcOcr:
                 lengths = [min(length, self.words_max_num) for length in (4, 6)]
         length = random.randint(*lengths)
         return plain, "".join(random.choice(letters) for _ in range(length))
-
-    def _draw_sum(self, signs):
-        """Decides on a sum at random, such as 12-4=? or 3×8; signs: those between the numbers."""
-        most = random.choice((9, 20, 99))
-        end = random.choice([end for end in ("", "=", "=?") if {*end} <= {*self.words}])
-        numbers = random.randint(0, most), random.randint(0, most)
-        return (random.choice(signs).join(map(str, numbers)) + end)[:self.words_max_num]
 
     @staticmethod
     @functools.cache
@@ -3145,13 +3143,14 @@ def _dotted(look, layer):
 def _fading(look, layer):
     """Lets letters fade into another colour from one side to the other, or from part to part."""
     other = _contrasting(look.chance, look.paper, look.contrast)
-    _blend(layer[:3], look.chance.choice((_gradient, _patches))(look, 0), layer[3] * other)
+    share = look.chance.choice((_gradient, _texture))(look, 0)
+    _blend(layer[:3], np.clip(share, 0, 1), layer[3] * other)
     return layer
 
 
 def _outlined(look, layer):
     """Keeps the outline of all the letters together."""
-    kernel = np.ones([2 + round(look.size * look.chance.uniform(.01, .06))] * 2)
+    kernel = np.ones([look.chance.randint(2, 4)] * 2)
     return layer * cv2.morphologyEx(layer[3], cv2.MORPH_GRADIENT, kernel)
 
 
@@ -3161,15 +3160,15 @@ LETTER_PATTERNS = ((_fading, .07), (_fading, .07), (_outlined, .06), (_hatched, 
 # A style draws a letter in steps: (morphological change of the glyph, its size in strokes, shift to
 # the side and down). One step has the letter's colour; of more, the first has another colour, the
 # second the letter's, the third that of the paper.
-LETTER, HOLLOW = (cv2.MORPH_DILATE, 0, 0), (cv2.MORPH_GRADIENT, 1, 0)
-EDGE, SHADOW = (cv2.MORPH_DILATE, 2, 0), (cv2.MORPH_DILATE, 0, 1)
+LETTER, EDGE = (cv2.MORPH_DILATE, 0, 0), (cv2.MORPH_DILATE, 2, 0)
+HOLLOW = cv2.MORPH_GRADIENT, 1, 0
 STYLES = (
     ([LETTER], 46),
     ([(cv2.MORPH_DILATE, 1, 0)], 8),  # bold
     ([HOLLOW], 12),
     ([(cv2.MORPH_GRADIENT, 1, .6), HOLLOW], 4),
-    ([EDGE, LETTER], 8),
-    ([SHADOW, LETTER], 8),
+    ([EDGE, LETTER], 8),  # with an edge
+    ([(cv2.MORPH_DILATE, 0, 1), LETTER], 8),  # with a shadow
     ([EDGE, EDGE, LETTER], 5),  # hollow, and hides what it overlaps
     ([(cv2.MORPH_DILATE, 3, 0), (cv2.MORPH_DILATE, 1, 0), LETTER], 5),
     ([(cv2.MORPH_DILATE, 99, 0), LETTER], 4),  # on a tile
@@ -3231,20 +3230,12 @@ def _gradient(look, thickness):
     return cv2.normalize(rise, None, 0, 1, cv2.NORM_MINMAX)
 
 
-TEXTURES = (1, 1, 3), (1, 1, 2, 4, 10), (cv2.INTER_CUBIC, cv2.INTER_NEAREST)  # as `_spots` takes
+# As `_spots` takes.
+TEXTURES = (1, 1, 3), (1, 1, 2, 4, 10, 16), (cv2.INTER_CUBIC, cv2.INTER_NEAREST)
 
 
 def _texture(look, thickness):
     return _spots(look, *map(look.chance.choice, TEXTURES))
-
-
-def _patches(look, thickness):
-    return _spots(look, 1, look.size / look.chance.uniform(1, 6), cv2.INTER_NEAREST)[0] > .5
-
-
-def _dusk(look, thickness):
-    """Draws noise that gets stronger to one side."""
-    return _gradient(look, 0) * (.4 + .6 * _texture(look, 0))
 
 
 def _grid(look, thickness):
@@ -3277,10 +3268,9 @@ def _small_letters(look, thickness):
 
 def _border(look, thickness):
     """Draws a frame, or bars above and below."""
-    high = 1 + look.shape[0] // look.chance.randint(9, 60)
-    wide = look.chance.choice((high, high, 0))
-    inside = np.zeros(np.subtract(look.shape, (2 * high, 2 * wide)), np.float32)
-    return np.pad(inside, ((high, high), (wide, wide)), constant_values=1)
+    inside = np.zeros(np.subtract(look.shape, 2 * thickness), np.float32)
+    frame = np.pad(inside, thickness, constant_values=1)
+    return frame * look.chance.choice((1, 1, frame[:, [thickness]]))
 
 
 def _many(make, least, most, filled=False):
@@ -3340,8 +3330,8 @@ def _polygon(look):
 
 
 BLOTS = _many(_oval, 1, 4, filled=True)
-PAPERS = ((None, 43), (_gradient, 13), (_texture, 13), (_dusk, 8), (_grid, 9), (_ripples, 7),
-          (_many(_polygon, 2, 8, filled=True), 7))
+PAPERS = ((None, 43), (_gradient, 13), (_texture, 17), (_grid, 10), (_ripples, 8),
+          (_many(_polygon, 2, 8, filled=True), 9))
 
 
 def _draw_paper(look):
@@ -3355,7 +3345,7 @@ def _draw_paper(look):
     return canvas
 
 
-CLUTTER = ((_many(_line, 1, 6), 33), (_many(_hooked, 1, 5), 7), (_dots, 18), (_grid, 10),
+CLUTTER = ((_many(_line, 1, 6), 33), (_many(_hooked, 1, 5), 7), (_dots, 25), (_grid, 10),
            (_many(_hair, 8, 50), 7), (_many(_oval, 1, 12), 13), (BLOTS, 5), (_border, 9),
            (_small_letters, 5), (_ripples, 3))
 
@@ -3428,6 +3418,11 @@ def _swapped(look, canvas):
     return canvas
 
 
+def _shaded(look, canvas):
+    """Gets darker or brighter to one side, but contrasts stay as they are."""
+    return canvas + _gradient(look, 0) * (look.chance.uniform(60, 200) - look.paper)
+
+
 def _blurred(look, canvas):
     radius = look.chance.uniform(.3, 1.1) * max(.7, look.shape[0] / 60)
     return np.stack([cv2.GaussianBlur(channel, (0, 0), radius) for channel in canvas])
@@ -3443,11 +3438,6 @@ def _noisy(look, canvas):
     shape = look.chance.choice((1, 3)), *look.shape
     strength = 3 + .45 * look.contrast * look.chance.random() ** 3
     return canvas + strength * look.noise.standard_normal(shape, np.float32)
-
-
-def _speckled(look, canvas):
-    _blend(canvas, _dots(look, 0), 255 * _texture(look, 0))
-    return canvas
 
 
 def _pale(look, canvas):
@@ -3469,8 +3459,8 @@ def _jpeg(look, canvas):
     return np.float32(cv2.imdecode(jpeg, cv2.IMREAD_COLOR).transpose(2, 0, 1))
 
 
-DEGRADATIONS = ((_swapped, .05), (_warp, .12), (_blurred, .32), (_pixelated, .06), (_noisy, .22),
-                (_speckled, .12), (_pale, .1), (_grey, .12), (_posterised, .05), (_jpeg, .35))
+DEGRADATIONS = ((_shaded, .09), (_swapped, .05), (_warp, .12), (_blurred, .32), (_pixelated, .06),
+                (_noisy, .22), (_pale, .1), (_grey, .12), (_posterised, .05), (_jpeg, .35))
 
 
 # ---------------------------------------------------------------------- few images, distorted
