@@ -3096,7 +3096,7 @@ def _place_letters(chance, fonts, text, height, size):
         placed.append((glyph, matrix, x + width / 2, down))
         x += width * chance.uniform(spacing, 1.15 * spacing)
         y += slope * height / len(text)
-    extent, margins = x - width * (spacing - 1), height * (2.2 * chance.random() ** 3 - .05)
+    extent, margins = x - width * (spacing - 1), height * (2.2 * chance.random() ** 3 - .08)
     whole = int(max(extent + margins, height * chance.uniform(.9, 3)))
     left = (whole - extent) * chance.choice((.5, chance.uniform(.1, .9)))
     return [(glyph, matrix, left + x, y) for glyph, matrix, x, y in placed], whole
@@ -3178,11 +3178,13 @@ STYLES = (
 def _draw_letters(look, placed):
     """Draws the text: (4, h, w), which is B, G and R times the opacity, and the opacity, 0 to 1."""
     chance, layer = look.chance, np.zeros((4, *look.shape), np.float32)
-    style, other = _pick(chance, STYLES), _contrasting(chance, look.ink, 40)
+    style, ink, other = _pick(chance, STYLES), look.ink, _contrasting(chance, look.ink, 40)
     stroke, right = chance.uniform(.04, .07), chance.choice((-1, 1))
     several, crisp = chance.random() < .3, chance.random() < .12
     for glyph, matrix, x, y in placed:
-        ink = _contrasting(chance, look.paper, look.contrast) if several else look.ink
+        if several:
+            ink = _contrasting(chance, look.paper, look.contrast)
+            other = _contrasting(chance, ink, 40)
         colours = (other, ink, look.paper)[len(style) == 1:]
         for (change, strokes, shift), colour in zip(style, colours):
             kernel = np.ones([1 + strokes * max(1, round(stroke * len(glyph)))] * 2)
@@ -3268,9 +3270,10 @@ def _small_letters(look, thickness):
 
 def _border(look, thickness):
     """Draws a frame, or bars above and below."""
-    inside = np.zeros(np.subtract(look.shape, 2 * thickness), np.float32)
-    frame = np.pad(inside, thickness, constant_values=1)
-    return frame * look.chance.choice((1, 1, frame[:, [thickness]]))
+    wide = thickness + look.shape[0] // look.chance.randint(9, 60)
+    inside = np.zeros(np.subtract(look.shape, 2 * wide), np.float32)
+    frame = np.pad(inside, wide, constant_values=1)
+    return frame * look.chance.choice((1, 1, frame[:, [wide]]))
 
 
 def _many(make, least, most, filled=False):
@@ -3346,7 +3349,7 @@ def _draw_paper(look):
 
 
 CLUTTER = ((_many(_line, 1, 6), 33), (_many(_hooked, 1, 5), 7), (_dots, 25), (_grid, 10),
-           (_many(_hair, 8, 50), 7), (_many(_oval, 1, 12), 13), (BLOTS, 5), (_border, 9),
+           (_many(_hair, 8, 50), 7), (_many(_oval, 1, 12), 13), (BLOTS, 5), (_border, 11),
            (_small_letters, 5), (_ripples, 3))
 
 
@@ -3364,7 +3367,7 @@ def _clutter(look, canvas, over):
         if chance.random() < .2:
             share = share > .3
         colour = _pick(
-            chance, ((look.ink, 6), (look.paper, 2 * over), (_colour(chance), 5), (None, 4)))
+            chance, ((look.ink, 6), (look.paper, 3 * over), (_colour(chance), 5), (None, 4)))
         if colour is None:  # many colours
             channels, grain = chance.choice((1, 3)), chance.choice((1, 6, 20))
             colour = 255 * _spots(look, channels, grain, cv2.INTER_NEAREST)
@@ -3440,17 +3443,8 @@ def _noisy(look, canvas):
     return canvas + strength * look.noise.standard_normal(shape, np.float32)
 
 
-def _pale(look, canvas):
-    return canvas * look.chance.uniform(.5, .95) + look.chance.uniform(0, 40)
-
-
 def _grey(look, canvas):
     return np.stack([cv2.cvtColor(np.dstack(canvas), cv2.COLOR_BGR2GRAY)] * 3)
-
-
-def _posterised(look, canvas):
-    step = look.chance.choice((32, 51, 64, 85))
-    return np.round(canvas / step) * step
 
 
 def _jpeg(look, canvas):
@@ -3460,7 +3454,7 @@ def _jpeg(look, canvas):
 
 
 DEGRADATIONS = ((_shaded, .09), (_swapped, .05), (_warp, .12), (_blurred, .32), (_pixelated, .06),
-                (_noisy, .22), (_pale, .1), (_grey, .12), (_posterised, .05), (_jpeg, .35))
+                (_noisy, .22), (_grey, .12), (_jpeg, .35))
 
 
 # ---------------------------------------------------------------------- few images, distorted
