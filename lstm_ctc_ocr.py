@@ -120,6 +120,7 @@ LABELLED = re.compile(r"(\d+)_(.+)\.\w+")  # <i>_<LABEL>.png
 LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path.png,LABEL lines
 NO_UTF8 = "[\ud800-\udfff]"  # what Python has for bytes that are no UTF-8, in names and in text
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
+SIGNS = "+-*×/÷=?"  # of sums such as 3×8=?
 MIN_CONTRAST = 16 / 255  # an image of less is blank: its noise must not be stretched to ink
 
 # ---------------------------------------------------------------------- settings
@@ -127,18 +128,19 @@ MIN_CONTRAST = 16 / 255  # an image of less is blank: its noise must not be stre
 NETWORKS = {
     # convolutions: (channels, size, stride down, stride across, residual blocks behind it) each.
     # projection: features that each time step hands from the convolutions to the LSTM.
+    # inks: the channels of an image, see `ink_of`: 1, the ink; 3, with the main colour's and the rest.
     # views: whether an image that is read with little confidence is read again in other views;
     # lstm and cnn_lstm read fewer images right with them.
     "lstm": types.SimpleNamespace(
-        about="the article's", convolutions=(), projection=0, views=False),
+        about="the article's", convolutions=(), projection=0, inks=1, views=False),
     "cnn_lstm": types.SimpleNamespace(
         about="with convolutions in front",
         convolutions=((32, 5, 4, 2, 0), (48, 3, 2, 2, 0), (96, 3, 2, 1, 0), (128, 3, 2, 1, 0)),
-        projection=128, views=False),
+        projection=128, inks=1, views=False),
     "wide_cnn_lstm": types.SimpleNamespace(
         about="with larger convolutions",
         convolutions=((32, 5, 2, 2, 0), (48, 3, 2, 2, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 2)),
-        projection=160, views=True),
+        projection=160, inks=3, views=True),
 }
 ARCHITECTURE = (  # the settings that a model folder fixes
     "net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height")
@@ -954,12 +956,22 @@ class LstmCtcOcr:
         """Measures how far each pixel's colour is from that of the paper.
 
         colours: (H, w, 1 or 3) float32, as `load_colours` gives them.
-        Returns the ink, (H, W) uint8: 0 for the paper, and 255 for the strongest stroke, or less
-        if the contrast is below `MIN_CONTRAST`. A narrower image gets paper on its right.
+        Returns the ink, (H, W, 1 or 3) uint8: 0 for the paper, and 255 for the strongest stroke, or
+        less if the contrast is below `MIN_CONTRAST`. A narrower image gets paper on its right.
+        A network with 3 inks also sees how much of it has the main colour, which is the mean of all
+        ink, strong ink above all, and how much is left without that: a line in another colour than
+        the letters, or a lighter one on a paper that they are darker than.
         """
         paper = self._paper_of(colours)[:, None, None]
         away = np.subtract(colours.transpose(2, 0, 1), paper, order="C")  # faster in this order
-        return self._filled(np.abs(away, out=away).max(axis=0))
+        inks = [np.abs(away).max(axis=0)]
+        if NETWORKS[self.net].inks == 3:
+            main = away.reshape(len(away), -1) @ (inks[0] ** 2).ravel()
+            main /= max(np.linalg.norm(main), 1e-9)
+            along = np.tensordot(main, away, 1).clip(0)
+            inks.append(along * abs(main).max())
+            inks.append(np.abs(away - np.multiply.outer(main, along)).max(axis=0))
+        return self._filled(np.dstack(inks))
 
     def _paper_of(self, colours):
         """Returns the paper's colour, (channels,) float32: the median along the image's border."""
@@ -970,10 +982,11 @@ class LstmCtcOcr:
         return np.sort(border, axis=0)[len(border) // 2]  # np.partition takes 4 times as long
 
     def _filled(self, ink):
-        """Scales ink (H, w) to full strength and adds paper: (H, W) uint8, see `ink_of`."""
-        image = np.zeros((self.im_height, self.im_width), np.uint8)
-        strongest = max(ink.max(), MIN_CONTRAST)
-        image[:, :ink.shape[1]] = cv2.convertScaleAbs(ink, alpha=255 / strongest)
+        """Scales ink (H, w, C) to full strength and adds paper: (H, W, C) uint8, see `ink_of`."""
+        image = np.zeros((self.im_height, self.im_width, ink.shape[2]), np.uint8)
+        strongest = max(ink[..., 0].max(), MIN_CONTRAST)
+        scaled = cv2.convertScaleAbs(ink, alpha=255 / strongest)
+        image[:, :ink.shape[1]] = scaled.reshape(ink.shape)
         return image
 
     def _read_width(self, width):

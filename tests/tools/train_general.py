@@ -11,7 +11,7 @@
 has no BlockLSTM. It ends after the given time, so another machine makes another number of steps. `--students 0111` also
 trains a network with one residual block less, which learns from what the first network says.
 
-Images are (64, 256) uint8 ink, as `load_image` returns them. Labels are (12,) int8: 10 classes, the blank after the
+Images are (64, 256, 3) uint8 inks, as `load_image` returns them. Labels are (12,) int8: 10 classes, the blank after the
 last letter, then the number of letters, and whether the captcha is a plain one.
 """
 
@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import lstm_ctc_ocr  # noqa: E402
 from lstm_ctc_ocr import CAPITALS, DIGITS, NETWORKS, LstmCtcOcr  # noqa: E402
 
-WORDS = CAPITALS + CAPITALS.lower() + DIGITS
-HEIGHT, WIDTH, LONGEST, CELLS, BLANK = 64, 256, 10, 160, len(WORDS)
+WORDS = CAPITALS + CAPITALS.lower() + DIGITS + lstm_ctc_ocr.SIGNS
+HEIGHT, WIDTH, INKS, LONGEST, CELLS, BLANK = 64, 256, 3, 10, 160, len(WORDS)
 LAYERS, FEATURES = NETWORKS["wide_cnn_lstm"].convolutions, NETWORKS["wide_cnn_lstm"].projection
 BLOCKS = "".join(str(blocks) for *_, blocks in LAYERS)
 GATES = np.concatenate([np.arange(CELLS) + CELLS * gate for gate in (0, 2, 1, 3)])  # i, c, f, o <-> i, f, c, o
@@ -58,7 +58,8 @@ class Renderer:
 
     def __init__(self, number, most, seed, fonts):
         context = multiprocessing.get_context("fork")  # it shares the memory
-        self.images = np.frombuffer(mmap.mmap(-1, most * HEIGHT * WIDTH), np.uint8).reshape(-1, HEIGHT, WIDTH)
+        shape = HEIGHT, WIDTH, INKS
+        self.images = np.frombuffer(mmap.mmap(-1, most * math.prod(shape)), np.uint8).reshape(-1, *shape)
         self.labels = np.frombuffer(mmap.mmap(-1, most * 12), np.int8).reshape(-1, 12)
         self.done = context.Value("l", 0, lock=False)
         self.taken = 0
@@ -68,7 +69,7 @@ class Renderer:
     def render(self, number, seed, fonts):
         os.nice(5)  # the training comes first
         lstm_ctc_ocr.cv2.setNumThreads(1)
-        ocr = LstmCtcOcr(words=WORDS, words_max_num=LONGEST, im_width=WIDTH, im_height=HEIGHT,
+        ocr = LstmCtcOcr(net="wide_cnn_lstm", words=WORDS, words_max_num=LONGEST, im_width=WIDTH, im_height=HEIGHT,
                          look="varied", fonts=fonts).resolve()
         for row in range(len(self.images)):
             random.seed(f"{seed}-{number}-{row}")
@@ -92,7 +93,7 @@ class Renderer:
 # ---------------------------------------------------------------------- the twin of the network
 
 def twin(torch, blocks=BLOCKS):
-    """Returns the network, a module from ink (B, 1, H, W), 0 to 255, to logits (T, B, C).
+    """Returns the network, a module from inks (B, 3, H, W), 0 to 255, to logits (T, B, C).
 
     Its `load` and `arrays` use the names and shapes of TensorFlow's variables. blocks: for each convolution a digit,
     the number of residual blocks behind it.
@@ -125,7 +126,7 @@ def twin(torch, blocks=BLOCKS):
     class Network(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.convolutions, channels = torch.nn.ModuleDict(), 1
+            self.convolutions, channels = torch.nn.ModuleDict(), INKS
             for number, (outputs, size, down, across, _) in enumerate(LAYERS, 1):
                 self.convolutions[f"convolution{number}"] = Convolution(channels, outputs, size, down, across)
                 for block in range(1, int(blocks[number - 1]) + 1):
@@ -168,11 +169,16 @@ def twin(torch, blocks=BLOCKS):
 
         @torch.no_grad()
         def load(self, arrays):
-            """A convolution that is not among the arrays becomes the end of a residual block that changes nothing."""
+            """Takes the weights {name: array} of TensorFlow's variables.
+
+            A convolution that is not among them becomes the end of a residual block that changes nothing; a kernel for
+            fewer channels does not look at the others.
+            """
             for name, (tensor, axes) in self.variables().items():
                 if name in arrays:
-                    order = axes and np.argsort(axes)
-                    tensor.copy_(torch.from_numpy(np.ascontiguousarray(np.transpose(arrays[name], order))))
+                    array = np.transpose(arrays[name], axes and np.argsort(axes))
+                    tensor.zero_()
+                    tensor[tuple(map(slice, array.shape))].copy_(torch.from_numpy(np.ascontiguousarray(array)))
                 elif name.endswith("b/scale"):
                     tensor.zero_()
             for name, inputs, recurrence, bias, other in self.lstms():
@@ -196,7 +202,7 @@ def twin(torch, blocks=BLOCKS):
 
 
 def distort(torch, x):
-    """As `lstm_ctc_ocr.distort`, and a little more, on the GPU: x (n, 1, H, W) float32 of 0 to 255."""
+    """As `lstm_ctc_ocr.distort`, and a little more, on the GPU: x (n, C, H, W) float32 of 0 to 255."""
     functional, n, device = torch.nn.functional, len(x), x.device
 
     def between(low, high):
@@ -223,7 +229,8 @@ def distort(torch, x):
     x = functional.grid_sample(x, places, align_corners=False)
     # blurred, coarser, fatter, thinner
     kernel = torch.tensor([.0614, .2448, .3877, .2448, .0614], device=device)
-    blurred = functional.conv2d(functional.pad(x, [2] * 4), (kernel[:, None] * kernel)[None, None])
+    blurred = functional.conv2d(functional.pad(x.flatten(0, 1)[:, None], [2] * 4), (kernel[:, None] * kernel)[None, None])
+    blurred = blurred.view_as(x)
     x = torch.lerp(x, blurred, some(.3) * between(.2, 1))
     rows = random.choice((20, 24, 28, 34, 40))
     coarse = functional.interpolate(functional.interpolate(x, (rows, 4 * rows), mode="area"), (HEIGHT, WIDTH))
@@ -252,7 +259,7 @@ class Pool:
     def __init__(self, torch, renderers, device):
         self.torch, self.renderers, self.count = torch, renderers, 0
         most = sum(len(each.images) for each in renderers)
-        self.images = torch.empty((most, HEIGHT, WIDTH), dtype=torch.uint8, device=device)
+        self.images = torch.empty((most, INKS, HEIGHT, WIDTH), dtype=torch.uint8, device=device)
         self.labels = torch.empty((most, 12), dtype=torch.int8, device=device)
         self.losses = torch.full((most,), UNSEEN_LOSS, device=device)
 
@@ -260,7 +267,8 @@ class Pool:
         for renderer in self.renderers:
             images, labels = renderer.new()
             rows = slice(self.count, self.count + len(images))
-            self.images[rows], self.labels[rows] = self.torch.from_numpy(images), self.torch.from_numpy(labels)
+            self.images[rows] = self.torch.from_numpy(images.transpose(0, 3, 1, 2))
+            self.labels[rows] = self.torch.from_numpy(labels)
             self.count = rows.stop
 
     def draw(self, count):
@@ -286,7 +294,7 @@ def take_statistics(torch, net, pool, batch_size):
     with torch.no_grad():
         for _ in range(STATISTICS_BATCHES):
             rows = torch.randint(pool.count, (batch_size,), device=pool.images.device)
-            type(net).forward(net, pool.images[rows].float()[:, None])  # not the graph: momentum is a constant there
+            type(net).forward(net, pool.images[rows].float())  # not the graph: momentum is a constant there
 
 
 class Learner:
@@ -300,7 +308,7 @@ class Learner:
         self.parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, fused=device == "cuda")
         if device == "cuda":
-            like = torch.zeros(arguments.batch_size, 1, HEIGHT, WIDTH, device=device)
+            like = torch.zeros(arguments.batch_size, INKS, HEIGHT, WIDTH, device=device)
             torch.cuda.make_graphed_callables(self.net, (like,))
 
     def step(self, loss, rate):
@@ -338,7 +346,7 @@ def train(arguments):
             rows, weights, lengths = pool.draw(40 * batch)
         now, rows, weight, weights = rows[:batch], rows[batch:], weights[:batch], weights[batch:]
         length, lengths = lengths[:batch], lengths[batch:]
-        x, labels, distorted = pool.images[now].float()[:, None], pool.labels[now].long(), int(DISTORTED * batch)
+        x, labels, distorted = pool.images[now].float(), pool.labels[now].long(), int(DISTORTED * batch)
         x[:distorted] = distort(torch, x[:distorted])
         turning, rate = TURNING * max(.25, share), arguments.lr * min(1, (step + 1) / WARM_UP) * (1 - share)
         teacher = None
@@ -397,9 +405,8 @@ def publish(model, folder):
 
 
 def unpack(arguments):
-    """Writes the weights of a model folder as an .npz file."""
-    _, _, weights = LstmCtcOcr()._load_model(lstm_ctc_ocr._model_folder(arguments.model))
-    np.savez(arguments.start, **weights)
+    """Writes the weights of a model folder, with classes for WORDS, as an .npz file."""
+    np.savez(arguments.start, **LstmCtcOcr(start_from=arguments.model, words=WORDS)._start_weights())
 
 
 def pack(arguments):
