@@ -47,7 +47,7 @@ PLAIN = 0.1  # of the images that are drawn
 CAPITALISED = 0.85  # of plain captchas with other letters: they get capitals instead
 FIRST_IMAGES = 30_000  # that are there before the first step
 UNSEEN_LOSS = 4.0  # that an image is taken to have until it is drawn
-SAVE_EVERY = 5000  # steps
+SAVE_EVERY = 500  # steps
 STATISTICS_BATCHES = 60  # that batch normalisation's final statistics are taken from
 
 
@@ -363,13 +363,12 @@ def train(arguments):
                 turned = turned / 2 + (teacher.exp() * (teacher - scores)).sum(dim=(0, 2))
             learner.step((weight * turned).mean(), rate)
         step += 1
-        if step % 500 == 0:
+        if step % SAVE_EVERY == 0:
             means = [f"{torch.stack(learner.losses).mean():.3f}" for learner in learners]
             print(f"{time.time() - begun:.0f} s, step {step}, {pool.count} images, loss {', '.join(means)}",
                   file=sys.stderr, flush=True)
             for learner in learners:
                 learner.losses.clear()
-        if step % SAVE_EVERY == 0:
             save()
     for learner in learners:
         take_statistics(torch, learner.net, pool, batch)
