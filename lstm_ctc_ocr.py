@@ -128,19 +128,19 @@ MIN_CONTRAST = 16 / 255  # an image of less is blank: its noise must not be stre
 NETWORKS = {
     # convolutions: (channels, size, stride down, stride across, residual blocks behind it) each.
     # projection: features that each time step hands from the convolutions to the LSTM.
-    # inks: the channels of an image, see `ink_of`: 1, the ink; 3, with the main colour's and the rest.
+    # inks: the last axes of an image: none, or three inks, see `ink_of`.
     # views: whether an image that is read with little confidence is read again in other views;
     # lstm and cnn_lstm read fewer images right with them.
     "lstm": types.SimpleNamespace(
-        about="the article's", convolutions=(), projection=0, inks=1, views=False),
+        about="the article's", convolutions=(), projection=0, inks=(), views=False),
     "cnn_lstm": types.SimpleNamespace(
         about="with convolutions in front",
         convolutions=((32, 5, 4, 2, 0), (48, 3, 2, 2, 0), (96, 3, 2, 1, 0), (128, 3, 2, 1, 0)),
-        projection=128, inks=1, views=False),
+        projection=128, inks=(), views=False),
     "wide_cnn_lstm": types.SimpleNamespace(
         about="with larger convolutions",
         convolutions=((32, 5, 2, 2, 0), (48, 3, 2, 2, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 2)),
-        projection=160, inks=3, views=True),
+        projection=160, inks=(3,), views=True),
 }
 ARCHITECTURE = (  # the settings that a model folder fixes
     "net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height")
@@ -378,7 +378,8 @@ class LstmCtcOcr:
     def logits(self, images, training=False):
         """Runs the network: the one forward pass, for training and for reading.
 
-        (B, H, W) uint8 -> (T, B, C) float32, one class a letter (or part of one), the blank last.
+        Images (B, H, W) or (B, H, W, 3) uint8, see `ink_of`, become (T, B, C) float32: a class for
+        each letter (or part of one), the blank last.
         A batch of known size is split into parts, at most one a core: one time step's matrix
         product is too small to be shared by cores; one part a core is 1.5 times as fast.
         """
@@ -403,12 +404,12 @@ class LstmCtcOcr:
         return self.dense(x, len(self.words) * self.label_parts + 1)  # (T, B, N) -> (T, B, C)
 
     def convolutions(self, ink, training):
-        """Computes features of an image's columns: ink (B, H, W) -> (T, B, F).
+        """Computes features of an image's columns: ink (B, H, W) or (B, H, W, 3) -> (T, B, F).
 
         T is W over all strides across, F the channels at all heights that are left.
         """
         tf = _tensorflow()
-        x = ink[..., None]  # (B, H, W, 1)
+        x = ink if NETWORKS[self.net].inks else ink[..., None]  # (B, H, W, 1 or 3)
         layers = NETWORKS[self.net].convolutions
         for number, (channels, size, down, across, blocks) in enumerate(layers, 1):
             name = f"convolution{number}"
@@ -704,9 +705,10 @@ class LstmCtcOcr:
     def restrict(self, letters="", length=""):
         """Makes a `Restriction` for `texts`; raises `Error` if this model cannot read such texts.
 
-        A letter of which only one case is among `letters` is read in either case.
+        What is not given is that of the settings. A letter of which only one case is among
+        `letters` is read in either case.
         """
-        letters = "".join(dict.fromkeys(letters))
+        letters, length = "".join(dict.fromkeys(letters or self.letters)), length or self.length
         for letter in letters:
             if letter not in self._read_as(letters):
                 raise self.Error(f"letters: this model does not know {letter!r}, it knows "
@@ -782,7 +784,7 @@ class LstmCtcOcr:
     @dataclasses.dataclass(frozen=True)
     class _Net:
         """The tensors and operations of a network in its graph."""
-        images: object  # (B, H, W) uint8
+        images: object  # (B, H, W) or (B, H, W, 3) uint8
         logits: object  # (T, B, C) float32
         sparse: object  # the texts that are read, sparse (B, .) int64
         confidence: object  # (B,) float32
@@ -800,14 +802,15 @@ class LstmCtcOcr:
         finished: tuple = ()  # for each parameter server, the operation that says: I am done
 
     def _build_input(self, batch_size=None):
-        """Returns the placeholder of the images (B, H, W) uint8; with B, W may be anything."""
+        """Returns the placeholder of the images; without a batch size, B and W may be anything."""
         tf = _tensorflow()
         tf.set_random_seed(self.seed)
-        width = self.im_width if batch_size else None
-        return tf.placeholder(tf.uint8, [batch_size, self.im_height, width], "images")
+        height, width, *inks = self._shape
+        shape = [batch_size, height, width if batch_size else None, *inks]
+        return tf.placeholder(tf.uint8, shape, "images")
 
     def _build_reading(self, images, temperature=1):
-        """Builds the way from images (B, H, W) to texts; returns a `_Net`.
+        """Builds the way from images to texts; returns a `_Net`.
 
         temperature: divides the logits, so that the confidence is the share of readings that are
         right (Guo et al., 2017, arXiv:1706.04599).
@@ -956,22 +959,23 @@ class LstmCtcOcr:
         """Measures how far each pixel's colour is from that of the paper.
 
         colours: (H, w, 1 or 3) float32, as `load_colours` gives them.
-        Returns the ink, (H, W, 1 or 3) uint8: 0 for the paper, and 255 for the strongest stroke, or
-        less if the contrast is below `MIN_CONTRAST`. A narrower image gets paper on its right.
-        A network with 3 inks also sees how much of it has the main colour, which is the mean of all
-        ink, strong ink above all, and how much is left without that: a line in another colour than
-        the letters, or a lighter one on a paper that they are darker than.
+        Returns the ink, (H, W) uint8: 0 for the paper, and 255 for the strongest stroke, or less
+        if the contrast is below `MIN_CONTRAST`. A narrower image gets paper on its right.
+
+        A network of three inks gets (H, W, 3): all ink; how much of it has the main colour; and
+        what is left without that, such as lines of another colour than the letters, or lines that
+        are lighter than the paper. The main colour is the mean of all ink, strong ink above all.
         """
         paper = self._paper_of(colours)[:, None, None]
         away = np.subtract(colours.transpose(2, 0, 1), paper, order="C")  # faster in this order
-        inks = [np.abs(away).max(axis=0)]
-        if NETWORKS[self.net].inks == 3:
-            main = away.reshape(len(away), -1) @ (inks[0] ** 2).ravel()
-            main /= max(np.linalg.norm(main), 1e-9)
-            along = np.tensordot(main, away, 1).clip(0)
-            inks.append(along * abs(main).max())
-            inks.append(np.abs(away - np.multiply.outer(main, along)).max(axis=0))
-        return self._filled(np.dstack(inks))
+        ink = np.abs(away).max(axis=0)
+        if not NETWORKS[self.net].inks:
+            return self._filled(ink)
+        main = away.reshape(len(away), -1) @ np.square(ink).ravel()
+        main /= max(np.linalg.norm(main), 1e-9)
+        along = np.tensordot(main, away, 1).clip(0)
+        rest = np.abs(away - np.multiply.outer(main, along)).max(axis=0)
+        return self._filled(np.dstack([ink, along * abs(main).max(), rest]))
 
     def _paper_of(self, colours):
         """Returns the paper's colour, (channels,) float32: the median along the image's border."""
@@ -982,12 +986,16 @@ class LstmCtcOcr:
         return np.sort(border, axis=0)[len(border) // 2]  # np.partition takes 4 times as long
 
     def _filled(self, ink):
-        """Scales ink (H, w, C) to full strength and adds paper: (H, W, C) uint8, see `ink_of`."""
-        image = np.zeros((self.im_height, self.im_width, ink.shape[2]), np.uint8)
-        strongest = max(ink[..., 0].max(), MIN_CONTRAST)
-        scaled = cv2.convertScaleAbs(ink, alpha=255 / strongest)
-        image[:, :ink.shape[1]] = scaled.reshape(ink.shape)
+        """Scales ink (H, w, ...) to full strength and adds paper: (H, W, ...), see `ink_of`."""
+        image = np.zeros(self._shape, np.uint8)
+        strongest = max(np.atleast_3d(ink)[..., 0].max(), MIN_CONTRAST)
+        image[:, :ink.shape[1]] = cv2.convertScaleAbs(ink, alpha=255 / strongest)
         return image
+
+    @property
+    def _shape(self):
+        """The shape of an image: H, W, and for some networks 3."""
+        return self.im_height, self.im_width, *NETWORKS[self.net].inks
 
     def _read_width(self, width):
         """Returns how many of an image's W columns the network is given; the rest is paper.
@@ -1348,6 +1356,7 @@ class LstmCtcOcr:
         kinds = self.__annotations__
         if not (isinstance(config, dict) and self.FORMAT.items() <= config.items()
                 and all(isinstance(config.get(name), kinds[name]) for name in ARCHITECTURE)
+                and all(isinstance(config.get(name, ""), str) for name in ("letters", "length"))
                 and all(isinstance(config.get(name, 0), (int, float)) for name in self.NUMBERS)):
             raise self.Error(
                 f"{path} is not what this version writes, with {self.FORMAT}: train anew, or name "
@@ -1355,12 +1364,17 @@ class LstmCtcOcr:
         return config
 
     def _with_architecture(self, config, folder):
-        """Returns these settings with the architecture of a model and nothing left open."""
+        """Returns these settings with the architecture of a model and nothing left open.
+
+        The model also says which letters and how many are read, unless the settings do.
+        """
         if self.net not in (None, config["net"]):
             raise self.Error(
                 f"{folder} holds a model of --net {config['net']}, not {self.net}: leave --net "
                 "out, or name another folder with --model")
         architecture = {name: config[name] for name in ARCHITECTURE}
+        architecture |= {name: getattr(self, name) or config.get(name, "")
+                         for name in ("letters", "length")}
         try:
             return dataclasses.replace(self, **architecture).resolve()
         except self.Error as error:
@@ -1671,7 +1685,7 @@ class LstmCtcOcr:
     class _Images:
         """Decoded images in an open file, to be indexed by an array of rows, from any thread."""
         file: object
-        shape: tuple  # H, W
+        shape: tuple  # of an image
         reading: object = dataclasses.field(default_factory=threading.Lock)
 
         def __getitem__(self, rows):
@@ -1682,12 +1696,12 @@ class LstmCtcOcr:
                     self.file.readinto(image)
             return images
 
-    IN_MEMORY = 20_000  # decoded images that are kept in memory; more are kept on the disk
+    IN_MEMORY = 400_000_000  # bytes of decoded images; more are kept on the disk
 
     def load_images(self, files, folder):
         """Decodes the images of (path, text) pairs on all cores, and names on stderr what is none.
 
-        More images than `IN_MEMORY` are kept in a file in `folder`. It has no name, so the system
+        More than `IN_MEMORY` of them are kept in a file in `folder`. It has no name, so the system
         removes it when this process ends, however it ends.
         Returns images (n, H, W) uint8, to be indexed by an array of rows, and their pairs.
         Raises `Error` if the file cannot be written.
@@ -1703,7 +1717,7 @@ class LstmCtcOcr:
                       disable=None)
         with self._writing(folder), ThreadPool(_cores()) as pool:
             kept = io.BytesIO()
-            if len(files) > self.IN_MEMORY:
+            if len(files) * math.prod(self._shape) > self.IN_MEMORY:
                 folder.mkdir(parents=True, exist_ok=True)
                 kept = tempfile.TemporaryFile(dir=folder)
             for start in starts:
@@ -1711,7 +1725,7 @@ class LstmCtcOcr:
                     kept.write(image)
                     good.append(file)
             kept.flush()
-        return self._Images(kept, (self.im_height, self.im_width)), good
+        return self._Images(kept, self._shape), good
 
     PATIENCE = 6  # validations in a row without any gain end a training on few images
 
@@ -1990,12 +2004,12 @@ class LstmCtcOcr:
     @dataclasses.dataclass(frozen=True)
     class _Reader:
         """A model that is ready to read."""
-        ocr: object  # LstmCtcOcr with the architecture of the model
+        ocr: object  # LstmCtcOcr, see `_with_architecture`
         folder: Path  # or ONNX file
         config: dict  # as it was when the weights were loaded
         restriction: object  # by the settings `letters` and `length`
-        logits: object  # function: ink (B, H, w) uint8 -> (T, B, C) float32, blank last; it uses
-        #                 all cores, or with alone=True the calling thread only
+        logits: object  # function: images uint8 -> (T, B, C) float32, blank last; it uses all
+        #                 cores, or with alone=True the calling thread only
 
     @property
     def _reader(self):
@@ -2008,8 +2022,7 @@ class LstmCtcOcr:
         model = self._model_to_read()
         opening = self._open_onnx if model.suffix.lower() == ".onnx" else self._open_folder
         ocr, config, logits = opening(model)
-        restriction = ocr.restrict(self.letters, self.length)
-        return self._Reader(ocr, model, config, restriction, logits)
+        return self._Reader(ocr, model, config, ocr.restrict(), logits)
 
     def _open_folder(self, folder):
         """Opens a model folder with TensorFlow; returns ocr, config and logits of a `_Reader`."""
@@ -2044,8 +2057,9 @@ class LstmCtcOcr:
         in_this_thread = functools.cache(functools.partial(_onnx_session, runtime, data, 1))
 
         def logits(ink, alone=False):
-            ink = -ink[:, None].astype(np.float32)  # see `_export_onnx`
-            scores, = (in_this_thread() if alone else session).run(None, {"images": ink})
+            ink = ink.reshape(*ink.shape[:3], -1).transpose(0, 3, 1, 2)  # (B, 1 or 3, H, w)
+            images = -np.float32(ink)  # see `_export_onnx`
+            scores, = (in_this_thread() if alone else session).run(None, {"images": images})
             return np.roll(scores, -1, axis=2)  # there, the blank is first
 
         return ocr, config, logits
@@ -2057,79 +2071,47 @@ class LstmCtcOcr:
               f"{config.get('accuracy', 0):.1%} of {config.get('validated_on', 0):,} held-out "
               "images)", file=sys.stderr)
 
-    def _read(self, infer, ink, colours, restriction):
+    def _read(self, infer, images, restriction):
         """Reads images of one width under one restriction; returns B pairs (text, confidence).
 
-        infer: function from ink (B, H, w) uint8 to logits (T, B, C); ink: (B, H, w); colours: B
-        arrays (H, w', 1 or 3) float32, as `load_colours` gives them. Images in doubt are read again
-        in further views. That raises the accuracy, but only of a network that has learnt captchas
-        of many kinds.
+        infer: function from images (B, H, w, ...) uint8 to logits (T, B, C). Images in doubt are
+        read again in further views. That raises the accuracy, but only of a network that has learnt
+        captchas of many kinds.
         """
         def again(rows, view):
-            return infer(self._viewed(view, [(ink[row], colours[row]) for row in rows]))
+            return infer(self._viewed(view, images[rows]))
 
-        views = ((0.6, self._from_afar), (0.4, self._from_near), (0.3, self._without_clutter))
-        return self.texts(infer(ink), restriction, [
+        views = ((0.6, self._from_afar), (0.4, self._from_near))
+        return self.texts(infer(images), restriction, [
             (doubt, functools.partial(again, view=view))
             for doubt, view in views if NETWORKS[self.net].views])
 
     def _viewed(self, view, images):
-        """Returns images as a view shows them, ink at full strength: (B, H, w') uint8.
+        """Returns images (B, H, w, ...) as a view shows them, ink at full strength, uint8.
 
-        view: function from ink (H, w) and colours to ink; images: B pairs of these.
+        view: function from an image (H, w, ...) to one that may have another width.
         """
-        seen = [view(*image) for image in images]
+        seen = [view(image) for image in images]
         width = self._read_width(seen[0].shape[1])
         return np.stack([self._filled(ink)[:, :width] for ink in seen])
 
     @staticmethod
-    def _from_afar(ink, _):
+    def _from_afar(ink):
         """Makes ink (H, w) narrower, (H, 0.87 w), and blurs it: dots run together into strokes."""
-        height, width = ink.shape
+        height, width = ink.shape[:2]
         narrow = cv2.resize(ink, (round(.87 * width), height), interpolation=cv2.INTER_AREA)
         return cv2.GaussianBlur(narrow, (0, 0), 2)
 
-    def _from_near(self, ink, _):
+    def _from_near(self, ink):
         """Makes ink (H, w) larger, (H, 1.3 w), and thinner: small letters grow, touching ones part.
 
         The result is at most W wide; ink that would reach further grows less in width.
         """
-        height, width = ink.shape
+        height, width = ink.shape[:2]
         right = min(self.im_width, round(1.3 * width))
         end = 1 + ink.any(axis=0).nonzero()[0].max(initial=0)  # behind it is nothing but paper
         larger = np.array([[min(1.3, right / end), 0, 0], [0, 1.3, -.15 * height]])
         return cv2.erode(cv2.warpAffine(ink, larger, (right, height)), np.ones((2, 2), np.uint8))
-
-    def _without_clutter(self, ink, colours):
-        """Removes the ink of lines, grids and dots, if these have a colour of their own.
-
-        ink: (H, w); colours: (H, w', 1 or 3) float32. Returns ink (H, w) or (H, w').
-
-        The colours of the strong ink are put into 6 groups. One of them is clutter: the one that is
-        spread over the most rows and columns for its number of pixels. What differs from the paper
-        in the same direction as this group is removed. The rest gets about equal strength.
-        """
-        away = colours - self._paper_of(colours)
-        strength = abs(away).max(axis=2)
-        strong = np.argwhere(strength > strength.max() / 2)
-        strong = strong[::1 + len(strong) // 1000]  # about 1,000 pixels are enough
-        if len(strong) <= 6:
-            return ink
-        rows, columns = strong.T
-        cv2.setRNGSeed(0)  # of this thread
-        stop = cv2.TERM_CRITERIA_COUNT, 10, 0
-        _, groups, centres = cv2.kmeans(
-            away[rows, columns], 6, None, stop, 1, cv2.KMEANS_PP_CENTERS)
-        spread = [math.prod(len(np.unique(axis)) for axis in strong[here].T) / here.sum()
-                  for here in (groups[:, 0] == group for group in range(6))]
-        clutter = centres[np.argmax(spread)]
-        length = np.linalg.norm(away, axis=2).clip(1e-6) * np.linalg.norm(clutter)
-        sine = np.sqrt(1 - (away @ clutter / length).clip(0, 1) ** 2)
-        other = (sine / 0.06 - 0.5).clip(0, 1)  # 0: in the clutter's colour; 1: in another one
-        if other[rows, columns].mean() < 0.08:  # nothing else would be left: all has one colour
-            return ink
-        strength *= other
-        return np.minimum(strength, np.median(strength[strength > strength.max() / 4]))
 
     def _read_each(self, sources, restrictions=(), alone=False):
         """Reads as `recognise`, but an image that cannot be read has its `Error` in its place.
@@ -2146,23 +2128,22 @@ class LstmCtcOcr:
                 results[row] = error
                 continue
             width = ocr._read_width(colours.shape[1])
-            alike[width, restrictions[row]].append((row, ocr.ink_of(colours)[:, :width], colours))
+            alike[width, restrictions[row]].append((row, ocr.ink_of(colours)[:, :width]))
         infer = functools.partial(reader.logits, alone=alone)
         for (_, restriction), images in alike.items():
-            rows, ink, colours = zip(*images)
-            for row, reading in zip(rows, ocr._read(infer, np.stack(ink), colours, restriction)):
+            rows, images = zip(*images)
+            for row, reading in zip(rows, ocr._read(infer, np.stack(images), restriction)):
                 results[row] = reading
         return results
 
     def recognise(self, sources, letters="", length=""):
         """Reads images as one batch; returns their pairs (text, confidence).
 
-        sources: paths, or the bytes of files. letters, length: as the settings of these names,
-        which hold where nothing is given. The confidence is the probability that the network gives
+        sources: paths, or the bytes of files. letters, length: as for `restrict`. The confidence is the probability that the network gives
         to the text, see `texts`. The model is loaded by the first call. Raises `Error` if there is
         no such model, if it cannot read such texts, or for the first image that cannot be read.
         """
-        restriction = self._reader.ocr.restrict(letters or self.letters, length or self.length)
+        restriction = self._reader.ocr.restrict(letters, length)
         readings = self._read_each(sources, [restriction] * len(sources))
         for reading in readings:
             if isinstance(reading, self.Error):
@@ -2441,7 +2422,7 @@ class LstmCtcOcr:
         labelling = self._open_labelling() if self.label else None
         ocr = self._reader.ocr
         self._reader.logits(  # the first run takes long
-            np.zeros((1, ocr.im_height, ocr.im_width), np.uint8), alone=True)
+            np.zeros((1, *ocr._shape), np.uint8), alone=True)
         pool = concurrent.futures.ThreadPoolExecutor(_cores())
         service = self._Service(labelling, pool, [], threading.Lock())
         if labelling:
@@ -2532,8 +2513,8 @@ class LstmCtcOcr:
         read, the first error is raised.
         """
         given = {**flask.request.values, **_json_body()}
-        restriction = self._reader.ocr.restrict(str(given.get("letters") or self.letters),
-                                                str(given.get("length") or self.length))
+        restriction = self._reader.ocr.restrict(*(
+            str(given.get(name) or "") for name in ("letters", "length")))
         futures = [concurrent.futures.Future() for _ in datas]
         try:
             with service.lock:
@@ -2777,10 +2758,10 @@ class LstmCtcOcr:
         print(f"{target} takes {takes}", file=sys.stderr)
 
     def _export_saved_model(self, directory):
-        """Writes a SavedModel: ink (B, H, w) uint8 -> text (B,) string, confidence (B,) float32.
+        """Writes a SavedModel: ink uint8 -> text (B,) string, confidence (B,) float32.
 
-        The ink is that of `load_image`, w of its W columns. Each image is read once, with
-        TensorFlow's beam search. Returns a description of the input.
+        The ink is B images as `load_image` gives them, or fewer of their columns. Each is read
+        once, with TensorFlow's beam search. Returns a description of the input.
         """
         tf, folder = _tensorflow(), self._model_to_read()
         ocr, config, weights = self._load_model(folder)
@@ -2801,17 +2782,18 @@ class LstmCtcOcr:
     def _written(self):
         """Returns what each class adds to a text in an export, the blank first.
 
-        Of a letter's several parts the middle one adds it.
+        Of a letter's several parts the middle one adds it, if the letter is to be read.
         """
-        return [""] + [letter if part == self.label_parts // 2 else ""
+        letters = self.letters or self.words
+        return [""] + [letter if part == self.label_parts // 2 and letter in letters else ""
                        for letter in self.words for part in range(self.label_parts)]
 
     def _export_onnx(self, path):
         """Writes an ONNX file of standard operators, and beside it the .json that ddddocr needs.
 
         Its input: images (B, 1 or 3 channels, H, w) float32, 0 to 1, already scaled to the height
-        H; w is any width from H / 16. Negative numbers, 0 to -255, are ink that `load_image` has
-        prepared.
+        H; w is any width from H / 16. Negative numbers, 0 to -255, are an image that `load_image`
+        has prepared.
         Its output: scores (T, B, C) float32, the logarithms of probabilities, the blank first.
         The metadata's `config` is the model's config.json. Returns a description of the input.
         """
@@ -2856,7 +2838,7 @@ class LstmCtcOcr:
         def dense(x, name):
             return add("Add", add("MatMul", x, weights[f"{name}/kernel"]), weights[f"{name}/bias"])
 
-        x = add("Mul", self._onnx_ink(add), np.float32(3 / 255))  # (B, 1, H, W)
+        x = add("Mul", self._onnx_ink(add), np.float32(3 / 255))  # (B, 1 or 3, H, W)
         for number, (_, _, down, across, blocks) in enumerate(network.convolutions, 1):
             name = f"convolution{number}"
             x = add("Relu", convolution(x, name, (down, across)))  # (B, channels, h, T)
@@ -2886,8 +2868,8 @@ class LstmCtcOcr:
         return add("Reshape", x, [0, 0, -1])
 
     def _onnx_ink(self, add):
-        """Adds `ink_of` to an ONNX graph: "images" -> ink (B, 1, H, w) of 0 to 255."""
-        prepared = add("ReduceMax", add("Relu", add("Neg", "images")), [1])  # 0 for colours
+        """Adds `ink_of` to an ONNX graph: "images" -> ink (B, 1 or 3, H, w) of 0 to 255."""
+        prepared = add("Relu", add("Neg", "images"))  # 0 for colours
         colours = add("Relu", "images")  # 0 for prepared ink
         edge = max(1, self.im_height // 16)
         ends = [*range(edge), *range(-edge, 0)]
@@ -2897,10 +2879,20 @@ class LstmCtcOcr:
         half = add("Div", add("Shape", along, start=2, end=3), [2])
         lower_half = add("TopK", along, add("Add", half, [1]), axis=2, largest=0)
         paper = add("ReduceMax", lower_half, [2])  # the median, as in `_paper_of`
-        ink = add("ReduceMax", add("Abs", add("Sub", colours, paper)), [1])
+        away = add("Sub", colours, paper)
+        ink = add("ReduceMax", add("Abs", away), [1])
         strongest = add("Max", add("ReduceMax", ink, [2, 3]), np.float32(MIN_CONTRAST))
-        ink = add("Round", add("Mul", ink, add("Div", np.float32(255), strongest)))
-        return add("Add", ink, prepared)
+        if NETWORKS[self.net].inks:
+            main = add("ReduceSum", add("Mul", away, add("Mul", ink, ink)), [2, 3])
+            main = add("Div", main, add("Max", add("ReduceL2", main, [1]), np.float32(1e-9)))
+            along = add("Relu", add("ReduceSum", add("Mul", main, away), [1]))
+            rest = add("Sub", away, add("Mul", main, along))
+            share = add("Mul", along, add("ReduceMax", add("Abs", main), [1]))
+            ink = add("Concat", ink, share, add("ReduceMax", add("Abs", rest), [1]), axis=1)
+        else:
+            prepared = add("ReduceMax", prepared, [1])
+        ink = add("Mul", ink, add("Div", np.float32(255), strongest))
+        return add("Add", add("Min", add("Round", ink), np.float32(255)), prepared)
 
 
 def _add_to_onnx(onnx, graph, kind, *inputs, name=None, **attributes):
@@ -3473,7 +3465,7 @@ DEGRADATIONS = ((_shaded, .09), (_swapped, .05), (_warp, .12), (_blurred, .32), 
 # ---------------------------------------------------------------------- few images, distorted
 
 def distort(images, noise):
-    """Draws images (B, H, W) uint8, 0 where there is no ink, as others of their kind might look.
+    """Draws images (B, H, W, ...) uint8, 0 for paper, as others of their kind might look.
 
     noise: the `np.random.Generator` that decides how.
     """
@@ -3485,9 +3477,9 @@ def _distorted(image, noise):
 
     Perhaps it also gets blurred, noisy, fainter, darker, or holes and blots.
     """
-    height, width = image.shape
-    end = [width, *np.flatnonzero(image.max(axis=0) > 40) + 1][-1]  # of the text
-    y, x = np.indices(image.shape, np.float32)
+    height, width = image.shape[:2]
+    end = [width, *(image.max(axis=0) > 40).nonzero()[0] + 1][-1]  # of the text
+    y, x = np.indices((height, width), np.float32)
     x, y = x - end / 2 + noise.uniform(-6, 6), y - height / 2 + noise.uniform(-4, 4)
     places = (noise.uniform(.89, 1.13) * x + noise.uniform(-.15, .15) * y + end / 2,
               noise.uniform(-.04, .04) * x + noise.uniform(.89, 1.13) * y + height / 2)

@@ -416,6 +416,7 @@ def pack(arguments):
     arrays = dict(np.load(arguments.end))
     counts = {name: int(arrays.pop(name)) for name in ("steps", "images_seen", "images")}
     config = json.loads((lstm_ctc_ocr.MODELS / "pretrained" / "general" / "config.json").read_text())
+    config.update(words=WORDS, letters=WORDS.removesuffix(lstm_ctc_ocr.SIGNS))
     ocr = LstmCtcOcr(**{name: config[name] for name in lstm_ctc_ocr.ARCHITECTURE}).resolve()
     folder, (paths, texts) = Path(arguments.model), zip(*ocr.labelled_files(arguments.held))
     step = config["step"] + counts["steps"]
