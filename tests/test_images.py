@@ -349,7 +349,7 @@ import hashlib, os, sys
 from pathlib import Path
 import numpy as np
 from lstm_ctc_ocr import LstmCtcOcr
-LstmCtcOcr.IN_MEMORY, load_image, decoded = 20, LstmCtcOcr.load_image, []
+LstmCtcOcr.IN_MEMORY, load_image, decoded = 20 * 64 * 96, LstmCtcOcr.load_image, []
 def load(self, path):
     decoded.append(path)
     if len(decoded) == int(sys.argv[3]):
@@ -413,7 +413,7 @@ def test_few_images_are_kept_in_memory(ocr, folder, model):
 
 
 def test_many_threads_read_decoded_images_at_once(ocr, folder, model, monkeypatch):
-    monkeypatch.setattr(LstmCtcOcr, "IN_MEMORY", 20)
+    monkeypatch.setattr(LstmCtcOcr, "IN_MEMORY", 20 * 64 * 96)
     images, files = ocr.load_images([(str(path), "A") for path in folder.glob("*.png")], model)
     whole, rows = images[np.arange(40)], [np.random.default_rng(seed).permutation(40) for seed in range(100)]
     with ThreadPool(8) as pool:
