@@ -3432,7 +3432,7 @@ def _shaded(look, canvas):
 
 
 def _blurred(look, canvas):
-    radius = look.chance.uniform(.3, 1.1) * max(.7, look.shape[0] / 60)
+    radius = look.chance.uniform(.3, 1.1) * max(.5, look.shape[0] / 60)
     return np.stack([cv2.GaussianBlur(channel, (0, 0), radius) for channel in canvas])
 
 
