@@ -3078,7 +3078,8 @@ def _place_letters(chance, fonts, text, height, size):
     """
     level = GLYPH_SIZES[bisect.bisect(GLYPH_SIZES[:-1], .9 * size)]
     block = level // chance.randint(8, 14) if chance.random() < .08 else 1
-    swing = _some(chance, .7, 5, 50 if text.isalnum() else 9)  # a plus, turned, looks like a times
+    # A plus, turned further, looks like a times.
+    swing = _some(chance, .7, 5, 50 if text.isalnum() else 30)
     slants = _some(chance, .5, .1, .3)
     turn, slant = _some(chance, .25, -12, 12), _some(chance, .25, -.35, .35)
     stretch, slope = 1 + _some(chance, .33, -.25, .3), _some(chance, .33, -.12, .12)
