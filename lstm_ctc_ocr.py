@@ -1026,7 +1026,7 @@ class LstmCtcOcr:
                 f"--shard must be I/N with I from 1 to N, such as 2/3, not {self.shard!r}")
         numbers = range(int(shard[1]) - 1, self.im_total_num, int(shard[2]))
         fonts = ocr._fonts_found()
-        if unfit := sorted({*"/\\"} & {*ocr.words}):
+        if unfit := re.findall(r"[/\\]", ocr.words):
             raise self.Error(f"cannot render {unfit}: names of files cannot hold them; give other "
                              "--words")
         with self._writing(folder), _deferred_stop() as stop, self._renderers() as pool:
@@ -1131,9 +1131,10 @@ class LstmCtcOcr:
                 numbers = random.choices([*DIGITS * 9, *map(str, range(100))], k=2)
                 label = random.choice(signs).join(numbers) + "=?"[:random.randint(0, 2)]
                 return False, label[:self.words_max_num]
+            if signs:
+                letters = re.sub(r"\W", "", letters)
             alphabet = _pick(random, self.ALPHABETS)
-            letters = [letter for letter in letters if letter in alphabet or not alphabet
-                       and (letter.isalnum() or not signs)] or letters
+            letters = [letter for letter in letters if letter in alphabet] or letters
             if random.random() < .08:  # letters that repeat are easily lost
                 letters = random.choices(letters, k=2)
             plain = random.random() < .1
@@ -3437,12 +3438,6 @@ def _blurred(look, canvas):
     return np.stack([cv2.GaussianBlur(channel, (0, 0), radius) for channel in canvas])
 
 
-def _pixelated(look, canvas):
-    share = look.chance.uniform(25, look.shape[0]) / look.shape[0]
-    small = cv2.resize(np.dstack(canvas), None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
-    return cv2.resize(small, look.shape[::-1], interpolation=cv2.INTER_NEAREST).transpose(2, 0, 1)
-
-
 def _noisy(look, canvas):
     shape = look.chance.choice((1, 3)), *look.shape
     strength = 3 + .45 * look.contrast * look.chance.random() ** 3
@@ -3459,8 +3454,8 @@ def _jpeg(look, canvas):
     return np.float32(cv2.imdecode(jpeg, cv2.IMREAD_COLOR).transpose(2, 0, 1))
 
 
-DEGRADATIONS = ((_shaded, .09), (_swapped, .05), (_warp, .12), (_blurred, .32), (_pixelated, .06),
-                (_noisy, .22), (_grey, .12), (_jpeg, .35))
+DEGRADATIONS = ((_shaded, .09), (_swapped, .05), (_warp, .12), (_blurred, .3), (_noisy, .22),
+                (_grey, .12), (_jpeg, .35))
 
 
 # ---------------------------------------------------------------------- few images, distorted
