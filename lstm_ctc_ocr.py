@@ -84,6 +84,7 @@ import tempfile
 import threading
 import time
 import types
+import unicodedata
 import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -118,7 +119,7 @@ IMAGE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".
                ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 LABELLED = re.compile(r"(\d+)_(.+)\.\w+")  # <i>_<LABEL>.png
 LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path.png,LABEL lines
-NO_UTF8 = "[\ud800-\udfff]"  # what Python has for bytes that are no UTF-8, in names and in text
+NO_UTF8 = "[\0\ufffd\ud800-\udfff]"  # what stands in names and texts for bytes that are no UTF-8
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
 SIGNS = "+-*×/÷=?"  # of sums such as 3×8=?
 MIN_CONTRAST = 16 / 255  # an image of less is blank: its noise must not be stretched to ink
@@ -320,13 +321,13 @@ class LstmCtcOcr:
     # -------------------------------------------------------------- text, sequences, sparse tensors
 
     def text_to_sequence(self, text):
-        """Returns the classes of a text, `label_parts` of them a letter.
+        """Returns the classes of a text from left to right, `label_parts` of them a letter.
 
         Raises `Error` for a letter that is not in `words`.
         """
         try:
             return [self._class_of[letter] * self.label_parts + part
-                    for letter in text for part in range(self.label_parts)]
+                    for letter in turned(text) for part in range(self.label_parts)]
         except KeyError as error:
             raise self.Error(
                 f"{text!r} holds {error}, which is not in --words {self.words}") from None
@@ -343,7 +344,7 @@ class LstmCtcOcr:
             if seen == parts // 2 + 1:
                 text += words[number // parts]
             last = number
-        return text
+        return turned(text)
 
     @functools.cached_property
     def _class_of(self):
@@ -1107,7 +1108,7 @@ class LstmCtcOcr:
         for i in numbers:
             random.seed(f"{self.seed}-{i}")  # the captcha package draws from this generator, too
             plain, label = self._draw_label()
-            path = Path(self.dataset, f"{i}_{label}.png")
+            path = Path(self.dataset, f"{i}_{turned(label)}.png")  # drawn from left to right
             if not (path.exists() and path.read_bytes().endswith(self.PNG_END)):
                 _replace(path, self._draw(plain, label))  # no fsync: a torn file is rendered again
 
@@ -1196,8 +1197,9 @@ class LstmCtcOcr:
             said = said or [f"{folder.resolve().name}: {len(labels):,} images, labels as in {way} "
                             f'("{_on_one_line(name)}" is {label})']
             if re.search(NO_UTF8, label):
-                raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8: save "
-                                 "the list, or rename the image, in UTF-8")
+                raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8 but "
+                                 "perhaps in GBK, cp1252 or UTF-16: save the list, or rename the "
+                                 "image, in UTF-8")
         faults = "; ".join(f'{len(those):,} {what}, such as "{_on_one_line(those[0])}"'
                            for what, those in left_out.items() if those)
         return labels, way, said + [f"left out: {faults}"] * bool(faults)
@@ -1205,28 +1207,25 @@ class LstmCtcOcr:
     def _listed(self, folder, names, others):
         """Reads the lists of a folder: a line an image, or a text file beside each image.
 
-        names, others: the folder's images and its other files. Returns {image: label} and {what is
-        wrong with lines: names in them}. Both are empty if no line names anything.
+        names, others: the folder's images and its other files. x.gt.txt is beside x.png and beside
+        x.<anything>.png. Returns {image: label} and {what is wrong with lines: names in them}. Both
+        are empty if no line names anything. Raises `Error` as `_rows_of` does.
         """
-        others, labels = set(others), dict.fromkeys(names, "")
-        left_out = collections.defaultdict(list)
-        rows = [(0, name, _text_of(folder / beside).strip().partition("\n")[0]) for name in names
-                if (beside := os.path.splitext(name)[0] + self.BESIDE) in others]
+        images, labels = {_key(name): name for name in names}, dict.fromkeys(names, "")
+        left_out, others = collections.defaultdict(list), set(others)
+        rows = [(name, *_text_of(folder / text).split("\n")) for dots in (2, 1) for name in names
+                if (text := name.rsplit(".", dots)[0] + self.BESIDE) in others]
         for path in self.LISTS:
-            text = _text_of(folder / path) if path in others else ""
-            for number, line in enumerate(filter(str.strip, text.splitlines())):
-                # A line by itself, so that a quotation mark too many does not take in the next.
-                cells = map(str.strip, next(csv.reader([line], delimiter=_separator(text))))
-                rows.append((number, *cells, "")[:3])
-        for number, name, label in rows:
-            if name not in labels:
-                name = os.path.normpath(name.replace("\\", "/"))
-            if name in labels:
-                if labels[name] not in ("", label):
-                    left_out["labels that a later line replaces"].append(name)
-                labels[name] = label
-            elif number:  # the first line may name the columns
-                left_out["lines of lists that name no image"].append(name)
+            rows += _rows_of(folder / path, images) if path in others else ()
+        for name, *cells in rows:
+            image, label = images.get(_key(name)), _one_form("".join(cells[:1])).strip()
+            if image:
+                if labels[image] not in ("", label):
+                    left_out["labels that a later line replaces"].append(image)
+                labels[image] = label
+            elif name:
+                left_out["lines of lists that name no image" if not re.search(NO_UTF8, name) else
+                         "lines of lists that are no text in UTF-8"].append(name)
         return {name: label for name, label in labels.items() if label}, left_out
 
     MAX_GAP = 10  # between the numbers of counted images, on average: some may be missing
@@ -1238,7 +1237,8 @@ class LstmCtcOcr:
         names <number>_<text>, either part may be the label: the one that looks far less like a
         running count is. Raises `Error` if neither does.
         """
-        letters = re.escape(self.words or "A")  # a label may hold them, besides usual letters
+        # A label may hold them, besides usual letters, and the marks of the scripts that have some.
+        letters = re.escape(self.words or "A") + "\u0300-\u1dff\u302a-\u302f\ua8e0-\uabff"
         end = r"(?: \(\d+\)|\.\d+)?(?:\.\w+)"  # LABEL (1).png and LABEL.1.png have a label, too
         if self.labels:
             label = rf"((?>[^\s_.()]|[{letters}])+?)"
@@ -2633,7 +2633,6 @@ class LstmCtcOcr:
     class _Labelling:
         """Images of a folder that are labelled on the page /label; a name is a path in there."""
         folder: Path  # links resolved
-        separator: str  # between the columns of the list of labels
         labels: dict  # by name
         guesses: dict  # by name (text, confidence), of all that can be read; `UNREAD` at first
         read: object  # function from paths to readings, see `_read_each`
@@ -2680,29 +2679,40 @@ class LstmCtcOcr:
 
         def write(self, name, label):
             """Adds a line to the list of labels, whole or not at all; it is then on the disk."""
-            path, line = self.folder / LABELS, io.StringIO()
-            csv.writer(line, delimiter=self.separator, lineterminator="\n").writerow([name, label])
             with self.lock:
-                before = path.read_bytes() if path.exists() else b""
-                before = before and before.removesuffix(b"\n") + b"\n"  # the last line may lack it
-                _replace(path, before + line.getvalue().encode(), durable=True)
+                before, line = self.listed(), io.StringIO()
+                sign = ";" if ";" in before.partition("\n")[0] else ","
+                csv.writer(line, delimiter=sign, lineterminator="\n").writerow([name, label])
+                before = before and before.removesuffix("\n") + "\n"  # the last line may lack it
+                _replace(self.folder / LABELS, before + line.getvalue(), durable=True)
                 self.labels[name] = label
+
+        def listed(self):
+            """Returns the text of the list of labels; raises `Error` if that is not UTF-8."""
+            path = self.folder / LABELS
+            text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+            if re.search(NO_UTF8, text):
+                raise LstmCtcOcr.Error(f"{path} is no CSV file in UTF-8 but perhaps in GBK, cp1252 "
+                                       "or UTF-16: save it in UTF-8, or move it away")
+            return text
 
     def _open_labelling(self):
         """Returns the state of labelling the folder `label`; raises `Error` if it has no images."""
         folder = Path(os.path.realpath(self.label))
-        names, others = _files_in(folder) if folder.is_dir() else ((), ())
+        names, others = _files_in(folder)
         guesses = {name: self.UNREAD for name in names  # only those that really are in there
-                   if name.isprintable() and _file_under(folder, folder / name)}
+                   if _one_form(name).isprintable() and _file_under(folder, folder / name)}
+        if hidden := len(names) - len(guesses):
+            print(f"{hidden} images are not shown on the page: links that lead out of {folder}, or "
+                  "names that cannot be printed", file=sys.stderr)
         if not guesses:
             raise self.Error(f"no images in {self.label}: --label takes the folder of those that "
                              "you want to label")
-        written = _text_of(folder / LABELS) if LABELS in others else ""
-        if re.search(NO_UTF8, written):
-            raise self.Error(f"{folder / LABELS} is no CSV file in UTF-8: mend it, or move it away")
         labels, _ = self._listed(folder, names, others)
-        return self._Labelling(folder, _separator(written), labels, guesses, self._read_each,
-                               collections.Counter(), threading.Lock())
+        labelling = self._Labelling(folder, labels, guesses, self._read_each,
+                                    collections.Counter(), threading.Lock())
+        labelling.listed()
+        return labelling
 
     def _guess_all(self, service, names):
         """Reads the next image to label, then lets requests be read, and goes on with the others.
@@ -2726,7 +2736,7 @@ class LstmCtcOcr:
         if origin.partition("://")[2] != request.host:
             flask.abort(403, "labels are taken from this service's own page, and from no other")
         body = _json_body()
-        name, label = str(body.get("path")), str(body.get("label") or "").strip()
+        name, label = str(body.get("path")), _one_form(str(body.get("label") or "")).strip()
         if name not in labelling.guesses:
             flask.abort(400, 'send JSON: {"path": an image of the folder, "label": its text}')
         if len(label) > self.LONGEST_LABEL or not label.isprintable():
@@ -2762,7 +2772,8 @@ class LstmCtcOcr:
         """Writes a SavedModel: ink uint8 -> text (B,) string, confidence (B,) float32.
 
         The ink is B images as `load_image` gives them, or fewer of their columns. Each is read
-        once, with TensorFlow's beam search. Returns a description of the input.
+        once, with TensorFlow's beam search. Right-to-left letters come in the order from the left,
+        see `turned`. Returns a description of the input.
         """
         tf, folder = _tensorflow(), self._model_to_read()
         ocr, config, weights = self._load_model(folder)
@@ -3758,29 +3769,37 @@ def report_page(readings, model):
 
 # ---------------------------------------------------------------------- images and files
 
-def _files_in(folder, inside=""):
+def _files_in(folder):
     """Lists the images in a folder and its subfolders, and the other files: (images, others).
 
     All are paths from the folder on. Images of one folder come in the order of the numbers at the
     beginning of their names. A folder that is named like an image counts as one: whoever opens it
-    tells the user. Hidden files and folders are left out, and folders that are links. What is no
-    folder has none of either. Raises OSError if a folder cannot be listed. inside: lists this
-    subfolder alone.
+    tells the user. Hidden files and folders are left out. Folders that are links come last, unless
+    they lead to one that was listed already. What is no folder has none of either. Raises OSError
+    if a folder cannot be listed.
     """
-    here, images, others = os.path.join(folder, inside), [], []
-    for name in sorted(os.listdir(here) if os.path.isdir(here) else (),
-                       key=lambda name: (int(re.match(r"\d*", name)[0] or -1), name)):
-        path = os.path.join(inside, name)
-        file = Path(folder, path)
-        if name.startswith("."):
-            continue
-        if name.lower().endswith(tuple(IMAGE_KINDS)):
-            images.append(path)
-        elif not file.is_dir():
-            others.append(path)
-        elif not file.is_symlink():
-            for found, more in zip((images, others), _files_in(folder, path)):
-                found += more
+    images, others, links, seen = [], [], [""], set()
+
+    def walk(inside):
+        here = os.path.realpath(os.path.join(folder, inside))
+        names = os.listdir(here) if os.path.isdir(here) and here not in seen else ()
+        seen.add(here)
+        for name in sorted(names, key=lambda name: (int(re.match(r"\d*", name)[0] or -1), name)):
+            path = os.path.join(inside, name)
+            file = Path(folder, path)
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(tuple(IMAGE_KINDS)):
+                images.append(path)
+            elif not file.is_dir():
+                others.append(path)
+            elif file.is_symlink():
+                links.append(path)
+            else:
+                walk(path)
+
+    for link in links:  # it grows meanwhile
+        walk(link)
     return images, others
 
 
@@ -3790,10 +3809,37 @@ def _on_one_line(text):
     return text if text.isprintable() else json.dumps(text, ensure_ascii=False)[1:-1]
 
 
+# What is not seen, as soft hyphens and joiners are not: Unicode's Default_Ignorable_Code_Point.
+INVISIBLE = re.compile("[\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+                       "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
+                       "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]")
+
+
+def _one_form(text):
+    """Returns a text as all labels are compared: composed, and without what is not seen."""
+    return unicodedata.normalize("NFC", INVISIBLE.sub("", text))
+
+
+def _key(name):
+    """Returns an image's path as it is compared: whoever writes a list may write it otherwise."""
+    return os.path.normpath(_one_form(name).strip().replace("\\", "/"))
+
+
+def turned(text):
+    """Turns a text of right-to-left letters from typing order to that from the left, or back.
+
+    Numbers and Latin letters keep their order, and marks stay behind their letter.
+    """
+    if any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text):
+        runs = r"[\dA-Za-z]+(?:[.,:][\dA-Za-z]+)*|.[\u0591-\u05bd\u05bf-\u05c7\u064b-\u065f\u0670]*"
+        text = "".join(reversed(re.findall(runs, text, re.DOTALL)))
+    return text
+
+
 def _labels_in(names, pattern):
     """Returns {name: label} of the images whose names follow a regular expression of one group."""
-    return {name: found[1] for name in names
-            if (found := re.fullmatch(pattern, os.path.basename(name), re.DOTALL))}
+    return {name: found[1] for name in names if (
+        found := re.fullmatch(pattern, _one_form(os.path.basename(name)), re.DOTALL))}
 
 
 def _number_of(name):
@@ -3815,13 +3861,44 @@ def _file_under(folder, path):
 
 
 def _text_of(path):
-    """Reads a text file. Bytes that are no UTF-8 become what Python makes of them in names."""
-    return path.read_text("utf-8-sig", "surrogateescape")
+    """Reads a text file in UTF-8, or in UTF-16 if its first bytes say so; see `NO_UTF8`."""
+    data = path.read_bytes()
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return data.decode(encoding, "replace")
 
 
-def _separator(text):
-    """Returns the sign between the columns of a list, by its first line."""
-    return next((sign for sign in "\t,;" if sign in text.partition("\n")[0]), ",")
+def _rows_of(path, images):
+    """Reads a list of labels; returns its rows, each the cells [name, label, and so on].
+
+    images: {what a line may call an image, see `_key`: its name}. A line is split at the tabs,
+    commas or semicolons in front of which it names an image. Quotation marks enclose a cell between
+    commas or semicolons, if they enclose all of it. If no line has more than one cell, and the
+    numbers of the images fit, line n is the label of image n.
+
+    Raises `Error` for a line of more cells than the first, or the first if it holds a number such
+    as 1,234: a label may not be cut.
+    """
+    rows, columns = [], 0
+    for number, line in enumerate(_text_of(path).rstrip().splitlines(), 1):
+        # A quotation mark that does not enclose a whole cell must not take in the next one.
+        whole = r'((?:^|[,;])\s*"(?:[^"]|"")*"(?=\s*(?:[,;]|$)))'
+        plain = re.sub(whole + r'|((?:^|[,;])\s*)"', r"\1\2", line)[:100_000] or ","
+        splits = line.split("\t"), *(
+            next(csv.reader([plain], delimiter=sign, skipinitialspace=True)) for sign in ",;")
+        known, count, cells = max((_key(cells[0]) in images, len(cells), cells) for cells in splits)
+        cut = r",\W*\d+,(?![01]\.)\d"  # where the label is a number, and what follows is no share
+        columns = columns or (2 if re.search(cut, line) else max(2, count))
+        if any(cells[columns:]):
+            raise LstmCtcOcr.Error(
+                f"{path}, line {number} holds more than a name and a label: put a label with "
+                'commas in quotes, as in 0.png,"1,234", or let the first line name all columns')
+        if known or number > 1 or count == 1:  # the first line may name the columns
+            rows.append(cells)
+    order = sorted(images.values(), key=len)  # by their numbers, 0 or 1 to that of the last line
+    if {*map(len, rows)} == {1} and len(rows) == len(order) and not known and (
+            f"{len(rows) - ('0.' in order[0])}." in order[-1]):
+        return zip(order, *zip(*rows))
+    return rows
 
 
 def _digest(name):
