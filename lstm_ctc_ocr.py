@@ -1207,26 +1207,29 @@ class LstmCtcOcr:
     def _listed(self, folder, names, others):
         """Reads the lists of a folder: a line an image, or a text file beside each image.
 
-        names, others: the folder's images and its other files. x.gt.txt is beside x.png and beside
-        x.<anything>.png. Returns {image: label} and {what is wrong with lines: names in them}. Both
-        are empty if no line names anything. Raises `Error` as `_rows_of` does.
+        names, others: the folder's images and its other files. x.gt.txt is beside x.png or, if
+        there is none, beside x.<anything>.png. Returns {image: label} and {what is wrong with
+        lines: names in them}. Both are empty if no line names anything. Raises `Error` as
+        `_rows_of` does.
         """
-        images, labels = {_key(name): name for name in names}, dict.fromkeys(names, "")
-        left_out, others = collections.defaultdict(list), set(others)
-        rows = [(name, *_text_of(folder / text).split("\n")) for dots in (2, 1) for name in names
-                if (text := name.rsplit(".", dots)[0] + self.BESIDE) in others]
+        ends = (2, self.BESIDE), (1, self.BESIDE), (0, "")  # a later one counts more
+        images = {_key(name.rsplit(".", dots)[0] + end): name for dots, end in ends
+                  for name in names}
+        labels, left_out = {}, collections.defaultdict(list)
+        rows = [(name, *_text_of(folder / name).split("\n"))
+                for name in others if name.endswith(self.BESIDE)]
         for path in self.LISTS:
-            rows += _rows_of(folder / path, images) if path in others else ()
+            rows += _rows_of(folder / path, names, images) if path in others else ()
         for name, *cells in rows:
             image, label = images.get(_key(name)), _one_form("".join(cells[:1])).strip()
-            if image:
-                if labels[image] not in ("", label):
+            if image and label:
+                if labels.get(image, label) != label:
                     left_out["labels that a later line replaces"].append(image)
                 labels[image] = label
-            elif name:
+            elif name and not image:
                 left_out["lines of lists that name no image" if not re.search(NO_UTF8, name) else
                          "lines of lists that are no text in UTF-8"].append(name)
-        return {name: label for name, label in labels.items() if label}, left_out
+        return labels, left_out
 
     MAX_GAP = 10  # between the numbers of counted images, on average: some may be missing
 
@@ -3867,10 +3870,10 @@ def _text_of(path):
     return data.decode(encoding, "replace")
 
 
-def _rows_of(path, images):
+def _rows_of(path, names, images):
     """Reads a list of labels; returns its rows, each the cells [name, label, and so on].
 
-    images: {what a line may call an image, see `_key`: its name}. A line is split at the tabs,
+    images: {what a line may call an image, see `_key`: one of `names`}. A line is split at the tabs,
     commas or semicolons in front of which it names an image. Quotation marks enclose a cell between
     commas or semicolons, if they enclose all of it. If no line has more than one cell, and the
     numbers of the images fit, line n is the label of image n.
@@ -3894,7 +3897,7 @@ def _rows_of(path, images):
                 'commas in quotes, as in 0.png,"1,234", or let the first line name all columns')
         if known or number > 1 or count == 1:  # the first line may name the columns
             rows.append(cells)
-    order = sorted(images.values(), key=len)  # by their numbers, 0 or 1 to that of the last line
+    order = sorted(names, key=len)  # by their numbers, 0 or 1 to that of the last line
     if {*map(len, rows)} == {1} and len(rows) == len(order) and not known and (
             f"{len(rows) - ('0.' in order[0])}." in order[-1]):
         return zip(order, *zip(*rows))

@@ -162,11 +162,14 @@ def test_a_captcha_is_named_as_one_types_it(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------- files and links
 
-def test_a_text_is_beside_an_image_of_any_kind(tmp_path):
-    folder = make(tmp_path, {"x.nrm.png": "", "x.bin.png": "", "a/y.png": "", "a/y.2.png": "", "x.gt.txt": "AB\r\n",
-                             "a/y.gt.txt": "C", "a/y.2.gt.txt": "D", "v1.2/z.png": "", "v1.2/z.gt.txt": "E"})
-    assert said_of(folder)[0] == {"x.nrm.png": "AB", "x.bin.png": "AB", "a/y.png": "C", "a/y.2.png": "D",
-                                  "v1.2/z.png": "E"}
+def test_a_text_is_beside_one_image_of_its_name(tmp_path):
+    """As x.nrm.png of x.bin.png and x.nrm.png, which show the same: one of them could be held out."""
+    images = ["x.nrm.png", "x.bin.png", "a/y.png", "a/y.2.png", "a/y.3.png", "v1.2/z.png"]
+    folder = make(tmp_path, {**dict.fromkeys(images, ""), "x.gt.txt": "AB\r\n", "a/y.gt.txt": "C", "a/y.2.gt.txt": "D",
+                             "v1.2/z.gt.txt": "E", "a/gone.gt.txt": "F"})
+    labels, said = said_of(folder)
+    assert labels == {"x.nrm.png": "AB", "a/y.png": "C", "a/y.2.png": "D", "v1.2/z.png": "E"}
+    assert '1 lines of lists that name no image, such as "a/gone.gt.txt"; 2 images without a label' in said
 
 
 def test_links_are_followed_once(tmp_path):
