@@ -187,6 +187,9 @@ class LstmCtcOcr:
         "", "where the labels are: LABEL, LABEL_*, *_LABEL or the like for a pattern of the file "
         "names (* is any text); list for labels.csv, labels.txt or <image>.gt.txt; if not given, "
         "the folder is searched for all of these")
+    case: str = setting(
+        "kept", "kept: labels as they are; lower, upper: all of their letters small, or capitals",
+        ("kept", "lower", "upper"))
     look: str = setting(
         "plain", "plain: as the captcha package draws them; varied: in all the ways in which "
         "captchas differ", ("plain", "varied"))
@@ -1183,23 +1186,29 @@ class LstmCtcOcr:
 
         Raises `Error` if the names can be read in two ways: the setting `labels` decides then.
         """
-        folder, way, labels, left_out = Path(folder), "list", {}, {}
+        folder, way, labels, left_out, why = Path(folder), "list", {}, {}, ""
         names, others = _files_in(folder)
         if self.labels in ("", "list"):
             labels, left_out = self._listed(folder, names, others)
         if self.labels != "list" and not (labels or left_out):
-            way, labels = self._named(folder, names)
+            way, labels, why = self._named(folder, names)
+        fold = getattr(str, self.case, str)
+        labels = {name: fold(label) for name, label in labels.items()}
         left_out["images without a label"] = [name for name in names if name not in labels]
         left_out["files that are no images"] = [
             name for name in others if name not in self.LISTS and not name.endswith(self.BESIDE)]
         said = []
         for name, label in labels.items():
             said = said or [f"{folder.resolve().name}: {len(labels):,} images, labels as in {way} "
-                            f'("{_on_one_line(name)}" is {label})']
+                            f'("{_on_one_line(name)}" is {label}){why}']
             if re.search(NO_UTF8, label):
                 raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8 but "
                                  "perhaps in GBK, cp1252 or UTF-16: save the list, or rename the "
                                  "image, in UTF-8")
+        cases = [label.islower() - label.isupper() for label in labels.values()]  # 0: both, or none
+        if min(cases.count(1), cases.count(-1)) > 1 and 10 * cases.count(0) < len(cases):
+            said.append(f"{cases.count(-1):,} labels are in capitals, others in small letters: if "
+                        "the images do not tell these apart, give --case lower or --case upper")
         faults = "; ".join(f'{len(those):,} {what}, such as "{_on_one_line(those[0])}"'
                            for what, those in left_out.items() if those)
         return labels, way, said + [f"left out: {faults}"] * bool(faults)
@@ -1231,60 +1240,88 @@ class LstmCtcOcr:
                          "lines of lists that are no text in UTF-8"].append(name)
         return labels, left_out
 
-    MAX_GAP = 10  # between the numbers of counted images, on average: some may be missing
-
     def _named(self, folder, names):
         """Finds the way in which labels stand in the names of a folder's images.
 
-        Returns it and {name: label}; "" and {} if the names do no more than count the images. Of
-        names <number>_<text>, either part may be the label: the one that looks far less like a
-        running count is. Raises `Error` if neither does.
+        Returns it, {name: label}, and how many images a model reads so if that has decided; "", {}
+        and "" if the names do no more than count the images. Of names <text>_<text>, either part
+        may be the label: the one that looks far less like a running count is. If neither does, or
+        if a name's only part looks like one, the model to start from, or else `general`, decides.
+        Raises `Error` if it cannot.
         """
         # A label may hold them, besides usual letters, and the marks of the scripts that have some.
         letters = re.escape(self.words or "A") + "\u0300-\u1dff\u302a-\u302f\ua8e0-\uabff"
         end = r"(?: \(\d+\)|\.\d+)?(?:\.\w+)"  # LABEL (1).png and LABEL.1.png have a label, too
         if self.labels:
-            label = rf"((?>[^\s_.()]|[{letters}])+?)"
+            label = rf"((?=\d+\.\d)[\d.]*\d|(?>[^\s_.()]|[{letters}])+?)"  # 12.50, or any other
             pattern = re.escape(self.labels).replace(r"\*", ".*").replace("LABEL", label)
-            return self.labels, _labels_in(names, pattern + end + "?")
-        label = rf"(?>[^\W_]|[{letters}]){{1,20}}"  # what is longer is a checksum or the like
+            return self.labels, _labels_in(names, pattern + end + "?"), ""
+        if (folder / self.RENDERING).exists():
+            return "*_LABEL", _labels_in(names, r"\d+_(.+)\.\w+"), ""
+        # What is longer is a checksum or the like. Of 12.50.png, nobody knows what the label is.
+        label = r"(?!\d+\.\d)" * ("." not in letters) + rf"(?>[^\W_]|[{letters}]){{1,20}}"
         whole, first, last = (_labels_in(names, form + end) for form in (
-            f"({label})", f"({label}?)_.*", rf"\d{{1,20}}_({label})"))
+            f"({label})", f"({label}?)_.*", rf".*?_({label})"))
         every = {**first, **whole}
-        if len(last) >= len(every) / 2 > 0:
-            rivals = ("LABEL_*", {name: first[name] for name in last}), ("*_LABEL", last)
-            for (way, labels), (_, others) in itertools.permutations(rivals):
-                if self._gap(labels) > 10 * self._gap(others):
-                    return way, labels
+        share = len(whole) / max(1, len(every))
+        if share < 0.1:  # so few are something else, such as logo.png
+            every = first
+        one = ("LABEL", whole) if share >= 0.9 else ("LABEL_*", every)
+        two = len(last) >= len(every) / 2 and len({*first.values()}) > (len(first) > 1)
+        rivals = [one, ("*_LABEL", last)] if two else [("", {}), one]
+        (low, *_), (high, way, labels) = sorted(
+            (self._gap(labels, two), way, labels) for way, labels in rivals)
+        if high > 10 * low:
+            return way, labels, ""
+        votes = self._ways_read(folder, names)
+        way = max(votes, key=votes.get, default="")
+        if "LABEL" in way and votes[way] > 2:
+            return *dataclasses.replace(self, labels=way)._named(folder, names)[:2], (
+                f": {self.start_from or 'general'} reads {votes[way]} of {votes.total()} images so")
+        if two and (votes or "".join(first.values()).isdigit()):
             name = next(iter(last))
-            ways = " or ".join(f"""--labels '{way}' ("{_on_one_line(name)}" is {labels[name]})"""
+            ways = " or ".join(f"""--labels '{way}' ("{_on_one_line(name)}" is {labels.get(name)})"""
                                for way, labels in rivals)
             raise self.Error(f"the names in {folder} can be read in two ways: give {ways}")
-        share = len(whole) / max(1, len(every))
-        way, labels = ("LABEL", whole) if share >= 0.9 else ("LABEL_*", every)
-        if share < 0.1:  # so few are something else, such as logo.png
-            labels = first
-        prefix = len(os.path.commonprefix([*labels.values()]))  # captcha001, captcha002 and so on
-        counts = {name: label[prefix:].lstrip("0") or "0" for name, label in labels.items()}
-        return (way, labels) if self._gap(counts) >= self.MAX_GAP else ("", {})
+        return *rivals[0], ""
 
-    @classmethod
-    def _gap(cls, labels):
+    def _ways_read(self, folder, names):
+        """Reads 30 images, from all over a folder, and finds in their names what they show.
+
+        Returns a Counter: how many names hold it in a way, as the setting `labels` says it; a name
+        that does not hold it counts for itself. Of fewer than 20 images, none is read.
+        """
+        names = sorted(names, key=_digest)[:30 if len(names) >= 20 else 0]
+        votes = collections.Counter()
+        with contextlib.suppress(self.Error):  # no such model, or no TensorFlow
+            ocr = LstmCtcOcr(model=self.start_from or "general")
+            for path, text, *_ in ocr.recognise_files([folder / name for name in names]):
+                if text:
+                    way = re.sub(rf"(?<![^\W_]){re.escape(text)}(?![^\W_])", "LABEL", path.stem,
+                                 flags=re.IGNORECASE)
+                    votes[re.sub("^.+(?=.LABEL)|(?<=LABEL.).+", "*", way)] += 1
+        return votes
+
+    @staticmethod
+    def _gap(labels, two):
         """Measures how little labels look like a running count of the images.
 
         Returns the mean distance of neighbouring numbers where nearly all labels are different
-        numbers without zeros in front, else infinity. Numbers far apart but all of about the same
-        size are no count either. Labels that are all the same tell images apart as little as a
-        count does, and are rated as one.
+        numbers, else infinity; 1 if all labels are the same. two: whether names have a second part
+        that may be the label. Then the numbers have no zeros in front, and such as are all of about
+        the same size, but not next to each other, are no count. Else a count may leave out some,
+        and may look like captcha001.
         """
-        numbers = {(os.path.dirname(name), int(label))  # a subfolder counts anew
-                   for name, label in labels.items() if re.fullmatch("0|[1-9][0-9]*", label)}
+        prefix = re.escape(os.path.commonprefix([*labels.values()]))
+        form, limit = ("(0|[1-9][0-9]*)", 1.5) if two else (prefix + "([0-9]*)", 10)
+        numbers = {(os.path.dirname(name), int(found[1] or 0))  # a subfolder counts anew
+                   for name, label in labels.items() if (found := re.fullmatch(form, label))}
         if len(numbers) <= 0.98 * len(labels):
-            return cls.MAX_GAP - 1 if len(set(labels.values())) < 2 else math.inf
+            return 1 if len({*labels.values()}) < 2 else math.inf
         _, values = zip(*numbers)
         low, high = min(values), max(values)
         gap = (high - low) / len(values)
-        return gap if gap < cls.MAX_GAP or 10 * low <= high else math.inf
+        return gap if gap < limit or 10 * low <= high else math.inf
 
     def labelled_files(self, folder, found=None, number=0, workers=1):
         """Lists the labelled images of a folder as (path, text), ordered by digests of their names.
@@ -1302,13 +1339,14 @@ class LstmCtcOcr:
             if len(label) > self.words_max_num or not set(self.words).issuperset(label):
                 raise self.Error(
                     f"{folder / name}: the label {label!r} is not 1 to {self.words_max_num} "
-                    f"letters of --words {self.words}: correct it, or give other --words or "
-                    "--words-max-num, and for a model that was trained already another --model")
+                    f"letters of --words {self.words}: correct it, or give --case, other --words "
+                    "or --words-max-num, and for a model that was trained already another --model")
         names = [name for name in labels if _number_of(name) % workers == number]
         if not names:
             raise self.Error(
                 f"no labelled images in {folder} ({'; '.join(said) or 'no images'}): call "
-                "them LABEL.png or the like, say with --labels how they are called, or write a "
+                "them LABEL.png or the like (names that look like a count are labels only with "
+                "--labels LABEL), say with --labels how they are called, or write a "
                 "labels.csv, a line an image: its name, a comma, its label; or render some with "
                 "`python lstm_ctc_ocr.py create_dataset`, or name another folder with --dataset")
         return [(os.path.join(folder, name), labels[name]) for name in sorted(names, key=_digest)]
@@ -4490,9 +4528,9 @@ COMMANDS = {
         "shard"),
     "train": (
         "train on rendered captchas or on your own, or go on from the last checkpoint",
-        "dataset labels start_from model net words words_max_num im_width im_height val_num "
+        "dataset labels case start_from model net words words_max_num im_width im_height val_num "
         "n_hidden batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
-    "test": ("read images, one line each", "model net labels beam_width letters length"),
+    "test": ("read images, one line each", "model net labels case beam_width letters length"),
     "start": (
         "serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
         "model net beam_width letters length host port image_root label token"),
