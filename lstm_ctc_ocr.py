@@ -1266,9 +1266,10 @@ class LstmCtcOcr:
         share = len(whole) / max(1, len(every))
         if share < 0.1:  # so few are something else, such as logo.png
             every = first
-        one = ("LABEL", whole) if share >= 0.9 else ("LABEL_*", every)
-        two = len(last) >= len(every) / 2 and len({*first.values()}) > (len(first) > 1)
-        rivals = [one, ("*_LABEL", last)] if two else [("", {}), one]
+        one, other = ("LABEL", whole) if share >= 0.9 else ("LABEL_*", every), ("*_LABEL", last)
+        behind = len(last) >= len(every) / 2
+        two = behind and len({*first.values()}) > (len(first) > 1)  # in front is not "captcha" always
+        rivals = [one, other] if two else [("", {}), other if behind else one]
         (low, *_), (high, way, labels) = sorted(
             (self._gap(labels, two), way, labels) for way, labels in rivals)
         if high > 10 * low:
@@ -1297,8 +1298,8 @@ class LstmCtcOcr:
             ocr = LstmCtcOcr(model=self.start_from or "general")
             for path, text, *_ in ocr.recognise_files([folder / name for name in names]):
                 if text:
-                    way = re.sub(rf"(?<![^\W_]){re.escape(text)}(?![^\W_])", "LABEL", path.stem,
-                                 flags=re.IGNORECASE)
+                    way = re.sub(rf"(?<![^\W_]){re.escape(text)}(?![^\W_])", "LABEL",
+                                 _one_form(path.stem), flags=re.IGNORECASE)
                     votes[re.sub("^.+(?=.LABEL)|(?<=LABEL.).+", "*", way)] += 1
         return votes
 
