@@ -1254,7 +1254,7 @@ class LstmCtcOcr:
         end = r"(?: \(\d+\)|\.\d+)?(?:\.\w+)"  # LABEL (1).png and LABEL.1.png have a label, too
         if self.labels:
             label = rf"((?=\d+\.\d)[\d.]*\d|(?>[^\s_.()]|[{letters}])+?)"  # 12.50, or any other
-            pattern = re.escape(self.labels).replace(r"\*", ".*").replace("LABEL", label)
+            pattern = re.escape(_one_form(self.labels)).replace(r"\*", ".*").replace("LABEL", label)
             return self.labels, _labels_in(names, pattern + end + "?"), ""
         if (folder / self.RENDERING).exists():
             return "*_LABEL", _labels_in(names, r"\d+_(.+)\.\w+"), ""
@@ -3927,14 +3927,15 @@ def _rows_of(path, names, images):
         plain = re.sub(whole + r'|((?:^|[,;])\s*)"', r"\1\2", line)[:100_000] or ","
         splits = line.split("\t"), *(
             next(csv.reader([plain], delimiter=sign, skipinitialspace=True)) for sign in ",;")
-        known, count, cells = max((_key(cells[0]) in images, len(cells), cells) for cells in splits)
+        cells = max(splits, key=lambda cells: math.inf if _key(cells[0]) in images else len(cells))
         cut = r",\W*\d+,(?![01]\.)\d"  # where the label is a number, and what follows is no share
-        columns = columns or (2 if re.search(cut, line) else max(2, count))
+        columns = columns or (2 if re.search(cut, line) else max(2, len(cells)))
         if any(cells[columns:]):
             raise LstmCtcOcr.Error(
                 f"{path}, line {number} holds more than a name and a label: put a label with "
                 'commas in quotes, as in 0.png,"1,234", or let the first line name all columns')
-        if known or number > 1 or count == 1:  # the first line may name the columns
+        known = _key(cells[0]) in images
+        if known or number > 1 or len(cells) == 1:  # the first line may name the columns
             rows.append(cells)
     order = sorted(names, key=len)  # by their numbers, 0 or 1 to that of the last line
     if {*map(len, rows)} == {1} and len(rows) == len(order) and not known and (

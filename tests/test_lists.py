@@ -42,7 +42,7 @@ def test_a_label_that_a_comma_would_cut_is_refused_by_its_line(text, line, tmp_p
 @pytest.mark.parametrize("text, labels", [
     ("file,label,width\n0.png,123,456\n1.png,7\n", {"0": "123", "1": "7"}), ("0.png,1234,0.97\n", {"0": "1234"}),
     ("0.png,7KQ2,train\n1.png,8,test\n", {"0": "7KQ2", "1": "8"}), ("0.png;1,234\n1.png;5\n", {"0": "1,234", "1": "5"}),
-    ('0.png, "1,234"\n1.png,"5,678"\n', {"0": "1,234", "1": "5,678"}), ("0.png\t1,234\t\n", {"0": "1,234"}),
+    ('0.png, "1,234"\n1.png,"5,678"\n', {"0": "1,234", "1": "5,678"}), ("0.png\t,1;234\t\n", {"0": ",1;234"}),
     ("0.png,A,,\n1.png,B\n", {"0": "A", "1": "B"}), ("0.png,$5;6\n", {"0": "$5;6"}),
     ('0.png,"b,""c"\n"1.png";"d;""e"""\n', {"0": 'b,"c', "1": 'd;"e"'}), ("0.png,A\r1.png,B\r", {"0": "A", "1": "B"}),
     ("0.png\n1.png\n2.png\n3.png\n", {}), (f"0.png,A\n{200_000 * 'x'},B\n", {"0": "A"}), ("", {}), ("\n\n", {})])
@@ -107,6 +107,7 @@ def test_names_and_labels_have_one_form(name, text, tmp_path):
     folder, label = make(tmp_path, [f"{name}_1.png", "X_1.png"]), {f"{name}_1.png": "Caf\u00e9"}
     for way in "LABEL_*", "":
         assert said_of(folder, labels=way)[0] == {**label, "X_1.png": "X"}
+    assert said_of(folder, labels=f"{text}_LABEL")[0] == {f"{name}_1.png": "1"}
     (folder / f"{name}_1.gt.txt").write_text(text)
     assert said_of(folder)[0] == label
     (folder / "labels.csv").write_text(f"X_1.png,Z\n{text}_1.png,{text}\n")
