@@ -1199,8 +1199,9 @@ class LstmCtcOcr:
             name for name in others if name not in self.LISTS and not name.endswith(self.BESIDE)]
         said = []
         for name, label in labels.items():
+            typed = ", typed from right to left" if turned(label) != label else ""
             said = said or [f"{folder.resolve().name}: {len(labels):,} images, labels as in {way} "
-                            f'("{_on_one_line(name)}" is {label}){why}']
+                            f'("{_on_one_line(name)}" is {label}{typed}){why}']
             if re.search(NO_UTF8, label):
                 raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8 but "
                                  "perhaps in GBK, cp1252 or UTF-16: save the list, or rename the "
@@ -3912,10 +3913,10 @@ def _text_of(path):
 def _rows_of(path, names, images):
     """Reads a list of labels; returns its rows, each the cells [name, label, and so on].
 
-    images: {what a line may call an image, see `_key`: one of `names`}. A line is split at the tabs,
-    commas or semicolons in front of which it names an image. Quotation marks enclose a cell between
-    commas or semicolons, if they enclose all of it. If no line has more than one cell, and the
-    numbers of the images fit, line n is the label of image n.
+    images: {what a line may call an image, see `_key`: one of `names`}. A line is split at the
+    tabs, commas or semicolons in front of which it names an image. Quotation marks enclose a cell
+    between commas or semicolons, if they enclose all of it. If no line has more than one cell, and
+    the numbers of the images fit, line n is the label of image n.
 
     Raises `Error` for a line of more cells than the first, or the first if it holds a number such
     as 1,234: a label may not be cut.
@@ -3923,13 +3924,14 @@ def _rows_of(path, names, images):
     rows, columns = [], 0
     for number, line in enumerate(_text_of(path).rstrip().splitlines(), 1):
         # A quotation mark that does not enclose a whole cell must not take in the next one.
-        whole = r'((?:^|[,;])\s*"(?:[^"]|"")*"(?=\s*(?:[,;]|$)))'
-        plain = re.sub(whole + r'|((?:^|[,;])\s*)"', r"\1\2", line)[:100_000] or ","
+        plain = re.sub(r'((?:^|[,;])\s*"(?:[^"]|"")*"(?=\s*(?:[,;]|$)))'
+                       r'|((?:^|[,;])\s*)"', r"\1\2", line)[:100_000] or ","
         splits = line.split("\t"), *(
             next(csv.reader([plain], delimiter=sign, skipinitialspace=True)) for sign in ",;")
         cells = max(splits, key=lambda cells: math.inf if _key(cells[0]) in images else len(cells))
-        cut = r",\W*\d+,(?![01]\.)\d"  # where the label is a number, and what follows is no share
-        columns = columns or (2 if re.search(cut, line) else max(2, len(cells)))
+        # A number and then another one, which is no share from 0 to 1, may be one label.
+        one = re.search(r",\W*\d+,(?![01]\.)\d", line)
+        columns = columns or (2 if one else max(2, len(cells)))
         if any(cells[columns:]):
             raise LstmCtcOcr.Error(
                 f"{path}, line {number} holds more than a name and a label: put a label with "

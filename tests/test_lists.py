@@ -150,8 +150,9 @@ def test_a_model_of_right_to_left_letters_reads_as_one_types(trained, dataset, t
     outputs = []
     for reader, images in (trained, paths), (model, [folder]):
         assert main(["test", *flags(model=reader), *map(str, images)]) == 0
-        outputs.append([line for line in capfd.readouterr().out.splitlines() if "accuracy" in line])
-    assert outputs[0] == outputs[1]
+        output, messages = capfd.readouterr()
+        outputs.append([line for line in output.splitlines() if "accuracy" in line])
+    assert outputs[0] == outputs[1] and ", typed from right to left)" in messages
 
 
 def test_a_captcha_is_named_as_one_types_it(tmp_path, monkeypatch):
