@@ -86,7 +86,6 @@ import time
 import types
 import unicodedata
 import warnings
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -103,9 +102,11 @@ import flask
 import jinja2
 import numpy as np
 import waitress
+import waitress.channel
+import waitress.parser
 from PIL import Image, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
-from werkzeug.datastructures import WWWAuthenticate
+from werkzeug.datastructures import Authorization, WWWAuthenticate
 from werkzeug.exceptions import HTTPException, ServiceUnavailable, Unauthorized
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # it warns of odd headers; the image counts
@@ -1089,8 +1090,11 @@ class LstmCtcOcr:
         Raises `Error` if one of them is killed.
         """
         context = multiprocessing.get_context("spawn")  # a fork would lack TensorFlow's threads
-        pool = concurrent.futures.ProcessPoolExecutor(
-            self.workers or _cores(), context, _follow_parent)
+        try:
+            pool = concurrent.futures.ProcessPoolExecutor(
+                self.workers or _cores(), context, _follow_parent)
+        except (OSError, NotImplementedError):  # the system has no semaphores for it
+            pool = concurrent.futures.ThreadPoolExecutor(1)
         try:
             yield pool
         except concurrent.futures.BrokenExecutor:
@@ -1759,7 +1763,7 @@ class LstmCtcOcr:
         good, batch = [], 512  # so many are decoded before they are written
         starts = tqdm(range(0, len(files), batch), "decoding", unit="img", unit_scale=batch,
                       disable=None)
-        with self._writing(folder), ThreadPool(_cores()) as pool:
+        with self._writing(folder), concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
             kept = io.BytesIO()
             if len(files) * math.prod(self._shape) > self.IN_MEMORY:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -1944,7 +1948,7 @@ class LstmCtcOcr:
             sequences = self.sparse_to_sequences(feeds[net.sequences])
             return losses, self._texts_of(sparse), *greedy_confidences(logits, sequences)
 
-        with ThreadPool(_cores()) as pool:
+        with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
             losses, readings, right, confidences = zip(*pool.map(validate, batches))
         real = slice(len(held))
         temperature = run.config.get("temperature", 1)
@@ -2203,9 +2207,10 @@ class LstmCtcOcr:
         paths, size = list(paths), 64
         batches = [paths[start:start + size] for start in range(0, len(paths), size)]
         read = functools.partial(self._read_each, alone=len(batches) > 1)
-        with ThreadPool(_cores()) as pool:
-            readings = itertools.chain.from_iterable(pool.imap(read, batches))
-            for path, reading in zip(paths, readings):
+        # Closing the map drops the batches that wait.
+        with concurrent.futures.ThreadPoolExecutor(_cores()) as pool, \
+                contextlib.closing(pool.map(read, batches)) as readings:
+            for path, reading in zip(paths, itertools.chain.from_iterable(readings)):
                 failed = isinstance(reading, self.Error)
                 yield path, *((None, None, str(reading)) if failed else (*reading, None))
 
@@ -2454,6 +2459,12 @@ class LstmCtcOcr:
         pool: object  # threads that read, one a core; the first job starts them
         jobs: list  # (bytes, Restriction, Future) of images that wait
         lock: object  # held to change `jobs`
+        process: int  # of which `pool` and `lock` are; 0 before the first request
+
+    class _Request(flask.Request):
+        """A request whose files stay in memory: not every system has a folder for others."""
+        def _get_file_stream(self, *_, **__):
+            return io.BytesIO()
 
     def create_app(self):
         """Returns the Flask application, with its model loaded and run once.
@@ -2468,13 +2479,13 @@ class LstmCtcOcr:
         self._reader.logits(  # the first run takes long
             np.zeros((1, *ocr._shape), np.uint8), alone=True)
         pool = concurrent.futures.ThreadPoolExecutor(_cores())
-        service = self._Service(labelling, pool, [], threading.Lock())
-        if labelling:
-            pool.submit(self._guess_all, service, iter(labelling.left()))
+        service = self._Service(labelling, pool, [], threading.Lock(), 0)
         app = flask.Flask(__name__, static_folder=None)
         app.extensions["lstm_ctc_ocr"] = service
+        app.request_class = self._Request
         app.json.sort_keys = False
         app.config["MAX_CONTENT_LENGTH"] = self.MAX_BODY
+        app.before_request(functools.partial(self._start_threads, service))
         app.before_request(self._admit)
         app.after_request(self._account)
         for error in (HTTPException, self.Error, OSError):
@@ -2487,18 +2498,32 @@ class LstmCtcOcr:
                                  provide_automatic_options=False)
         return app
 
-    def _admit(self):
-        """Refuses a request without the token, which only /healthz does not need."""
-        flask.g.begun = time.perf_counter()
-        basic = flask.request.authorization
+    def _start_threads(self, service):
+        """Gives each process that answers requests threads of its own, before its first request.
+
+        Those of its parent are not in a process that was forked, as by gunicorn --preload.
+        """
+        with OPENING:
+            if service.process != os.getpid():
+                service.process, service.lock = os.getpid(), threading.Lock()
+                service.pool = concurrent.futures.ThreadPoolExecutor(_cores())
+                if service.labelling:
+                    service.pool.submit(self._guess_all, service, iter(service.labelling.left()))
+
+    def _admits(self, header):
+        """Whether a header Authorization, its bytes in Latin-1 as by WSGI, holds the token."""
+        basic = Authorization.from_header(header)
         if basic and basic.type == "basic":  # as a browser sends what its user types
             sent = basic.password.encode()
         else:
-            header = flask.request.headers.get("Authorization", "")  # bytes in Latin-1, by WSGI
             sent = header.partition(" ")[2].encode("latin-1")
         token = os.fsencode(self.token or os.environ.get("LSTM_CTC_OCR_TOKEN", ""))
-        guarded = token and flask.request.path != "/healthz"
-        if guarded and not hmac.compare_digest(sent, token):
+        return not token or hmac.compare_digest(sent, token)
+
+    def _admit(self):
+        """Refuses a request without the token, which only /healthz does not need."""
+        request, flask.g.begun = flask.request, time.perf_counter()
+        if not (request.path == "/healthz" or self._admits(request.headers.get("Authorization", ""))):
             raise Unauthorized("this service wants its token", www_authenticate=WWWAuthenticate(
                 "basic", {"realm": "lstm_ctc_ocr"}))
 
@@ -2540,7 +2565,8 @@ class LstmCtcOcr:
             datas = [file.read() for file in request.files.getlist("image")]
         elif kind == "application/json":
             with contextlib.suppress(KeyError, AttributeError, ValueError):
-                datas = [base64.b64decode(_json_body()["image"].rpartition(",")[2])]  # or data URL
+                encoded = _json_body()["image"].rpartition(",")[2]  # or a data URL
+                datas = [base64.urlsafe_b64decode(encoded + "==")]  # both alphabets, padded or not
         elif kind.startswith("image/"):
             datas = [request.get_data()]
         if not 1 <= len(datas) <= self.MAX_IMAGES:
@@ -2613,9 +2639,9 @@ class LstmCtcOcr:
         samples = [SAMPLE % _data_url(path.read_bytes()) for path in paths]
         return _page(PAGE, samples="".join(samples), net=self._reader.config["net"])
 
-    # Waitress cuts off larger requests. Who sends a little more than `MAX_BODY` gets an answer.
+    # Waitress refuses larger requests. Who sends a little more than `MAX_BODY` gets an answer.
     MAX_BUFFER = 2_900_000  # bytes
-    CONNECTIONS = 100  # at once; each can hold a whole body before its token is checked: 290 MB
+    CONNECTIONS = 500  # at once; see `_make_room`
 
     def start(self):
         """Serves until Ctrl-C or SIGTERM, then finishes the requests under way.
@@ -2626,9 +2652,14 @@ class LstmCtcOcr:
             raise self.Error(f"--image-root {self.image_root} is not a folder")
         listening = self._listen()
         app = self.create_app()
+        self._start_threads(app.extensions["lstm_ctc_ocr"])
         server = waitress.create_server(
-            app, sockets=[listening], ident=None, max_request_body_size=self.MAX_BUFFER,
-            connection_limit=self.CONNECTIONS, threads=self.CONNECTIONS)
+            app, sockets=[listening], ident=None, max_request_header_size=32_768,
+            max_request_body_size=self.MAX_BUFFER, connection_limit=600, threads=100,
+            cleanup_interval=1, channel_timeout=20,  # seconds
+            # More would go to temporary files, for which not every system has a folder.
+            inbuf_overflow=100_000_000, outbuf_overflow=100_000_000)
+        server.channel_class = _connection(self._admits)
         serve = functools.partial(  # receives and sends what can be, after 0.1 seconds at most
             server.asyncore.loop, 0.1, use_poll=True, map=server._map, count=1)
         # While its threads are still starting, it would say that requests wait for them.
@@ -2644,6 +2675,7 @@ class LstmCtcOcr:
                 print(f"label {self.label} on {address}/label", file=sys.stderr, flush=True)
             while not stop:
                 serve()
+                _make_room(server.active_channels.values(), self.CONNECTIONS)
             # Takes no more connections, and answers the requests under way, for 4 seconds at most.
             app.extensions["lstm_ctc_ocr"].pool.shutdown(wait=False)
             server.del_channel()
@@ -2691,7 +2723,7 @@ class LstmCtcOcr:
 
             Such an image is named on stderr and dropped.
             """
-            reading, = self.read([self.folder / name])
+            reading, = self.read([self.folder / name], (), True)
             if isinstance(reading, LstmCtcOcr.Error):
                 print(reading, file=sys.stderr)
                 self.guesses.pop(name, None)
@@ -2775,9 +2807,13 @@ class LstmCtcOcr:
     def _answer_label(self, service):
         """POST /label: writes an image's label, or without one skips it; answers with the next."""
         request, labelling = flask.request, service.labelling
-        origin = request.headers.get("Origin", f"://{request.host}")  # a browser always sends it
-        if origin.partition("://")[2] != request.host:
-            flask.abort(403, "labels are taken from this service's own page, and from no other")
+        # A browser always says its page's origin; where it came over https, also how that is to us.
+        origin = request.headers.get("Origin", f"://{request.host}")
+        own = "same-origin" if origin.partition("://")[2] == request.host else "another"
+        if request.headers.get("Sec-Fetch-Site", own) != "same-origin":
+            flask.abort(403, "labels are taken from this service's own page, and from no other; a "
+                             "proxy must pass the browser's Host on (nginx: proxy_set_header Host "
+                             "$http_host)")
         body = _json_body()
         name, label = str(body.get("path")), _one_form(str(body.get("label") or "")).strip()
         if name not in labelling.guesses:
@@ -4020,6 +4056,52 @@ def _json_parse_error(error, ident=None):
             json.dumps({"error": f"{error.reason}: {error.body}"}).encode())
 
 
+def _connection(admits):
+    """Returns waitress's class of connections, changed so that strangers fill no memory.
+
+    admits: function that tells whether the text of a header Authorization holds the token.
+    """
+    class Request(waitress.parser.HTTPRequestParser):
+        def parse_header(self, head):
+            """Understands the head. Without the token the body is dropped, and the answer is 401.
+            """
+            super().parse_header(head)
+            if not admits(self.headers.get("AUTHORIZATION", "")):
+                self.body_rcv = self.expect_continue = None
+                self.headers["CONNECTION"] = "close"
+
+    class Connection(waitress.channel.HTTPChannel):
+        parser_class = Request
+
+        def handle_write(self):
+            """Sends. After the last answer it reads on: closed at once, it would lose that answer.
+
+            What comes is dropped, and it is not active any more, see `channel_timeout`.
+            """
+            def drop(_, ended=self.last_activity):
+                self.last_activity = ended
+
+            if not self.close_when_flushed or self.total_outbufs_len:
+                return super().handle_write()
+            self.close_when_flushed, self.received = False, drop
+            self.socket.shutdown(socket.SHUT_WR)
+
+    return Connection
+
+
+def _make_room(connections, most):
+    """Drops 20 connections if there are too many; 500 kB of a request's body count as one more.
+
+    These have been idle longest, of those whose request is not being answered.
+    """
+    held = sum(request.body_bytes_received for each in connections
+               for request in (each.request, *each.requests) if request)
+    if len(connections) + held / 500_000 > most:
+        waiting = (each for each in connections if not each.requests)
+        for each in sorted(waiting, key=lambda each: each.last_activity)[:20]:
+            each.will_close = True
+
+
 def _json_body():
     """Returns the object in the request's JSON body, or {} if there is none."""
     body = None
@@ -4374,6 +4456,8 @@ OPENING = threading.RLock()  # held while TensorFlow is imported, or a model is 
 def _tensorflow():
     """Returns TensorFlow's graph-and-session API. Only the first call imports it, for seconds."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # What it imports asks for a folder for temporary files, and writes none; there may be none.
+    os.environ.setdefault("TEST_TMPDIR", os.curdir)
     gc.disable()  # it would scan TensorFlow's objects again and again, for a second in all
     try:
         with OPENING, _quiet_stderr():  # no setting stops the lines that the import prints
@@ -4549,7 +4633,8 @@ def _flag(name):
 
 def _parser():
     """Builds the parser of the command line; most flags are fields of `LstmCtcOcr`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    about = __doc__ and __doc__.split("\n")[0]  # with python -OO there is none
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     fields = {field.name: field for field in dataclasses.fields(LstmCtcOcr)}
     for command, (text, names) in COMMANDS.items():
@@ -4581,7 +4666,9 @@ def main(argv=None):
     command = arguments.pop("command")
     settings = {name: arguments.pop(name) for name in COMMANDS[command][1].split()}
     with contextlib.suppress(AttributeError):  # not a stream of Python's own
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
+        # Names of files need not be UTF-8; not every stdout has all letters.
+        utf_8 = sys.stdout.encoding.lower().startswith("utf")
+        sys.stdout.reconfigure(errors="surrogateescape" if utf_8 else "backslashreplace")
     try:
         return getattr(LstmCtcOcr(**settings), command)(**arguments) or 0
     except KeyboardInterrupt as stop:

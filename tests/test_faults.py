@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import io
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import time
 
 import cv2
 import pytest
-from conftest import IMAGES, ROOT, TASK, flags, spawn
+from conftest import IMAGES, ROOT, SCRIPT, TASK, flags, spawn
 from test_images import contents
 from test_training import config_of, step_of, train, until
 
@@ -317,3 +318,37 @@ def test_two_trainings_in_one_folder(dataset, tmp_path, capfd):
     step = step_of(tmp_path)
     assert main(train(dataset, tmp_path, **TINY, epoch_max=(step + 1) / 49)) == 0
     assert step_of(tmp_path) > step and reads(tmp_path, dataset)
+
+
+# ---- a system
+
+def test_without_semaphores(dataset, tmp_path, monkeypatch, capfd):
+    """As where /dev/shm is missing: threads need none, and what needs processes does without."""
+    def fail(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("_multiprocessing.SemLock", fail)
+    assert main(["create_dataset", *flags(dataset=tmp_path / "train", im_total_num=60, **TASK)]) == 0
+    assert contents(tmp_path / "train").items() <= contents(dataset).items()
+    assert main(train(tmp_path / "train", tmp_path / "model", **TINY, epoch_max=1)) == 0
+    assert main(["test", "--model", str(tmp_path / "model"), str(tmp_path / "train")]) == 0
+    said(capfd)
+
+
+def test_without_docstrings(trained, dataset):
+    process = subprocess.run([sys.executable, "-OO", SCRIPT, "test", "--model", trained, next(dataset.glob("0_*.png"))],
+                             capture_output=True, text=True)
+    assert process.returncode == 0 and not process.stderr.count("Traceback")
+
+
+@pytest.mark.parametrize("encoding, name, shown", [
+    ("cp1252", "日é.png", b"\\u65e5\xe9.png"), ("ascii", "日é.png", b"\\u65e5\\xe9.png"),
+    ("utf-8", "日é.png", "日é.png".encode()), ("utf-8", os.fsdecode(b"a\xff.png"), b"a\xff.png")])
+def test_letters_that_stdout_lacks_are_escaped(encoding, name, shown, trained, dataset, tmp_path, monkeypatch):
+    for image in name, "z.png":
+        shutil.copy(next(dataset.glob("0_*.png")), tmp_path / image)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    assert main(["test", "--model", str(trained), str(tmp_path)]) == 0
+    sys.stdout.flush()
+    lines = sys.stdout.buffer.getvalue().splitlines()
+    assert any(shown in line for line in lines) and any(b"z.png" in line for line in lines)

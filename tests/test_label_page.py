@@ -141,6 +141,25 @@ def test_over_a_socket_strangers_are_refused_and_a_correction_wins(folder):
     assert service.labelling.labels == {"0.png": "C"}  # the correction wins after a start too
 
 
+@pytest.mark.parametrize("site, status", [("same-origin", 200), ("cross-site", 403), ("same-site", 403), (None, 403)])
+def test_behind_a_proxy_a_browser_says_whose_page_it_is(folder, site, status):
+    """The Host that comes is the one that the proxy names, not that of the page."""
+    client, service = client_of(folder)
+    headers = {"Origin": "https://labels.example", **({"Sec-Fetch-Site": site} if site else {})}
+    answer = client.post("/label", json={"path": "0.png", "label": "A"}, headers=headers)
+    service.pool.shutdown()
+    assert answer.status_code == status and (status == 200 or "proxy_set_header Host" in answer.json["error"])
+
+
+def test_nothing_is_read_before_the_first_request(folder):
+    """A thread that reads while the process is forked would leave its locks held in the new one."""
+    before = threading.active_count()
+    client, service = client_of(folder)
+    assert threading.active_count() == before
+    assert client.get("/label/image").status_code == 200 and threading.active_count() > before
+    service.pool.shutdown()
+
+
 def test_without_the_flag_there_is_no_such_route(folder):
     client = LstmCtcOcr(model=str(SHIPPED)).create_app().test_client()
     for method, path in ("GET", "/label"), ("POST", "/label"), ("GET", "/label/image"):
@@ -174,6 +193,7 @@ def test_what_is_read_least_surely_comes_first_and_what_is_skipped_last(folder, 
     with monkeypatch.context() as patched:
         patched.setattr(LstmCtcOcr, "_read_each", read)
         client, service = client_of(folder)
+        client.get("/label")  # with the first request it begins to read
         while LstmCtcOcr.UNREAD in service.labelling.guesses.values():
             time.sleep(0.01)  # until it has read all
         answers = [client.get("/label/image").json]

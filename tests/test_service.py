@@ -10,11 +10,15 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import quote
 
 import cv2
@@ -134,6 +138,17 @@ def test_concurrent_requests_are_not_mixed_up(server):
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda text: ask(server, "POST", "/captchaOcr", SAMPLES[text], PNG), texts))
     assert [answer["ocr_ret"] for _, answer in answers] == texts
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.rstrip("="), lambda text: text.translate(str.maketrans("+/", "-_")),
+    lambda text: text.translate(str.maketrans("+/", "-_")).rstrip("=")], ids=["unpadded", "URL alphabet", "both"])
+def test_base64_of_any_kind_is_taken(client, change):
+    data = next(image + bytes(more) for image in SAMPLES.values() for more in (0, 1) if len(image + bytes(more)) % 3)
+    encoded = base64.b64encode(data).decode()
+    assert encoded.endswith("=") and {*"+/"} <= {*encoded}
+    for text in change(encoded), "data:image/png;base64," + change(encoded):
+        assert client.post("/captchaOcr", json={"image": text}).json["confidence"] > 0.9
 
 
 # ---------------------------------------------------------------------- refusals
@@ -322,6 +337,19 @@ def test_the_threads_that_read_end_with_the_service(root):
     assert app.test_client().get("/captchaOcr?img_path=good.png").status_code == 503
 
 
+def test_a_forked_process_has_threads_of_its_own(root):
+    """As with gunicorn --preload, where a new process may begin when others have long been answering."""
+    client = application(root)[1].test_client()
+    assert client.get("/captchaOcr?img_path=good.png").status_code == 200
+    if not (process := os.fork()):
+        signal.alarm(60)  # ends a process that hangs
+        try:
+            status = client.get("/captchaOcr?img_path=good.png").status_code
+        finally:
+            os._exit(status != 200)
+    assert os.waitpid(process, 0)[1] == 0
+
+
 def test_a_token_guards_everything_but_health(root):
     client = application(root, token="öffne")[1].test_client()
     sent = {"Authorization": "Bearer öffne".encode().decode("latin-1")}  # as it comes over a socket
@@ -449,16 +477,95 @@ def test_a_large_form_is_admitted_under_load(server):
         assert [each.result() for each in loads] == [None] * 16
 
 
-def test_strangers_cannot_fill_the_memory(server):
-    """What is announced to be too large is refused before it is sent; all that can be sent at once is bounded."""
-    assert LstmCtcOcr.CONNECTIONS * LstmCtcOcr.MAX_BUFFER < 300_000_000
-    connection = http.client.HTTPConnection("127.0.0.1", server, timeout=60)
+@pytest.fixture(scope="module")
+def poor(tmp_path_factory):
+    """A server's process and its port, where there is no folder for temporary files."""
+    patches = tmp_path_factory.mktemp("patches")
+    (patches / "sitecustomize.py").write_text("import tempfile; tempfile._candidate_tempdir_list = lambda: ['/none']")
+    with serving(env={**os.environ, "PYTHONPATH": str(patches)}) as (process, port):
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield process, port
+
+
+def begin(port, length, sent=b"", **headers):
+    """A connection that has sent the head of a POST request, and of its body so much."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.putrequest("POST", "/captchaOcr")
-    for name, value in ("Content-Type", "image/png"), ("Content-Length", str(LstmCtcOcr.MAX_BUFFER + 1)):
+    for name, value in {**PNG, "Content-Length": str(length), **headers}.items():
         connection.putheader(name, value)
-    connection.endheaders()
-    response = connection.getresponse()
+    connection.endheaders(sent)
+    return connection
+
+
+def test_a_large_image_needs_no_folder_for_temporary_files(poor):
+    noise = np.random.default_rng(0).integers(0, 256, (600, 1000, 3), np.uint8)
+    image = cv2.imencode(".png", noise)[1].tobytes()
+    assert 1_500_000 < len(image) < LstmCtcOcr.MAX_BODY
+    for body, headers in (image, PNG), as_form(image):
+        assert ask(poor[1], "POST", "/captchaOcr", body, headers)[0] == 200
+
+
+def test_what_is_announced_to_be_too_large_is_refused_before_it_is_sent(server):
+    response = begin(server, LstmCtcOcr.MAX_BUFFER + 1).getresponse()
     assert response.status == 413 and str(LstmCtcOcr.MAX_BUFFER) in json.loads(response.read())["error"]
+
+
+@pytest.mark.parametrize("size", [3_000_000, 20_000_000])
+def test_who_sends_too_much_gets_the_answer(server, size):
+    """The connection stays open until all is sent, or the client's system would drop the answer."""
+    assert ask(server, "POST", "/captchaOcr", bytes(size), PNG)[0] == 413
+    assert ask(server, "POST", "/captchaOcr", iter([bytes(2 ** 16)] * (size >> 16)), PNG)[0] == 413  # in chunks
+    request = urllib.request.Request(f"http://127.0.0.1:{server}/captchaOcr", bytes(size), PNG)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == 413 and list(json.loads(refused.value.read())) == ["error"]
+    with socket.create_connection(("127.0.0.1", server), timeout=60) as connection:  # waits for the end
+        connection.sendall(b"POST / HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+        assert b"".join(iter(lambda: connection.recv(9999), b"")).startswith(b"HTTP/1.0 413")
+
+
+def test_idle_and_slow_connections_are_in_nobodys_way(server):
+    """More of them than may be open at once: the idlest make room, and no request is refused or cut off."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(24) as pool:
+        def stranger(number):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server)))
+            connection.sendall((b"", b"GET /heal", b"POST /captchaOcr HTTP/1.1\r\nContent-Length: 9\r\n\r\na")[number % 3])
+            return connection
+
+        strangers = [stranger(number) for number in range(LstmCtcOcr.CONNECTIONS + 100)]
+        busy = [pool.submit(ask, server, "POST", "/captchaOcr", SAMPLES["PIY"], PNG) for _ in range(240)]
+        for connection in strangers[-100:]:
+            connection.send(b"a")
+        assert {each.result()[1].get("ocr_ret") for each in busy} == {"PIY"}
+        assert strangers[0].recv(1) == b""  # it was dropped
+
+
+def test_strangers_cannot_fill_the_memory(poor):
+    """400 MB are sent in requests that never end; the others are answered all the same."""
+    process, port = poor
+
+    def memory():
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1000
+
+    before, strangers = memory(), []
+    for _ in range(160):
+        with contextlib.suppress(OSError):  # it may be dropped before it has sent all
+            strangers.append(begin(port, LstmCtcOcr.MAX_BUFFER - 1, bytes(2_500_000)))
+        assert memory() - before < 300_000_000
+    assert ask(port, "POST", "/captchaOcr", SAMPLES["N"], PNG)[1]["ocr_ret"] == "N"
+    for connection in strangers:
+        connection.close()
+
+
+def test_who_lacks_the_token_is_told_before_the_body_comes():
+    with serving("--token", "sesame") as (_, port):
+        for headers in {}, {"Expect": "100-continue"}, {"Authorization": "Bearer open"}:
+            response = begin(port, 2_000_000, b"a", **headers).getresponse()
+            assert response.status == 401 and list(json.loads(response.read())) == ["error"]
+        data = {**PNG, "Authorization": "Bearer sesame"}
+        assert ask(port, "POST", "/captchaOcr", SAMPLES["N"], data)[1]["ocr_ret"] == "N"
+        assert ask(port, "POST", "/captchaOcr", bytes(2_000_000), PNG)[0] == 401  # and it is told whole
 
 
 def test_a_server_that_fails_ends_the_command(monkeypatch, capfd):
