@@ -86,6 +86,7 @@ import time
 import types
 import unicodedata
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -1094,7 +1095,7 @@ class LstmCtcOcr:
             pool = concurrent.futures.ProcessPoolExecutor(
                 self.workers or _cores(), context, _follow_parent)
         except (OSError, NotImplementedError):  # the system has no semaphores for it
-            pool = concurrent.futures.ThreadPoolExecutor(1)
+            pool = ThreadPoolExecutor(1)
         try:
             yield pool
         except concurrent.futures.BrokenExecutor:
@@ -1763,7 +1764,7 @@ class LstmCtcOcr:
         good, batch = [], 512  # so many are decoded before they are written
         starts = tqdm(range(0, len(files), batch), "decoding", unit="img", unit_scale=batch,
                       disable=None)
-        with self._writing(folder), concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
+        with self._writing(folder), ThreadPoolExecutor(_cores()) as pool:
             kept = io.BytesIO()
             if len(files) * math.prod(self._shape) > self.IN_MEMORY:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -1948,7 +1949,7 @@ class LstmCtcOcr:
             sequences = self.sparse_to_sequences(feeds[net.sequences])
             return losses, self._texts_of(sparse), *greedy_confidences(logits, sequences)
 
-        with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
+        with ThreadPoolExecutor(_cores()) as pool:
             losses, readings, right, confidences = zip(*pool.map(validate, batches))
         real = slice(len(held))
         temperature = run.config.get("temperature", 1)
@@ -2208,7 +2209,7 @@ class LstmCtcOcr:
         batches = [paths[start:start + size] for start in range(0, len(paths), size)]
         read = functools.partial(self._read_each, alone=len(batches) > 1)
         # Closing the map drops the batches that wait.
-        with concurrent.futures.ThreadPoolExecutor(_cores()) as pool, \
+        with ThreadPoolExecutor(_cores()) as pool, \
                 contextlib.closing(pool.map(read, batches)) as readings:
             for path, reading in zip(paths, itertools.chain.from_iterable(readings)):
                 failed = isinstance(reading, self.Error)
@@ -2400,7 +2401,7 @@ class LstmCtcOcr:
         the chief trains with other settings than this worker.
         """
         tf = _tensorflow()
-        with concurrent.futures.ThreadPoolExecutor(1) as stepping:
+        with ThreadPoolExecutor(1) as stepping:
             def run_step(fetches, feeds):
                 waiting = stepping.submit(session.run, fetches, feeds)
                 while not waiting.done() and not run.stop:
@@ -2478,7 +2479,7 @@ class LstmCtcOcr:
         ocr = self._reader.ocr
         self._reader.logits(  # the first run takes long
             np.zeros((1, *ocr._shape), np.uint8), alone=True)
-        pool = concurrent.futures.ThreadPoolExecutor(_cores())
+        pool = ThreadPoolExecutor(_cores())
         service = self._Service(labelling, pool, [], threading.Lock(), 0)
         app = flask.Flask(__name__, static_folder=None)
         app.extensions["lstm_ctc_ocr"] = service
@@ -2506,7 +2507,7 @@ class LstmCtcOcr:
         with OPENING:
             if service.process != os.getpid():
                 service.process, service.lock = os.getpid(), threading.Lock()
-                service.pool = concurrent.futures.ThreadPoolExecutor(_cores())
+                service.pool = ThreadPoolExecutor(_cores())
                 if service.labelling:
                     service.pool.submit(self._guess_all, service, iter(service.labelling.left()))
 
@@ -2522,8 +2523,9 @@ class LstmCtcOcr:
 
     def _admit(self):
         """Refuses a request without the token, which only /healthz does not need."""
-        request, flask.g.begun = flask.request, time.perf_counter()
-        if not (request.path == "/healthz" or self._admits(request.headers.get("Authorization", ""))):
+        flask.g.begun = time.perf_counter()
+        header = flask.request.headers.get("Authorization", "")
+        if flask.request.path != "/healthz" and not self._admits(header):
             raise Unauthorized("this service wants its token", www_authenticate=WWWAuthenticate(
                 "basic", {"realm": "lstm_ctc_ocr"}))
 
@@ -2641,7 +2643,7 @@ class LstmCtcOcr:
 
     # Waitress refuses larger requests. Who sends a little more than `MAX_BODY` gets an answer.
     MAX_BUFFER = 2_900_000  # bytes
-    CONNECTIONS = 500  # at once; see `_make_room`
+    CONNECTIONS = 450  # at once, see `_make_room`; Windows can wait for 512
 
     def start(self):
         """Serves until Ctrl-C or SIGTERM, then finishes the requests under way.
@@ -2652,14 +2654,15 @@ class LstmCtcOcr:
             raise self.Error(f"--image-root {self.image_root} is not a folder")
         listening = self._listen()
         app = self.create_app()
-        self._start_threads(app.extensions["lstm_ctc_ocr"])
         server = waitress.create_server(
             app, sockets=[listening], ident=None, max_request_header_size=32_768,
-            max_request_body_size=self.MAX_BUFFER, connection_limit=600, threads=100,
+            max_request_body_size=self.MAX_BUFFER, connection_limit=500, threads=100,
             cleanup_interval=1, channel_timeout=20,  # seconds
             # More would go to temporary files, for which not every system has a folder.
             inbuf_overflow=100_000_000, outbuf_overflow=100_000_000)
         server.channel_class = _connection(self._admits)
+        # Each takes one of the files that this process may open; TensorFlow has some open too.
+        most = min(self.CONNECTIONS, os.sysconf("SC_OPEN_MAX") - 100 if fcntl else math.inf)
         serve = functools.partial(  # receives and sends what can be, after 0.1 seconds at most
             server.asyncore.loop, 0.1, use_poll=True, map=server._map, count=1)
         # While its threads are still starting, it would say that requests wait for them.
@@ -2675,7 +2678,7 @@ class LstmCtcOcr:
                 print(f"label {self.label} on {address}/label", file=sys.stderr, flush=True)
             while not stop:
                 serve()
-                _make_room(server.active_channels.values(), self.CONNECTIONS)
+                _make_room(server.active_channels.values(), most)
             # Takes no more connections, and answers the requests under way, for 4 seconds at most.
             app.extensions["lstm_ctc_ocr"].pool.shutdown(wait=False)
             server.del_channel()
@@ -4571,7 +4574,7 @@ def _follow_parent():
 def _one_ahead(iterable):
     """Yields what an iterable yields; another thread computes the next item meanwhile."""
     iterator, end = iter(iterable), object()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(next, iterator, end)
         while (item := ahead.result()) is not end:
             ahead = pool.submit(next, iterator, end)
