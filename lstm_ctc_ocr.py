@@ -1274,7 +1274,7 @@ class LstmCtcOcr:
             every = first
         one, other = ("LABEL", whole) if share >= 0.9 else ("LABEL_*", every), ("*_LABEL", last)
         behind = len(last) >= len(every) / 2
-        two = behind and len({*first.values()}) > (len(first) > 1)  # in front is not "captcha" always
+        two = behind and len({*first.values()}) > (len(first) > 1)  # not captcha_<text>.png
         rivals = [one, other] if two else [("", {}), other if behind else one]
         (low, *_), (high, way, labels) = sorted(
             (self._gap(labels, two), way, labels) for way, labels in rivals)
@@ -1287,7 +1287,7 @@ class LstmCtcOcr:
                 f": {self.start_from or 'general'} reads {votes[way]} of {votes.total()} images so")
         if two and (votes or "".join(first.values()).isdigit()):
             name = next(iter(last))
-            ways = " or ".join(f"""--labels '{way}' ("{_on_one_line(name)}" is {labels.get(name)})"""
+            ways = " or ".join(f"--labels '{way}' (\"{_on_one_line(name)}\" is {labels.get(name)})"
                                for way, labels in rivals)
             raise self.Error(f"the names in {folder} can be read in two ways: give {ways}")
         return *rivals[0], ""
