@@ -1197,8 +1197,7 @@ class LstmCtcOcr:
             labels, left_out = self._listed(folder, names, others)
         if self.labels != "list" and not (labels or left_out):
             way, labels, why = self._named(folder, names)
-        fold = getattr(str, self.case, str)
-        labels = {name: fold(label) for name, label in labels.items()}
+        labels = {name: getattr(str, self.case, str)(label) for name, label in labels.items()}
         left_out["images without a label"] = [name for name in names if name not in labels]
         left_out["files that are no images"] = [
             name for name in others if name not in self.LISTS and not name.endswith(self.BESIDE)]
@@ -1285,7 +1284,7 @@ class LstmCtcOcr:
         if "LABEL" in way and votes[way] > 2:
             return *dataclasses.replace(self, labels=way)._named(folder, names)[:2], (
                 f": {self.start_from or 'general'} reads {votes[way]} of {votes.total()} images so")
-        if two and (votes or "".join(first.values()).isdigit()):
+        if two and ("".join(first.values()).isdigit() or votes and self._gap(last, False) >= 10):
             name = next(iter(last))
             ways = " or ".join(f"--labels '{way}' (\"{_on_one_line(name)}\" is {labels.get(name)})"
                                for way, labels in rivals)

@@ -97,6 +97,11 @@ def test_what_is_not_read_is_asked_for(template, monkeypatch, tmp_path, capfd):
     assert "can be read in two ways" in message and "--labels '*_LABEL'" in message
 
 
+def test_a_count_behind_a_text_is_no_label_though_nothing_is_read(monkeypatch, tmp_path):
+    stub(monkeypatch, lambda path: "K7")
+    assert said_of(make(tmp_path, list(named("{0}_{i:03}.png"))))[0] == named("{0}_{i:03}.png")
+
+
 @pytest.mark.parametrize("start", ["", "nowhere"])
 def test_without_a_model_names_decide_as_far_as_they_can(start, monkeypatch, tmp_path):
     monkeypatch.setattr("lstm_ctc_ocr.MODELS", tmp_path)
