@@ -2657,9 +2657,9 @@ class LstmCtcOcr:
             app, sockets=[listening], ident=None, max_request_header_size=32_768,
             max_request_body_size=self.MAX_BUFFER, connection_limit=500, threads=100,
             cleanup_interval=1, channel_timeout=20,  # seconds
-            # More would go to temporary files, for which not every system has a folder.
-            inbuf_overflow=100_000_000, outbuf_overflow=100_000_000)
-        server.channel_class = _connection(self._admits)
+            inbuf_overflow=100_000_000, outbuf_overflow=100_000_000)  # more goes to the disk
+        server.channel_class, accept = _connection(self._admits), server.handle_accept
+        server.handle_accept = lambda: [accept() for _ in range(20)]  # not one between two rounds
         # Each takes one of the files that this process may open; TensorFlow has some open too.
         most = min(self.CONNECTIONS, os.sysconf("SC_OPEN_MAX") - 100 if fcntl else math.inf)
         serve = functools.partial(  # receives and sends what can be, after 0.1 seconds at most
