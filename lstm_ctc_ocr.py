@@ -105,7 +105,7 @@ import numpy as np
 import waitress
 import waitress.channel
 import waitress.parser
-from PIL import Image, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFont, ImageOps, ImageSequence, UnidentifiedImageError
 from tqdm import tqdm
 from werkzeug.datastructures import Authorization, WWWAuthenticate
 from werkzeug.exceptions import HTTPException, ServiceUnavailable, Unauthorized
@@ -117,8 +117,9 @@ HOME = Path(__file__).resolve().parent
 MODELS = HOME / "my-model"
 # The images that are read: each suffix of their files, and Pillow's name of the format. To read
 # one more format, add it here.
-IMAGE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".bmp": "BMP",
-               ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+IMAGE_KINDS = {".png": "PNG", ".apng": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG",
+               ".jfif": "JPEG", ".pjpeg": "JPEG", ".pjp": "JPEG", ".gif": "GIF", ".bmp": "BMP",
+               ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF"}
 LABELLED = re.compile(r"(\d+)_(.+)\.\w+")  # <i>_<LABEL>.png
 LABELS = "labels.csv"  # the list that the labelling page adds to: relative/path.png,LABEL lines
 NO_UTF8 = "[\0\ufffd\ud800-\udfff]"  # what stands in names and texts for bytes that are no UTF-8
@@ -911,8 +912,8 @@ class LstmCtcOcr:
         """Decodes an image and scales it to the network's height.
 
         source: as for `load_image`. Returns (H, w, 1 or 3) float32, grey or RGB from 0 (black) to
-        1 (white). An image that would be wider than W is squeezed into W. Of an animation only the
-        first frame is used. Raises `Error`, which names the file and the fault.
+        1 (white). An image that would be wider than W is squeezed into W. An animation counts as
+        the mean of its frames. Raises `Error`, which names the file and the fault.
         """
         whole = isinstance(source, bytes)
         name = "the image" if whole else _on_one_line(source)
@@ -924,8 +925,7 @@ class LstmCtcOcr:
             with Image.open(file, formats=[*IMAGE_KINDS.values()]) as image:
                 if math.prod(image.size) > self.MAX_PIXELS:  # as the header says; not decoded yet
                     raise Image.DecompressionBombError
-                ImageOps.exif_transpose(image, in_place=True)  # turned as the camera was held
-                colours = self._colours_of(image)
+                colours = self._without_bars(self._colours_of_frames(image))
         except Image.DecompressionBombError:
             raise self.TooLarge(f"{name}: more than {self.MAX_PIXELS:,} pixels") from None
         except UnidentifiedImageError:
@@ -942,23 +942,61 @@ class LstmCtcOcr:
             colours = np.atleast_3d(cv2.resize(colours, size, interpolation=method))
         return colours
 
+    def _colours_of_frames(self, image):
+        """Decodes a file that Pillow has opened: (h, w, 1 or 3), as `_colours_of`.
+
+        An animation gives the mean of its frames: a letter that some of them lack can be read, and
+        noise that moves gets weak. Of a long one only the first frames count, about 200 of 200 x 50
+        pixels.
+        """
+        if image.format in ("TIFF", "MPO") or not getattr(image, "is_animated", False):
+            return self._colours_of(image)  # several pages are no animation
+        most = 1 + self.MAX_PIXELS // (10_000 + math.prod(image.size))
+        frames = [frame.copy() for frame in itertools.islice(ImageSequence.Iterator(image), most)]
+        return sum(map(self._colours_of, frames)) / len(frames)
+
     @staticmethod
     def _colours_of(image):
         """Decodes a Pillow image to its colours, (h, w, 1 or 3) float32 from 0 to 1.
 
-        What is transparent is white. In an image of 16 or 32 bits a pixel the largest number is
-        white.
+        It is turned as its EXIF data say, and as browsers show it. What is transparent is white, or
+        black if on white nothing were dark; if all is transparent, that says nothing. In an image
+        of 16 or 32 bits a pixel the largest number is white.
         """
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
             grey = np.nan_to_num(np.float32(image), posinf=0, neginf=0)
             return np.atleast_3d(grey / max(grey.max(), 1e-9))
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
+        if image.has_transparency_data and (image := image.convert("RGBA")).getbbox():
+            for paper in "white", "black":
+                seen = Image.alpha_composite(Image.new("RGBA", image.size, paper), image)
+                if seen.convert("L").getextrema()[0] < 200:
+                    break
+            image = seen
         if image.mode not in ("L", "RGB"):
             image = image.convert("RGB")
         colours = np.atleast_3d(np.float32(image))
         colours /= 255  # in place: to make a further array takes as long as to decode the image
+        return colours
+
+    @staticmethod
+    def _without_bars(colours):
+        """Cuts off what has one colour around a picture of another paper: (h', w', channels).
+
+        colours: (h, w, channels). Bars at the left and right alone stay: they do no harm, and may
+        be strokes of letters that fill the height. So stays a picture that is not wider than high,
+        which may be a letter.
+        """
+        for _ in range(2):  # from the first row's colour, then from the last one's
+            def like_corner(lines, near):
+                return cv2.inRange(lines, colours[0, 0] - near, colours[0, 0] + near)
+
+            if cv2.mean(like_corner(colours[len(colours) // 2][None], 0.2))[0] < 127:  # else paper
+                x, y, width, height = cv2.boundingRect(~like_corner(colours, 0.1))
+                inner = colours[y:y + height, x:x + width]
+                if width > height < len(colours) and like_corner(inner[:4], 0.2).mean() < 100:
+                    colours = inner
+            colours = colours[::-1]
         return colours
 
     def ink_of(self, colours):

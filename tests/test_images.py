@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -17,7 +18,7 @@ import captcha
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, TASK, flags, spawn
+from conftest import ROOT, SHIPPED, TASK, flags, spawn
 from PIL import ExifTags, Image, ImageOps
 
 import lstm_ctc_ocr
@@ -228,7 +229,13 @@ def variants(colour):
     transparent.putalpha(alpha)
     alpha16 = np.array(transparent)[..., [2, 1, 0, 3]].astype(np.uint16) * 257
     white = palette.getpixel((0, 0))
-    other = ImageOps.mirror(palette)
+    left, right = palette.copy(), palette.copy()
+    left.paste(white, (40, 0, 256, 64))
+    right.paste(white, (0, 0, 40, 64))
+    nothing = rgb.convert("RGBA")
+    nothing.putalpha(0)
+    light = Image.new("RGBA", rgb.size, (255, 255, 240))
+    light.putalpha(alpha)
     return {
         "grey": saved(grey), "1 bit": saved(grey.point(lambda value: value // 255 * 255).convert("1")),
         "palette": saved(palette), "palette tRNS": saved(palette, transparency=white),
@@ -239,7 +246,14 @@ def variants(colour):
         "transparent 16 bit": png(alpha16), "turned": saved(rgb.rotate(90, expand=True), exif=turned),
         "BMP": saved(rgb, "BMP"), "grey BMP": saved(grey, "BMP"), "palette BMP": saved(palette, "BMP"),
         "GIF": saved(palette, "GIF"), "transparent GIF": saved(palette, "GIF", transparency=white),
-        "animated GIF": saved(palette, "GIF", save_all=True, append_images=[other]),
+        "animated GIF": saved(left, "GIF", save_all=True, append_images=[right]),
+        "alpha 0": saved(nothing), "LA alpha 0": saved(nothing.convert("LA")), "TIFF alpha 0": saved(nothing, "TIFF"),
+        "BMP alpha 0": png(np.dstack([colour, np.zeros((64, 256), np.uint8)]), ".bmp"),
+        "WebP alpha 0": saved(nothing, "WEBP", lossless=True, exact=True),
+        "light on nothing": saved(light), "light on nothing, GIF": saved(light, "GIF"),
+        "light on nothing, WebP": saved(light, "WEBP", lossless=True),
+        "JPEG with a thumbnail": saved(rgb, "MPO", quality=98, save_all=True, append_images=[rgb.resize((64, 16))]),
+        "TIFF of two pages": saved(rgb, "TIFF", save_all=True, append_images=[ImageOps.mirror(rgb)]),
         "WebP": saved(rgb, "WEBP", lossless=True), "transparent WebP": saved(transparent, "WEBP", lossless=True),
         "TIFF": saved(rgb, "TIFF"), "CMYK TIFF": saved(rgb.convert("CMYK"), "TIFF"),
         "compressed TIFF": saved(rgb, "TIFF", compression="tiff_lzw"),
@@ -258,6 +272,121 @@ def test_the_same_picture_in_any_file_gives_the_same_input(colour, kind):
     np.testing.assert_array_equal(ink, np.where((colour == 255).all(axis=2), 0, 255))
     loaded = OCR.load_image(variants(colour)[kind])
     np.testing.assert_allclose(loaded, ink, atol=40 if "JPEG" in kind else 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG", "AVIF"])
+def test_an_image_is_turned_as_a_browser_shows_it(colour, kind):
+    """Each orientation that EXIF has: what is shown there first and leftmost."""
+    turn, orientation = Image.Transpose, Image.Exif()
+    options = {"quality": 98} if kind in ("JPEG", "AVIF") else {"lossless": True} if kind == "WEBP" else {}
+    stored = [turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE, turn.ROTATE_90,
+              turn.TRANSVERSE, turn.ROTATE_270]
+    upright, ink = Image.fromarray(colour[..., ::-1]), OCR.load_image(png(colour))
+    for orientation[ExifTags.Base.Orientation], way in enumerate(stored, 2):
+        file = saved(upright.transpose(way), kind, exif=orientation, **options)
+        np.testing.assert_allclose(OCR.load_image(file), ink, atol=40 if options.get("quality") else 0)
+
+
+def letters(*spans):
+    """A captcha of which only the letters in these columns are seen."""
+    picture = np.full((64, 256, 3), 255, np.uint8)
+    whole = cv2.putText(picture.copy(), "HK7M", (5, 50), cv2.FONT_HERSHEY_SIMPLEX, 1.5, (90, 40, 20), 4)
+    for start, end in spans:
+        picture[:, start:end] = whole[:, start:end]
+    return picture
+
+
+LETTERS = [(0, 40), (40, 75), (75, 105), (105, 256)]
+
+
+@pytest.mark.parametrize("kind, options", [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}),
+                                           ("AVIF", {"quality": 98})])
+@pytest.mark.parametrize("frames", [
+    [LETTERS[:count] for count in range(5)],  # one after another
+    [LETTERS[count:count + 1] for count in range(4)],  # one at a time
+    [LETTERS[1:], LETTERS[1:], LETTERS],  # one blinks
+], ids=["growing", "alone", "blinking"])
+def test_letters_that_frames_of_an_animation_lack_are_seen(kind, options, frames):
+    first, *others = (Image.fromarray(letters(*spans)[..., ::-1]) for spans in frames)
+    ink = OCR.load_image(saved(first, kind, save_all=True, append_images=others, **options))
+    whole = OCR.load_image(png(letters(*LETTERS)))
+    for start, end in LETTERS:
+        assert ink[:, start:end][whole[:, start:end] == 255].mean() > 50, (start, end)
+    assert ink[whole == 0].mean() < 5
+
+
+def test_noise_that_moves_gets_weak(colour):
+    generator, ink = np.random.default_rng(0), OCR.load_image(png(colour))
+    frames = [Image.fromarray(np.where(generator.random((64, 256, 1)) < .3, np.uint8(0), colour[..., ::-1]))
+              for _ in range(8)]
+    loaded = OCR.load_image(saved(frames[0], "PNG", save_all=True, append_images=frames[1:]))
+    assert (loaded[ink == 0] > 150).mean() < .05 and loaded[ink == 255].mean() > 240
+
+
+def test_a_long_animation_cannot_stall_the_service(monkeypatch):
+    """Only so many pixels of it are decoded; what is behind may even be damaged."""
+    frames = [Image.new("P", (1000, 1000), number) for number in range(12)]
+    whole = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert OCR.load_colours(whole[:len(whole) * 2 // 3]).shape == (64, 64, 3)
+    decoded, colours_of = [], LstmCtcOcr._colours_of
+    monkeypatch.setattr(LstmCtcOcr, "_colours_of", staticmethod(lambda image: decoded.append(1) or colours_of(image)))
+    small = [Image.new("P", (9, 9), number % 256) for number in range(1000)]
+    OCR.load_colours(saved(small[0], "GIF", save_all=True, append_images=small[1:]))
+    assert len(decoded) < 500
+
+
+def framed(picture, top, bottom, left, right, colour=(0, 0, 0)):
+    return cv2.copyMakeBorder(picture, top, bottom, left, right, cv2.BORDER_CONSTANT, value=colour)
+
+
+@pytest.mark.parametrize("sides", [(30, 30, 0, 0), (96, 96, 0, 0), (9, 0, 0, 0), (0, 25, 0, 0), (1, 1, 1, 1),
+                                   (2, 2, 2, 2), (10, 10, 10, 10), (3, 40, 20, 7)])
+@pytest.mark.parametrize("paper", [255, 90], ids=["light", "dark"])
+def test_bars_and_borders_are_cut_off(colour, sides, paper):
+    """In the ink's colour, in others, two around each other, and when they are blurred, as in a JPEG."""
+    colour = np.where(colour == 255, np.uint8(paper), colour)
+    ink = OCR.load_image(png(colour))
+    for other in (90, 40, 20), (0, 0, 0), (0, 0, 255), (200, 160, 240):
+        np.testing.assert_array_equal(OCR.load_image(png(framed(colour, *sides, other))), ink)
+    if len(set(sides)) == 1:
+        double = framed(framed(colour, *sides), 4, 4, 4, 4, (0, 255, 255))
+        np.testing.assert_array_equal(OCR.load_image(png(double)), ink)
+    soft = cv2.GaussianBlur(framed(colour, *sides), (3, 3), 0)
+    kept = OCR.load_image(cv2.imencode(".jpg", soft)[1].tobytes())
+    assert (np.abs(kept.astype(int) - ink) < 100).mean() > .93
+
+
+def belonging():
+    """Pictures that end in lines of one colour which are no bars: what is cut there would be lost."""
+    letter, tight, white = (np.full(size, 255, np.uint8) for size in ((50, 30), (40, 90), (60, 160)))
+    letter[-8:] = letter[:, :8] = 0  # an L that fills its picture
+    tight[:, :9] = tight[:, 25:34] = tight[16:24, :34] = tight[:30, 60:70] = 0  # an H at the left side
+    lined = white.copy()
+    lined[8] = lined[30] = 0
+    return {"letter": letter, "upside down": letter[::-1], "tight": tight, "mirrored": tight[:, ::-1],
+            "blank": white, "lined": lined, "margins": np.uint8(np.pad(tight, 15, constant_values=255)),
+            "gradient": np.uint8(np.linspace(90, 250, 60)[:, None] + np.zeros(160)),
+            "stripes": np.uint8(np.arange(60)[:, None] % 2 * 255 + np.zeros(160))}
+
+
+@pytest.mark.parametrize("name", sorted(belonging()))
+def test_what_belongs_to_a_picture_is_not_cut_off(name):
+    picture = belonging()[name]
+    height, width = picture.shape
+    method = cv2.INTER_LINEAR if height <= 64 else cv2.INTER_AREA
+    whole = cv2.resize(np.float32(picture) / 255, (round(width * 64 / height), 64), interpolation=method)
+    np.testing.assert_array_equal(OCR.load_colours(png(picture))[..., 0], whole)
+
+
+def test_files_of_every_suffix_are_read(tmp_path, capfd):
+    """As browsers and telephones name them."""
+    image = Image.open(ROOT / "dataset" / "test" / "0_PIY.png")
+    kinds = dict.fromkeys(["jfif", "jpe", "pjpeg", "pjp", "JPG"], "JPEG") | {"avif": "AVIF", "apng": "PNG"}
+    for number, (suffix, kind) in enumerate(kinds.items()):
+        image.save(tmp_path / f"{number}_PIY.{suffix}", kind, quality=95)
+    assert main(["test", str(tmp_path), "--model", str(SHIPPED), "--json"]) == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["ocr_ret"] for line in lines] == ["PIY"] * len(kinds)
 
 
 def test_colours_are_rgb_and_mixed_with_white_where_they_are_half_transparent(ocr):
