@@ -483,7 +483,7 @@ class LstmCtcOcr:
         of the weights are then single matrix products over all steps.
         """
         tf = _tensorflow()
-        backward = tf.function(LstmCtcOcr._lstm_backward, jit_compile=True)
+        backward = tf.function(LstmCtcOcr._lstm_backward, jit_compile=True, autograph=False)
 
         @tf.custom_gradient
         def layer(x, kernel, bias):
@@ -802,7 +802,7 @@ class LstmCtcOcr:
         gradient_norm: object = None  # () float32, before clipping
         train: object = None  # runs a step and returns its number
         step: object = None  # () int64
-        saver: object = None  # writes and restores all variables; it removes no checkpoint
+        saver: object = None  # writes all variables; it removes no checkpoint
         # Only on several machines:
         replicas: object = None  # the optimizer that averages the workers' gradients
         plan: object = None  # () string, the settings of the chief
@@ -1398,8 +1398,8 @@ class LstmCtcOcr:
     # ------------------------------------------------------------------ model folders
 
     FORMAT = {"format": 1, "paper": "border"}  # what a config.json says that this version reads
-    NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on", "least_loss",
-               "images_seen", "epoch", "held_share")  # that it may say
+    NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on",
+               "images_seen", "epoch", "held_share", "cpu_minutes")  # that it may say
     MIN_ACCURACY = 0.5  # on held-out images, for a model to be chosen without being named
 
     def _model_to_read(self):
@@ -1414,7 +1414,8 @@ class LstmCtcOcr:
                if path.parent.name in NETWORKS]
         for path in sorted(own, key=lambda path: path.stat().st_mtime, reverse=True):
             folder = path.parent
-            accuracy = self._load_config(folder).get("accuracy", 0)
+            config = self._load_config(folder)
+            accuracy = config.get("accuracy", 0 if config.get("held_share") else 1)
             if accuracy >= self.MIN_ACCURACY:
                 return folder
             print(f"{_shown(folder)} is passed over: it read only {accuracy:.1%} of its held-out "
@@ -1443,6 +1444,7 @@ class LstmCtcOcr:
         if not (isinstance(config, dict) and self.FORMAT.items() <= config.items()
                 and all(isinstance(config.get(name), kinds[name]) for name in ARCHITECTURE)
                 and all(isinstance(config.get(name, ""), str) for name in ("letters", "length"))
+                and isinstance(config.get("samples", {}), dict)
                 and all(isinstance(config.get(name, 0), (int, float)) for name in self.NUMBERS)):
             raise self.Error(
                 f"{path} is not what this version writes, with {self.FORMAT}: train anew, or name "
@@ -1480,38 +1482,30 @@ class LstmCtcOcr:
         The weights are the moving averages at the model's best step.
         """
         config = self._load_config(folder)  # first, for a training may write a newer one
-        ocr, weights = self._with_architecture(config, folder), {}
+        ocr = self._with_architecture(config, folder)
+        _, arrays = self._restore(folder, config.get("best_step", config.get("step")))
+        return ocr, config, {name.removesuffix(self.AVERAGE): array
+                             for name, array in arrays.items() if name.endswith(self.AVERAGE)}
 
-        def load(path):
-            reader = _tensorflow().train.load_checkpoint(path)
-            weights.update({name.removesuffix(self.AVERAGE): reader.get_tensor(name)
-                            for name in reader.get_variable_to_shape_map()
-                            if name.endswith(self.AVERAGE)})
+    def _restore(self, folder, step=None):
+        """Reads the checkpoint of `step`, or the newest; returns its step and {name: array}.
 
-        self._restore(load, folder, config.get("best_step", config.get("step")))
-        return ocr, config, weights
-
-    def _restore(self, load, folder, step=None):
-        """Loads the checkpoint of `step`, or the newest; returns the step that it has loaded.
-
-        If that one is missing or torn, it loads the newest that is whole, and says so. load: a
-        function of a checkpoint's path. Raises `Error` if no checkpoint can be loaded.
+        If that one is missing or torn, it reads the newest that is whole, and says so. Raises
+        `Error` if there is none.
         """
-        errors = _tensorflow().errors.OpError, ValueError, RuntimeError, LookupError
+        errors = _tensorflow().errors.OpError, ValueError, RuntimeError, LookupError, OSError
         numbers = [path.stem.split("-", 1)[1] for path in folder.glob("LstmCtcOcr-*.index")]
         steps = sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
         wanted = max(steps, default=0) if step is None else step
         for number in dict.fromkeys([wanted, *steps]):
             try:
-                load(str(folder / f"LstmCtcOcr-{number}"))  # compares checksums
-            except errors as error:
-                if _is_lost_server(error):
-                    raise
+                arrays = _arrays_of(folder / f"LstmCtcOcr-{number}")
+            except errors:
                 continue
             if number != wanted:
                 print(f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing or torn: "
                       f"going on from that of step {number}", file=sys.stderr)
-            return number
+            return number, arrays
         raise self.Error(
             f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing, torn or of another "
             "network, and there is no other: restore it, or name another model with --model")
@@ -1539,18 +1533,12 @@ class LstmCtcOcr:
     @contextlib.contextmanager
     def _writing(self, folder):
         """Turns the faults of a disk into an `Error` that names the folder."""
-        tf = sys.modules.get("tensorflow")
         try:
             yield
-        except (OSError, *([tf.errors.OpError] if tf else [])) as error:
-            if _is_lost_server(error):
-                raise
-            # The reason is a system error's text, or TensorFlow's first line before a traceback.
-            text = getattr(error, "strerror", None) or str(error)
-            reason = re.search(r"(.+)\n\s*\[\[", text) or re.match("(.*)", text)
+        except OSError as error:
             raise self.Error(
-                f"cannot write to {folder} ({reason[1]}); run the same command again once that is "
-                "mended") from None
+                f"cannot write to {folder} ({error.strerror or error}); run the same command again "
+                "once that is mended") from None
 
     # ------------------------------------------------------------------ training
 
@@ -1578,13 +1566,19 @@ class LstmCtcOcr:
         step: int = 0
         losses: list = dataclasses.field(default_factory=list)  # of the steps since the last report
         reported: float = 0.0  # when that was, by the monotonic clock
-        begun: float = 0.0  # CPU seconds of this process at its first step
-        validations: list = dataclasses.field(default_factory=list)  # CPU seconds of each
+        begun: float = 0.0  # CPU seconds of this process when the training began
+        validating: float = 0.0  # CPU minutes that it took to validate
+        learnt: bool = False  # there is nothing more to learn
 
         @property
         def trained_on(self):
             """How many images all workers together train on."""
             return len(self.data.rows) * self.place.workers
+
+        @property
+        def cpu_minutes(self):
+            """How long this process has trained, and the chiefs before it."""
+            return (time.process_time() - self.begun) / 60
 
     def train(self):
         """Trains on the images of `dataset`, and goes on from what is in the model folder.
@@ -1592,8 +1586,9 @@ class LstmCtcOcr:
         With TF_CONFIG set, this process is one task of a cluster, see `_join_cluster`: the chief
         validates, reports and saves; the workers add their gradients; the parameter servers hold
         the weights.
-        Returns 0 after `epoch_max` epochs, or on few images once `PATIENCE` validations have
-        gained nothing. Told to stop by a signal, it saves and returns 128 + the signal's number.
+        Returns 0 after `epoch_max` epochs, or on few images once all that are held out are read
+        right, and those learnt from for sure. Told to stop by a signal, it saves and returns 128 +
+        the signal's number.
         """
         place, folder = self._join_cluster(), self._folder_to_train()
         if place.serves:
@@ -1614,6 +1609,11 @@ class LstmCtcOcr:
         found: what `find_labels` has found.
         """
         config = self._training_config(folder) if place.chief else {}
+        samples = config.get("samples", {}).items()
+        if samples and not self.model and samples.isdisjoint(found[0].items()):
+            raise self.Error(
+                f"{_shown(folder)} has learnt other images than those in {self.dataset}: name "
+                "another folder with --model, or this one if it shall learn these too")
         files = self.labelled_files(self.dataset, found, place.number, place.workers)
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only shrinks
         ocr = self.resolve(self._schedule(len(files) - self._held_of(files, share)))
@@ -1813,8 +1813,6 @@ class LstmCtcOcr:
             kept.flush()
         return self._Images(kept, self._shape), good
 
-    PATIENCE = 6  # validations in a row without any gain end a training on few images
-
     def _train_loop(self, run):
         """Trains step by step up to the last one, an early end or a signal.
 
@@ -1826,7 +1824,7 @@ class LstmCtcOcr:
                 _deferred_stop() if chief else contextlib.nullcontext([]) as run.stop, \
                 self._begin(run) as bar:
             for feeds in _one_ahead(self._batches(run)):
-                if chief and (run.step >= run.last or run.config.get("idle") == self.PATIENCE):
+                if chief and (run.step >= run.last or run.learnt):
                     break
                 before = run.step
                 loss, norm, step = run_step([net.loss, net.gradient_norm, net.train], feeds)
@@ -1834,7 +1832,7 @@ class LstmCtcOcr:
                 run.losses.append(float(loss))
                 run.step = int(step)
                 bar.update(run.step - before)
-                bar.set_postfix(loss=f"{loss:.3f}")
+                bar.set_postfix(loss=f"{loss:.3f}", CPU=f"{run.cpu_minutes:.1f} min")
                 if chief:
                     self._between_steps(run, before, feeds)
                 # A signal that came after saving waits for the next step, which saves again.
@@ -1848,12 +1846,15 @@ class LstmCtcOcr:
         return 0
 
     def _begin(self, run):
-        """Notes where the training stands and when it began; returns its progress bar."""
+        """Notes where the training stands, when it began and with what; returns its progress bar."""
         run.step = run.config["step"] = int(run.session.run(run.net.step))
-        plan = {"images": run.trained_on, "epoch_max": self.epoch_max}
-        if not plan.items() <= run.config.items():  # there may be something to gain again
-            run.config["idle"] = 0
-        run.reported, run.begun = time.monotonic(), time.process_time()
+        samples = {os.path.relpath(path, self.dataset): text for path, text in run.data.files[:20]}
+        held_out = samples, len(run.data.held)
+        if held_out != (run.config.get("samples"), run.config.get("validated_on")):
+            self._forget_best(run.config)  # it was the best on other images
+        run.config["samples"] = samples
+        run.reported = time.monotonic()
+        run.begun = time.process_time() - 60 * run.config.get("cpu_minutes", 0)
         bar = tqdm(total=run.last, initial=run.step, unit="step", disable=None)
         bar.write(f"{len(run.data.rows)} images to train on, {len(run.data.held)} held out; "
                   f"from step {run.step} to {run.last}", file=sys.stderr)
@@ -1891,13 +1892,10 @@ class LstmCtcOcr:
         """Reports and saves if it is time for it, after the step that followed step `before`.
 
         Reports are due every `REPORT_STEPS` steps and at the end. One before the end waits until
-        validating takes at most `VALIDATION_SHARE` of the CPU time; what the first one will take is
-        a guess. The clock would also count moments in which the machine was busy or stopped.
+        those so far have taken at most `VALIDATION_SHARE` of the CPU time. The clock would also
+        count moments in which the machine was busy or stopped.
         """
-        elapsed = time.process_time() - run.begun
-        cost = run.validations[-1] if run.validations else \
-            elapsed / len(run.losses) / self.batch_size * len(run.data.held) / 3
-        fits = sum(run.validations) + cost <= self.VALIDATION_SHARE * elapsed
+        fits = run.validating <= self.VALIDATION_SHARE * run.cpu_minutes
         ends = run.step >= run.last
         reports = ends or fits and run.step // self.REPORT_STEPS > before // self.REPORT_STEPS
         reports = reports and len(run.data.held)
@@ -1920,9 +1918,11 @@ class LstmCtcOcr:
                              f"{run.step}: lower --lr, to go on from the newest checkpoint in "
                              f"{run.folder}")
 
+    LEARNT = 0.05  # is the loss, or less, of distorted images that are read right for sure
+
     def _report(self, run, feeds):
         """Validates; prints the article's figures and draws the learning curve."""
-        begun = time.process_time()
+        begun = run.cpu_minutes
         speed = len(run.losses) * self.batch_size / (time.monotonic() - run.reported)
         epoch, batch = divmod(run.step, run.steps_per_epoch)
         lr = self._learning_rate((run.step - 1) / run.steps_per_epoch)
@@ -1933,42 +1933,26 @@ class LstmCtcOcr:
         held = score(truths, readings)
         tqdm.write("\n".join([
             f"epoch {epoch}  batch {batch} of {run.steps_per_epoch}  step {run.step}  "
-            f"lr {lr:.2e}  {speed:.0f} images/s",
+            f"lr {lr:.2e}  {speed:.0f} images/s  {run.cpu_minutes:.1f} CPU minutes, "
+            f"{(run.last - run.step) * self.batch_size / speed / 60:.1f} minutes left",
             f"train       loss {train_loss:.3f}  edit distance {train['cer']:.4f}",
             f"validation  loss {loss:.3f}  edit distance {held['cer']:.4f}  "
             f"accuracy {held['accuracy']:.2%}",
             "accuracy by length  " + _shares(held["by_length"]),
             *(f"True [{', '.join(truth)}] <====> [{', '.join(reading)}]"
               for truth, reading in zip(truths[:3], readings))]) + "\n", file=sys.stderr)
-        self._note_gain(run, held, loss, temperature)
-        run.config["curve"] = thin_curve(
-            [*run.config.get("curve", []), (run.step, train_loss, held["accuracy"])])
+        if held["accuracy"] >= run.config.get("accuracy", 0):  # of equal ones the later is the best
+            run.config.update(accuracy=held["accuracy"], validated_on=held["count"],
+                              best_step=run.step, temperature=temperature)
+        run.learnt = run.data.distorts and held["accuracy"] == 1 and train_loss < self.LEARNT
+        curve = [point for point in run.config.get("curve", ()) if point[0] < run.step]
+        run.config["curve"] = thin_curve([*curve, (run.step, train_loss, held["accuracy"])])
         with self._writing(run.folder):
             _replace(run.folder / "curve.svg", draw_curve(run.config["curve"]))
         run.losses, run.reported = [], time.monotonic()
-        run.validations.append(time.process_time() - begun)
+        run.validating += run.cpu_minutes - begun
 
-    MIN_VALIDATED = 100  # held-out images that tell the accuracy, and the temperature
-
-    def _note_gain(self, run, held, loss, temperature):
-        """Notes in the config whether this validation is the best so far, and has gained anything.
-
-        What was best on other held-out images is forgotten. Of a few held-out images some are read
-        right by chance: there the loss decides.
-        """
-        names = [os.path.basename(run.data.files[row][0]) for row in run.data.held]
-        held_out = _digest("/".join(names))
-        if run.config.get("held_out") != held_out:
-            self._forget_best(run.config)
-            run.config["held_out"] = held_out
-        most, least = run.config.get("accuracy", 0), run.config.get("least_loss", math.inf)
-        few = run.data.distorts and held["count"] < self.MIN_VALIDATED
-        if loss < least if few else held["accuracy"] >= most:
-            run.config.update(accuracy=held["accuracy"], validated_on=held["count"],
-                              best_step=run.step, temperature=temperature)
-        gained = not run.data.distorts or loss < least or held["accuracy"] > most
-        run.config.update(least_loss=min(least, loss),
-                          idle=0 if gained else run.config.get("idle", 0) + 1)
+    MIN_VALIDATED = 100  # held-out images that tell the temperature
 
     def _validate(self, run):
         """Reads the held-out images.
@@ -2007,37 +1991,34 @@ class LstmCtcOcr:
         each is on the disk before the next is begun, which takes milliseconds. The checkpoint
         before stays too, in case the disk damages the newest.
         """
-        name = f"LstmCtcOcr-{run.step}"
+        files = _written_by(lambda folder: run.net.saver.save(
+            run.session, f"{folder}/LstmCtcOcr", run.step, write_meta_graph=False))
         with self._writing(run.folder):
-            try:
-                run.net.saver.save(run.session, str(run.folder / "LstmCtcOcr"), run.step,
-                                   write_meta_graph=False)
-                _to_disk(*run.folder.glob(f"{name}.*"), run.folder)
-            except BaseException:  # a full disk: parts must not take the room of the next attempt
-                whole = (run.folder / f"{name}.index").exists()  # it is written last
-                for path in run.folder.glob("checkpoint.tmp*" if whole else f"{name}.*"):
-                    path.unlink()
-                raise
+            for name, content in files.items():  # the index after the data
+                _replace(run.folder / name, content, durable=True)
         kept = {f"LstmCtcOcr-{step}" for step in (
             run.step, run.config["step"], run.config.get("best_step"))}
         run.config.update(
             step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
             images_seen=run.step * self.batch_size * run.place.workers, images=run.trained_on,
-            epoch_max=self.epoch_max, lr=self.lr, tensorflow=_tensorflow().__version__)
+            epoch_max=self.epoch_max, lr=self.lr, cpu_minutes=round(run.cpu_minutes, 2),
+            tensorflow=_tensorflow().__version__)
         self._save_config(run.folder, run.config)
-        for path in run.folder.glob("LstmCtcOcr-*"):
+        parts = run.folder.glob(".*.part")  # of trainings that were killed
+        for path in (*parts, *run.folder.glob("LstmCtcOcr-*")):
             if path.name.split(".")[0] not in kept:
                 path.unlink()
 
     def _say_how_it_ended(self, run):
         """Prints what a training that has ended has come to, and what to do next."""
         count, most = run.config.get("validated_on", 0), run.config.get("accuracy", 0)
-        lines = [f"{run.step} steps done; the model is in {run.folder}"]
+        lines = [f"{run.step} steps done in {run.cpu_minutes:.1f} CPU minutes; the model is in "
+                 f"{run.folder}"]
         if count:
             lines.append(f"of the held-out images it reads {_counted(round(most * count), count)}")
-        if run.config.get("idle") == self.PATIENCE:
-            lines.append(f"it has ended early: the last {self.PATIENCE} validations have gained "
-                         "nothing")
+        if run.learnt:
+            lines.append("it has ended early: it reads all of them, and is sure of those it has "
+                         "learnt from")
         lines.append(f"to learn longer, give a larger --epoch-max than {self.epoch_max:.4g}; to "
                      "learn images that are new too, another --model")
         if count and not most:
@@ -2049,7 +2030,7 @@ class LstmCtcOcr:
     @staticmethod
     def _forget_best(config):
         """Removes from a config what it says of the best checkpoint so far."""
-        for name in ("accuracy", "validated_on", "best_step", "least_loss", "idle"):
+        for name in ("accuracy", "validated_on", "best_step"):
             config.pop(name, None)
 
     @staticmethod
@@ -2074,13 +2055,17 @@ class LstmCtcOcr:
 
         If what was best came after the checkpoint, that is lost, and forgotten.
         """
+        variables = _tensorflow().global_variables()
         if any(run.folder.glob("LstmCtcOcr-*.index")):
-            restore = functools.partial(run.net.saver.restore, session)
-            if self._restore(restore, run.folder) < run.config.get("best_step", 0):
+            step, weights = self._restore(run.folder)
+            if step < run.config.get("best_step", 0):
                 self._forget_best(run.config)
+            for variable in variables:
+                name, shape = variable.op.name, variable.shape
+                variable.load(_fitting(weights, name, shape, run.folder), session)
         elif self.start_from:
             weights = self._start_weights()
-            for variable in _tensorflow().global_variables():  # and their moving averages
+            for variable in variables:  # and their moving averages
                 name = variable.op.name.removesuffix(self.AVERAGE)
                 if name in weights:
                     variable.load(weights[name], session)
@@ -2132,7 +2117,9 @@ class LstmCtcOcr:
         try:
             data = path.read_bytes()
             session = _onnx_session(runtime, data, _cores())
-            config = json.loads(session.get_modelmeta().custom_metadata_map["config"])
+            metadata = session.get_modelmeta().custom_metadata_map
+            # In older files they are called config.
+            config = json.loads(metadata.get(self.METADATA) or metadata["config"])
         except Exception as error:  # ONNX Runtime raises many that have no class in common
             fault = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise self.Error(f"{path} cannot be read ({fault}): {remedy}") from None
@@ -2151,11 +2138,12 @@ class LstmCtcOcr:
         return ocr, config, logits
 
     def _say_model(self):
-        """Says on stderr which model is read with, and how well it reads."""
+        """Says on stderr which model is read with, and what it reads or how well."""
         config = self._reader.config
-        print(f"reading with {_shown(self._reader.folder)} ({config['net']}, "
-              f"{config.get('accuracy', 0):.1%} of {config.get('validated_on', 0):,} held-out "
-              "images)", file=sys.stderr)
+        figures = (f"{config['net']}, {config.get('accuracy', 0):.1%} of "
+                   f"{config.get('validated_on', 0):,} held-out images")
+        print(f"reading with {_shown(self._reader.folder)} ({config.get('about', figures)})",
+              file=sys.stderr)
 
     def _read(self, infer, images, restriction):
         """Reads images of one width under one restriction; returns B pairs (text, confidence).
@@ -2897,16 +2885,19 @@ class LstmCtcOcr:
         tf, folder = _tensorflow(), self._model_to_read()
         ocr, config, weights = self._load_model(folder)
         with tf.Graph().as_default(), tf.Session(config=_session_config()) as session, \
-                self._writing(directory), _constants(weights, folder):
+                _constants(weights, folder):
             net = ocr._build_reading(ocr._build_input(), config.get("temperature", 1))
             classes = 1 + tf.sparse.to_dense(net.sparse, default_value=-1)  # 0: the text has ended
             text = tf.strings.reduce_join(tf.gather(ocr._written(), classes), axis=1)
+            graph, = _written_by(lambda folder: tf.saved_model.simple_save(
+                session, folder, {"ink": net.images},
+                {"text": text, "confidence": net.confidence})).values()
+        with self._writing(directory):
             directory.parent.mkdir(parents=True, exist_ok=True)
             # The folder appears whole or not at all.
             with tempfile.TemporaryDirectory(prefix=".", dir=directory.parent) as part:
-                tf.saved_model.simple_save(
-                    session, f"{part}/model", inputs={"ink": net.images},
-                    outputs={"text": text, "confidence": net.confidence})
+                os.mkdir(f"{part}/model")
+                Path(part, "model", "saved_model.pb").write_bytes(graph)
                 os.replace(f"{part}/model", directory)
         return f"ink (images, {ocr.im_height}, columns) uint8"
 
@@ -2919,6 +2910,8 @@ class LstmCtcOcr:
         return [""] + [letter if part == self.label_parts // 2 and letter in letters else ""
                        for letter in self.words for part in range(self.label_parts)]
 
+    METADATA = "lstm_ctc_ocr"  # the name of config.json in an ONNX file; others add more metadata
+
     def _export_onnx(self, path):
         """Writes an ONNX file of standard operators, and beside it the .json that ddddocr needs.
 
@@ -2926,7 +2919,7 @@ class LstmCtcOcr:
         H; w is any width from H / 16. Negative numbers, 0 to -255, are an image that `load_image`
         has prepared.
         Its output: scores (T, B, C) float32, the logarithms of probabilities, the blank first.
-        The metadata's `config` is the model's config.json. Returns a description of the input.
+        Its metadata hold the model's config.json. Returns a description of the input.
         """
         onnx = _package("onnx", "write ONNX files")
         ocr, config, weights = self._load_model(self._model_to_read())
@@ -2942,7 +2935,7 @@ class LstmCtcOcr:
             value("scores", real, ["steps", "batch", weights["dense/bias"].size]))
         model = onnx.helper.make_model(
             graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
-        onnx.helper.set_model_props(model, {"config": json.dumps(config)})
+        onnx.helper.set_model_props(model, {self.METADATA: json.dumps(config)})
         # ddddocr drops repeated classes, and joins what the charset has for the others.
         settings = {"charset": ocr._written(), "word": False,
                     "image": [-1, ocr.im_height], "channel": 3}
@@ -4514,6 +4507,40 @@ def _tensorflow():
 
 
 @contextlib.contextmanager
+def _in_memory():
+    """Lends a folder in TensorFlow's memory: TensorFlow works there, and Python with the disk.
+
+    On a disk TensorFlow takes the path of a checkpoint for a pattern, in which [ and \\ have a
+    meaning, and it knows only paths in UTF-8.
+    """
+    gfile, folder = _tensorflow().gfile, f"ram://{secrets.token_hex(8)}"
+    gfile.MakeDirs(folder)
+    try:
+        yield folder
+    finally:
+        gfile.DeleteRecursively(folder)
+
+
+def _written_by(write):
+    """Calls write(folder) with a folder in memory; returns {name: bytes} of the files in it."""
+    gfile = _tensorflow().gfile
+    with _in_memory() as memory:
+        write(memory)
+        return {name: gfile.GFile(f"{folder}/{name}", "rb").read()
+                for folder, _, names in gfile.Walk(memory) for name in sorted(names)}
+
+
+def _arrays_of(checkpoint):
+    """Reads a checkpoint, a path without an ending, and compares checksums: {name: array}."""
+    tf = _tensorflow()
+    with _in_memory() as memory:
+        for ending in (".index", ".data-00000-of-00001"):
+            tf.gfile.Copy(os.fsencode(f"{checkpoint}{ending}"), f"{memory}/it{ending}")
+        reader = tf.train.NewCheckpointReader(f"{memory}/it")
+        return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
+@contextlib.contextmanager
 def _quiet_stderr():
     """Drops what is written to stderr until it ends, by compiled libraries too."""
     sys.stderr.flush()
@@ -4560,20 +4587,19 @@ def _constants(weights, folder):
     tf = _tensorflow()
 
     def constant(getter, name, shape, **_):
-        if name not in weights or tf.TensorShape(shape) != weights[name].shape:
-            raise LstmCtcOcr.Error(
-                f"the weights in {folder} are not those of the network that its config.json tells "
-                "of: restore it, or name another model")
-        return tf.constant(weights[name])
+        return tf.constant(_fitting(weights, name, shape, folder))
 
     with tf.variable_scope("", custom_getter=constant):
         yield
 
 
-def _is_lost_server(error):
-    """Whether an exception says that a parameter server has gone, not that something is wrong."""
-    tf = sys.modules.get("tensorflow")
-    return tf and isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError))
+def _fitting(weights, name, shape, folder):
+    """Returns one of a model folder's weights; raises `Error` if there is none of this shape."""
+    if name not in weights or _tensorflow().TensorShape(shape) != weights[name].shape:
+        raise LstmCtcOcr.Error(
+            f"the weights in {folder} are not those of the network that its config.json tells of: "
+            "restore it, or name another model")
+    return weights[name]
 
 
 def _cores():

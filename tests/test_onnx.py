@@ -191,6 +191,20 @@ def of_other_letters(path):
     onnx.save(model, path)
 
 
+@pytest.mark.parametrize("ours, theirs", [(None, "config"), (None, "onnx.infer"), ("config", "onnx.infer")])
+def test_metadata_that_others_add_are_ignored(ours, theirs, exported, tmp_path, capfd):
+    """As those of a quantiser. Ours were called config once."""
+    import onnx
+    model = onnx.load(exported(SHIPPED))
+    config, = model.metadata_props
+    config.key = ours or config.key
+    other = model.metadata_props.add()
+    other.key, other.value = theirs, "dynamic int8"
+    onnx.save(model, tmp_path / "it.onnx")
+    assert main(["test", "--model", str(tmp_path / "it.onnx")]) == 0
+    assert "3 of 3" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["test", "start", "export"])
 @pytest.mark.parametrize("harm", [
     lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:10_000]), not_ours, of_other_letters,

@@ -122,17 +122,6 @@ def test_a_training_that_has_ended_keeps_what_it_knows_and_tells_of_new_images(f
     assert all(config_of(tmp_path / "model")[name] == before[name] for name in ("accuracy", "best_step", "step"))
 
 
-def test_a_training_that_gains_nothing_ends_and_stays_ended(few, trained, tmp_path, capfd, monkeypatch):
-    """However often it is run again, but for a longer one."""
-    monkeypatch.setattr(LstmCtcOcr, "PATIENCE", 1)
-    steps = []
-    for epochs in 1000, 1000, 2000:
-        assert train(few, trained, tmp_path / "model", lr=1e-12, epoch_max=epochs) == 0
-        assert "ended early: the last 1 validations have gained nothing" in capfd.readouterr().err
-        steps.append(config_of(tmp_path / "model")["step"])
-    assert steps[0] == steps[1] < steps[2] < 1000
-
-
 def test_a_training_that_came_to_nothing_says_so(few, tmp_path, capfd):
     assert main(["train", *flags(dataset=few, model=tmp_path, net="lstm", n_hidden=8, epoch_max=1, lr=1e-6)]) == 0
     said = capfd.readouterr().err

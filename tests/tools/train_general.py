@@ -226,8 +226,10 @@ def save_weights(weights, folder, step):
 def publish(model, folder):
     """Copies the best weights of a model folder into another one, without what only training needs."""
     ocr, config, weights = LstmCtcOcr()._load_model(lstm_ctc_ocr._model_folder(model))
-    config = {name: value for name, value in config.items() if name not in ("curve", "idle")}
+    config = {name: value for name, value in config.items() if name not in ("curve", "samples")}
     step, folder = config.get("best_step", config["step"]), Path(folder)
+    if (folder / "config.json").exists():  # what users are told of it stays
+        config["about"] = LstmCtcOcr()._load_config(folder).get("about", config["net"])
     share = step / max(1, config["step"])
     config.update(step=step, images_seen=round(config["images_seen"] * share),
                   epoch=round(config["epoch"] * share, 3))
