@@ -2061,8 +2061,8 @@ class LstmCtcOcr:
             if step < run.config.get("best_step", 0):
                 self._forget_best(run.config)
             for variable in variables:
-                name, shape = variable.op.name, variable.shape
-                variable.load(_fitting(weights, name, shape, run.folder), session)
+                array = _fitting(weights, variable.op.name, variable.shape, run.folder)
+                variable.load(array, session)
         elif self.start_from:
             weights = self._start_weights()
             for variable in variables:  # and their moving averages
