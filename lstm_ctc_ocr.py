@@ -2068,7 +2068,8 @@ class LstmCtcOcr:
             for variable in variables:  # and their moving averages
                 name = variable.op.name.removesuffix(self.AVERAGE)
                 if name in weights:
-                    variable.load(weights[name], session)
+                    array = _fitting(weights, name, variable.shape, self.start_from)
+                    variable.load(array, session)
 
     # ------------------------------------------------------------------ reading
 
