@@ -1846,7 +1846,7 @@ class LstmCtcOcr:
         return 0
 
     def _begin(self, run):
-        """Notes where the training stands, when it began and with what; returns its progress bar."""
+        """Notes where the training stands and when it began; returns its progress bar."""
         run.step = run.config["step"] = int(run.session.run(run.net.step))
         samples = {os.path.relpath(path, self.dataset): text for path, text in run.data.files[:20]}
         held_out = samples, len(run.data.held)
