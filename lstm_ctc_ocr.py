@@ -103,6 +103,7 @@ import flask
 import jinja2
 import numpy as np
 import waitress
+import waitress.buffers
 import waitress.channel
 import waitress.parser
 from PIL import Image, ImageFont, ImageOps, ImageSequence, UnidentifiedImageError
@@ -2667,8 +2668,7 @@ class LstmCtcOcr:
         samples = [SAMPLE % _data_url(path.read_bytes()) for path in paths]
         return _page(PAGE, samples="".join(samples), net=self._reader.config["net"])
 
-    # Waitress refuses larger requests. Who sends a little more than `MAX_BODY` gets an answer.
-    MAX_BUFFER = 2_900_000  # bytes
+    MAX_SENT = 100_000_000  # bytes of a request; more are refused before they are sent
     CONNECTIONS = 450  # at once, see `_make_room`; Windows can wait for 512
 
     def start(self):
@@ -2682,13 +2682,11 @@ class LstmCtcOcr:
         app = self.create_app()
         server = waitress.create_server(
             app, sockets=[listening], ident=None, max_request_header_size=32_768,
-            max_request_body_size=self.MAX_BUFFER, connection_limit=500, threads=100,
+            max_request_body_size=self.MAX_SENT, connection_limit=500, threads=100,
             cleanup_interval=1, channel_timeout=20,  # seconds
-            inbuf_overflow=100_000_000, outbuf_overflow=100_000_000)  # more goes to the disk
+            outbuf_overflow=100_000_000)  # more of an answer goes to the disk
         server.channel_class, accept = _connection(self._admits), server.handle_accept
         server.handle_accept = lambda: [accept() for _ in range(20)]  # not one between two rounds
-        # Each takes one of the files that this process may open; TensorFlow has some open too.
-        most = min(self.CONNECTIONS, os.sysconf("SC_OPEN_MAX") - 100 if fcntl else math.inf)
         serve = functools.partial(  # receives and sends what can be, after 0.1 seconds at most
             server.asyncore.loop, 0.1, use_poll=True, map=server._map, count=1)
         # While its threads are still starting, it would say that requests wait for them.
@@ -2704,7 +2702,7 @@ class LstmCtcOcr:
                 print(f"label {self.label} on {address}/label", file=sys.stderr, flush=True)
             while not stop:
                 serve()
-                _make_room(server.active_channels.values(), most)
+                _make_room(server.active_channels.values())
             # Takes no more connections, and answers the requests under way, for 4 seconds at most.
             app.extensions["lstm_ctc_ocr"].pool.shutdown(wait=False)
             server.del_channel()
@@ -4095,42 +4093,39 @@ def _connection(admits):
 
     admits: function that tells whether the text of a header Authorization holds the token.
     """
+    class Body(waitress.buffers.BytesIOBasedBuffer):
+        """The first bytes of a request's body. The others are read and dropped.
+
+        Most clients send all of a body before they read that it is refused.
+        """
+        most = 0  # bytes
+
+        def append(self, data):
+            super().append(data[:self.most - len(self)])
+
     class Request(waitress.parser.HTTPRequestParser):
         def parse_header(self, head):
-            """Understands the head. Without the token the body is dropped, and the answer is 401.
-            """
+            """Understands the head. Without the token nothing is kept of the body."""
             super().parse_header(head)
-            if not admits(self.headers.get("AUTHORIZATION", "")):
-                self.body_rcv = self.expect_continue = None
-                self.headers["CONNECTION"] = "close"
+            if self.body_rcv is not None:
+                self.body_rcv.buf = Body()
+                if admits(self.headers.get("AUTHORIZATION", "")):
+                    self.body_rcv.buf.most = LstmCtcOcr.MAX_BODY + 1
 
     class Connection(waitress.channel.HTTPChannel):
         parser_class = Request
 
-        def handle_write(self):
-            """Sends. After the last answer it reads on: closed at once, it would lose that answer.
-
-            What comes is dropped, and it is not active any more, see `channel_timeout`.
-            """
-            def drop(_, ended=self.last_activity):
-                self.last_activity = ended
-
-            if not self.close_when_flushed or self.total_outbufs_len:
-                return super().handle_write()
-            self.close_when_flushed, self.received = False, drop
-            self.socket.shutdown(socket.SHUT_WR)
-
     return Connection
 
 
-def _make_room(connections, most):
+def _make_room(connections):
     """Drops 20 connections if there are too many; 500 kB of a request's body count as one more.
 
     These have been idle longest, of those whose request is not being answered.
     """
-    held = sum(request.body_bytes_received for each in connections
+    held = sum(len(request.body_rcv or ()) for each in connections
                for request in (each.request, *each.requests) if request)
-    if len(connections) + held / 500_000 > most:
+    if len(connections) + held / 500_000 > LstmCtcOcr.CONNECTIONS:
         waiting = (each for each in connections if not each.requests)
         for each in sorted(waiting, key=lambda each: each.last_activity)[:20]:
             each.will_close = True
