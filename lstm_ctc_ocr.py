@@ -1403,8 +1403,6 @@ class LstmCtcOcr:
     # ------------------------------------------------------------------ model folders
 
     FORMAT = {"format": 1, "paper": "border"}  # what a config.json says that this version reads
-    NUMBERS = ("step", "best_step", "accuracy", "temperature", "validated_on",
-               "images_seen", "epoch", "held_share", "cpu_minutes")  # that it may say
     MIN_ACCURACY = 0.5  # on held-out images, for a model to be chosen without being named
 
     def _model_to_read(self):
@@ -1448,9 +1446,7 @@ class LstmCtcOcr:
         kinds = self.__annotations__
         if not (isinstance(config, dict) and self.FORMAT.items() <= config.items()
                 and all(isinstance(config.get(name), kinds[name]) for name in ARCHITECTURE)
-                and all(isinstance(config.get(name, ""), str) for name in ("letters", "length"))
-                and isinstance(config.get("samples", {}), dict)
-                and all(isinstance(config.get(name, 0), (int, float)) for name in self.NUMBERS)):
+                and all(isinstance(config.get(name, ""), str) for name in ("letters", "length"))):
             raise self.Error(
                 f"{path} is not what this version writes, with {self.FORMAT}: train anew, or name "
                 "another model with --model")
@@ -1576,11 +1572,6 @@ class LstmCtcOcr:
         learnt: bool = False  # there is nothing more to learn
 
         @property
-        def trained_on(self):
-            """How many images all workers together train on."""
-            return len(self.data.rows) * self.place.workers
-
-        @property
         def cpu_minutes(self):
             """How long this process has trained, and the chiefs before it."""
             return (time.process_time() - self.begun) / 60
@@ -1621,6 +1612,7 @@ class LstmCtcOcr:
                 "another folder with --model, or this one if it shall learn these too")
         files = self.labelled_files(self.dataset, found, place.number, place.workers)
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only shrinks
+        config["held_share"] = share
         ocr = self.resolve(self._schedule(len(files) - self._held_of(files, share)))
         if ocr.ctc == "warp":
             _warp_library()  # where it is missing, that is said before the model folder is made
@@ -1634,7 +1626,7 @@ class LstmCtcOcr:
             if len(files) < ocr.FEW and not ocr.start_from:
                 print(f"{len(files):,} images are few to learn from nothing: a model to start "
                       "from, such as --start-from general, needs far fewer", file=sys.stderr)
-            return ocr._train_loop(ocr._prepare(place, folder, files, share))
+            return ocr._train_loop(ocr._prepare(place, folder, files, config))
 
     def _folder_to_train(self):
         """Returns the folder that `train` writes: `model`, or one named by dataset or network."""
@@ -1750,15 +1742,15 @@ class LstmCtcOcr:
                              f"than {least}: label or render more, or lower --batch-size")
         return held
 
-    def _prepare(self, place, folder, files, share):
+    def _prepare(self, place, folder, files, config):
         """Decodes the images and builds the network; returns a `_Run`.
 
         files: this process's (path, text) pairs in the order of their digests. An image is held
-        out if its digest is below `share`, whatever `val_num` and the number of workers are. For
+        out if its digest is below the config's `held_share`, whatever `val_num` and the number of workers are. For
         one model that share never grows. So no image is trained on first and validated on later.
         """
         images, files = self.load_images(files, folder)
-        held = self._held_of(files, share)  # some files may have been no images
+        held = self._held_of(files, config["held_share"])  # some files may have been no images
         count = len(files) - held
         data = self._Dataset(
             images, files, np.arange(min(held, self.val_num)), np.arange(held, len(files)),
@@ -1766,35 +1758,18 @@ class LstmCtcOcr:
         steps_per_epoch = max(1, count // self.batch_size)
         last = math.ceil(self.epoch_max * steps_per_epoch)
         net = self._build_training(steps_per_epoch, place)
-        config = {}
-        if place.chief:  # read again, for no other process can write it any more
-            config = {**self._training_config(folder), "held_share": share}
+        if place.chief:
             self._save_config(folder, config)
         return self._Run(place, folder, net, data, steps_per_epoch, last, config)
-
-    @dataclasses.dataclass(frozen=True)
-    class _Images:
-        """Decoded images in an open file, to be indexed by an array of rows, from any thread."""
-        file: object
-        shape: tuple  # of an image
-        reading: object = dataclasses.field(default_factory=threading.Lock)
-
-        def __getitem__(self, rows):
-            images = np.empty((len(rows), *self.shape), np.uint8)
-            with self.reading:
-                for image, row in zip(images, rows.tolist()):
-                    self.file.seek(row * image.nbytes)
-                    self.file.readinto(image)
-            return images
 
     IN_MEMORY = 400_000_000  # bytes of decoded images; more are kept on the disk
 
     def load_images(self, files, folder):
         """Decodes the images of (path, text) pairs on all cores, and names on stderr what is none.
 
-        More than `IN_MEMORY` of them are kept in a file in `folder`. It has no name, so the system
-        removes it when this process ends, however it ends.
-        Returns images (n, H, W) uint8, to be indexed by an array of rows, and their pairs.
+        More than `IN_MEMORY` of them are mapped from a file in `folder`. It has no name, so the
+        system removes it when this process ends, however it ends.
+        Returns images (n, H, W) uint8, and their pairs.
         Raises `Error` if the file cannot be written.
         """
         def load(file):
@@ -1807,16 +1782,18 @@ class LstmCtcOcr:
         starts = tqdm(range(0, len(files), batch), "decoding", unit="img", unit_scale=batch,
                       disable=None)
         with self._writing(folder), ThreadPoolExecutor(_cores()) as pool:
-            kept = io.BytesIO()
-            if len(files) * math.prod(self._shape) > self.IN_MEMORY:
+            kept, many = io.BytesIO(), len(files) * math.prod(self._shape) > self.IN_MEMORY
+            if many:
                 folder.mkdir(parents=True, exist_ok=True)
                 kept = tempfile.TemporaryFile(dir=folder)
             for start in starts:
                 for file, image in filter(None, pool.map(load, files[start:start + batch])):
                     kept.write(image)
                     good.append(file)
+            kept.write(bytes(1))  # an empty file could not be mapped
             kept.flush()
-        return self._Images(kept, self._shape), good
+        pixels = np.memmap(kept, mode="r") if many else np.frombuffer(kept.getbuffer(), np.uint8)
+        return pixels[:-1].reshape(-1, *self._shape), good
 
     def _train_loop(self, run):
         """Trains step by step up to the last one, an early end or a signal.
@@ -1854,9 +1831,10 @@ class LstmCtcOcr:
         """Notes where the training stands and when it began; returns its progress bar."""
         run.step = run.config["step"] = int(run.session.run(run.net.step))
         samples = {os.path.relpath(path, self.dataset): text for path, text in run.data.files[:20]}
-        held_out = samples, len(run.data.held)
-        if held_out != (run.config.get("samples"), run.config.get("validated_on")):
-            self._forget_best(run.config)  # it was the best on other images
+        best = run.config.get("samples"), run.config.get("validated_on")
+        if best != (samples, len(run.data.held)) or run.step < run.config.get("best_step", 0):
+            for name in ("accuracy", "validated_on", "best_step"):
+                run.config.pop(name, None)  # it was the best on other images, or has been lost
         run.config["samples"] = samples
         run.reported = time.monotonic()
         run.begun = time.process_time() - 60 * run.config.get("cpu_minutes", 0)
@@ -2005,7 +1983,8 @@ class LstmCtcOcr:
             run.step, run.config["step"], run.config.get("best_step"))}
         run.config.update(
             step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
-            images_seen=run.step * self.batch_size * run.place.workers, images=run.trained_on,
+            images_seen=run.step * self.batch_size * run.place.workers,
+            images=len(run.data.rows) * run.place.workers,  # of all workers together
             epoch_max=self.epoch_max, lr=self.lr, cpu_minutes=round(run.cpu_minutes, 2),
             tensorflow=_tensorflow().__version__)
         self._save_config(run.folder, run.config)
@@ -2033,12 +2012,6 @@ class LstmCtcOcr:
         print("\n".join(lines), file=sys.stderr)
 
     @staticmethod
-    def _forget_best(config):
-        """Removes from a config what it says of the best checkpoint so far."""
-        for name in ("accuracy", "validated_on", "best_step"):
-            config.pop(name, None)
-
-    @staticmethod
     def _stopped(run):
         """Returns the line that says how to go on with a training that was stopped."""
         return (f"stopped and saved at step {run.config['step']} of {run.last}; the same command "
@@ -2056,15 +2029,10 @@ class LstmCtcOcr:
             yield run.session.run
 
     def _resume(self, run, session):
-        """Loads the newest checkpoint that is whole, or else the model to start from, if any.
-
-        If what was best came after the checkpoint, that is lost, and forgotten.
-        """
+        """Loads the newest checkpoint that is whole, or else the model to start from, if any."""
         variables = _tensorflow().global_variables()
         if any(run.folder.glob("LstmCtcOcr-*.index")):
-            step, weights = self._restore(run.folder)
-            if step < run.config.get("best_step", 0):
-                self._forget_best(run.config)
+            _, weights = self._restore(run.folder)
             for variable in variables:
                 array = _fitting(weights, variable.op.name, variable.shape, run.folder)
                 variable.load(array, session)
@@ -2452,16 +2420,13 @@ class LstmCtcOcr:
                 pass  # the chief is done, and has closed the queue at which the workers wait
             except (tf.errors.UnavailableError, tf.errors.AbortedError):
                 raise self.Error("lost a parameter server: start it again, and then this") from None
-            # Closing all of the session closes that queue too. A chief that was told to stop must
-            # not do that: the workers would take it for the end.
-            closed = run.session
-            if not run.stop:
-                closed = session
-                if run.place.chief:
-                    with contextlib.suppress(tf.errors.OpError):  # a server may have gone
-                        run.session.run(run.net.finished)
-                threading.excepthook = lambda _: None  # closing stops TensorFlow's own threads
-            closing = threading.Thread(target=closed.close, daemon=True)
+            if run.stop:  # closing would close that queue too: workers would take it for the end
+                return
+            if run.place.chief:
+                with contextlib.suppress(tf.errors.OpError):  # a server may have gone
+                    run.session.run(run.net.finished)
+            threading.excepthook = lambda _: None  # closing stops TensorFlow's own threads
+            closing = threading.Thread(target=session.close, daemon=True)
             closing.start()
             closing.join(5)  # it would wait for ever for a parameter server that has gone
 
@@ -2488,10 +2453,9 @@ class LstmCtcOcr:
     class _Service:
         """State that the requests to an application share."""
         labelling: object  # _Labelling, with --label
-        pool: object  # threads that read, one a core; the first job starts them
-        jobs: list  # (bytes, Restriction, Future) of images that wait
-        lock: object  # held to change `jobs`
-        process: int  # of which `pool` and `lock` are; 0 before the first request
+        pool: object  # threads that read, one a core. The first request that reads starts them:
+        #               those of a parent would not be in a process that gunicorn --preload forks
+        jobs: object  # deque of (bytes, Restriction, Future) of images that wait
 
     class _Request(flask.Request):
         """A request whose files stay in memory: not every system has a folder for others."""
@@ -2510,14 +2474,12 @@ class LstmCtcOcr:
         ocr = self._reader.ocr
         self._reader.logits(  # the first run takes long
             np.zeros((1, *ocr._shape), np.uint8), alone=True)
-        pool = ThreadPoolExecutor(_cores())
-        service = self._Service(labelling, pool, [], threading.Lock(), 0)
+        service = self._Service(labelling, ThreadPoolExecutor(_cores()), collections.deque())
         app = flask.Flask(__name__, static_folder=None)
         app.extensions["lstm_ctc_ocr"] = service
         app.request_class = self._Request
         app.json.sort_keys = False
         app.config["MAX_CONTENT_LENGTH"] = self.MAX_BODY
-        app.before_request(functools.partial(self._start_threads, service))
         app.before_request(self._admit)
         app.after_request(self._account)
         for error in (HTTPException, self.Error, OSError):
@@ -2529,18 +2491,6 @@ class LstmCtcOcr:
                 app.add_url_rule(path, name, answer, methods=[method],
                                  provide_automatic_options=False)
         return app
-
-    def _start_threads(self, service):
-        """Gives each process that answers requests threads of its own, before its first request.
-
-        Those of its parent are not in a process that was forked, as by gunicorn --preload.
-        """
-        with OPENING:
-            if service.process != os.getpid():
-                service.process, service.lock = os.getpid(), threading.Lock()
-                service.pool = ThreadPoolExecutor(_cores())
-                if service.labelling:
-                    service.pool.submit(self._guess_all, service, iter(service.labelling.left()))
 
     def _admits(self, header):
         """Whether a header Authorization, its bytes in Latin-1 as by WSGI, holds the token."""
@@ -2620,12 +2570,11 @@ class LstmCtcOcr:
             str(given.get(name) or "") for name in ("letters", "length")))
         futures = [concurrent.futures.Future() for _ in datas]
         try:
-            with service.lock:
-                if len(service.jobs) >= self.QUEUE:
-                    raise RuntimeError
-                for data, future in zip(datas, futures):  # a large form too, though over the limit
-                    service.pool.submit(self._read_jobs, service)  # RuntimeError: it is shut down
-                    service.jobs.append((data, restriction, future))
+            if len(service.jobs) >= self.QUEUE:
+                raise RuntimeError
+            for data, future in zip(datas, futures):  # a large form too, though over the limit
+                service.jobs.append((data, restriction, future))
+                service.pool.submit(self._read_jobs, service)  # RuntimeError: it is shut down
         except RuntimeError:
             raise ServiceUnavailable("too many images are waiting, or the service is stopping; "
                                      "try again soon", retry_after=1) from None
@@ -2642,9 +2591,10 @@ class LstmCtcOcr:
         A batch is decoded and read on one core: in paired runs this answered a sixth to a fifth
         more requests a second than reading one batch at a time on all cores.
         """
-        with service.lock:
-            batch = service.jobs[:self.SERVE_BATCH]
-            del service.jobs[:self.SERVE_BATCH]
+        batch = []
+        with contextlib.suppress(IndexError):  # none is left
+            while len(batch) < self.SERVE_BATCH:
+                batch.append(service.jobs.popleft())
         if not batch:
             return
         datas, restrictions, futures = zip(*batch)
@@ -2689,13 +2639,14 @@ class LstmCtcOcr:
             max_request_body_size=self.MAX_SENT, connection_limit=500, threads=100,
             cleanup_interval=1, channel_timeout=20,  # seconds
             outbuf_overflow=100_000_000)  # more of an answer goes to the disk
-        server.channel_class, accept = _connection(self._admits), server.handle_accept
+        accept = server.handle_accept
         server.handle_accept = lambda: [accept() for _ in range(20)]  # not one between two rounds
         serve = functools.partial(  # receives and sends what can be, after 0.1 seconds at most
             server.asyncore.loop, 0.1, use_poll=True, map=server._map, count=1)
         # While its threads are still starting, it would say that requests wait for them.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-        waitress.utilities.Error.to_response = _json_parse_error  # waitress has no setting for it
+        waitress.utilities.Error.to_response = _json_parse_error  # waitress has no settings for it
+        waitress.channel.HTTPChannel.parser_class = _request_parser(self._admits)
         host = f"[{self.host}]" if ":" in self.host else self.host
         address = f"http://{host}:{server.effective_port}"
         with _deferred_stop() as stop:
@@ -2830,7 +2781,11 @@ class LstmCtcOcr:
             service.pool.submit(self._guess_all, service, names)  # refused once the pool is closed
 
     def _answer_label_page(self, service):
-        """GET /label: the page to label images on."""
+        """GET /label: the page to label images on. From then on they are read, to guess."""
+        guesses = service.labelling.guesses
+        unread = [name for name in service.labelling.left() if guesses.get(name) == self.UNREAD]
+        with contextlib.suppress(RuntimeError):  # the service is stopping
+            service.pool.submit(self._guess_all, service, iter(unread))
         return _page(LABEL_PAGE)
 
     LONGEST_LABEL = 100  # letters; a line of a list cannot be as long as a client likes
@@ -4092,8 +4047,8 @@ def _json_parse_error(error, ident=None):
             json.dumps({"error": f"{error.reason}: {error.body}"}).encode())
 
 
-def _connection(admits):
-    """Returns waitress's class of connections, changed so that strangers fill no memory.
+def _request_parser(admits):
+    """Returns waitress's class that takes requests in, changed so that strangers fill no memory.
 
     admits: function that tells whether the text of a header Authorization holds the token.
     """
@@ -4116,10 +4071,7 @@ def _connection(admits):
                 if admits(self.headers.get("AUTHORIZATION", "")):
                     self.body_rcv.buf.most = LstmCtcOcr.MAX_BODY + 1
 
-    class Connection(waitress.channel.HTTPChannel):
-        parser_class = Request
-
-    return Connection
+    return Request
 
 
 def _make_room(connections):
@@ -4609,17 +4561,10 @@ def _cores():
     return max(1, math.ceil(min(cores, _cpu_quota())))
 
 
-def _cpu_quota(root=Path("/")):
-    """Returns the CPUs that the process's control group, and those above it, leave it, or inf.
-
-    They are those of Linux's cgroup v2, each with a file cpu.max.
-    """
-    groups = root / "proc/self/cgroup"  # of Linux
-    group = groups.read_text().rpartition("::/")[2].strip() if groups.exists() else ""
-    folders = (root / "sys/fs/cgroup" / group / "cpu.max").parents
-    limits = "".join(file.read_text() for folder in folders for file in folder.glob("cpu.max"))
-    quotas = re.findall(r"(\d+) (\d+)", limits)  # "max 100000" is none
-    return min((int(quota) / int(period) for quota, period in quotas), default=math.inf)
+def _cpu_quota(path=Path("/sys/fs/cgroup/cpu.max")):
+    """Returns the CPUs that a container may use, or inf; `path` is of Linux's cgroup v2."""
+    limit = re.match(r"(\d+) (\d+)", path.read_text() if path.exists() else "")
+    return int(limit[1]) / int(limit[2]) if limit else math.inf  # "max 100000" is none
 
 
 def _follow_parent():

@@ -156,7 +156,7 @@ def test_nothing_is_read_before_the_first_request(folder):
     before = threading.active_count()
     client, service = client_of(folder)
     assert threading.active_count() == before
-    assert client.get("/label/image").status_code == 200 and threading.active_count() > before
+    assert client.get("/label").status_code == 200 and threading.active_count() > before
     service.pool.shutdown()
 
 
@@ -193,7 +193,7 @@ def test_what_is_read_least_surely_comes_first_and_what_is_skipped_last(folder, 
     with monkeypatch.context() as patched:
         patched.setattr(LstmCtcOcr, "_read_each", read)
         client, service = client_of(folder)
-        client.get("/label")  # with the first request it begins to read
+        client.get("/label")  # from then on it reads
         while LstmCtcOcr.UNREAD in service.labelling.guesses.values():
             time.sleep(0.01)  # until it has read all
         answers = [client.get("/label/image").json]
