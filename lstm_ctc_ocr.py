@@ -1234,12 +1234,12 @@ class LstmCtcOcr:
 
         Raises `Error` if the names can be read in two ways: the setting `labels` decides then.
         """
-        folder, way, labels, left_out, why = Path(folder), "list", {}, {}, ""
+        folder, way, labels, left_out = Path(folder), "list", {}, {}
         names, others = _files_in(folder)
         if self.labels in ("", "list"):
             labels, left_out = self._listed(folder, names, others)
         if self.labels != "list" and not (labels or left_out):
-            way, labels, why = self._named(folder, names)
+            way, labels = self._named(folder, names)
         labels = {name: getattr(str, self.case, str)(label) for name, label in labels.items()}
         left_out["images without a label"] = [name for name in names if name not in labels]
         left_out["files that are no images"] = [
@@ -1248,15 +1248,15 @@ class LstmCtcOcr:
         for name, label in labels.items():
             typed = ", typed from right to left" if turned(label) != label else ""
             said = said or [f"{folder.resolve().name}: {len(labels):,} images, labels as in {way} "
-                            f'("{_on_one_line(name)}" is {label}{typed}){why}']
+                            f'("{_on_one_line(name)}" is {label}{typed})']
             if re.search(NO_UTF8, label):
                 raise self.Error(f"{folder / name}: the label {label!r} is no text in UTF-8 but "
                                  "perhaps in GBK, cp1252 or UTF-16: save the list, or rename the "
                                  "image, in UTF-8")
-        cases = [label.islower() - label.isupper() for label in labels.values()]  # 0: both, or none
-        if min(cases.count(1), cases.count(-1)) > 1 and 10 * cases.count(0) < len(cases):
-            said.append(f"{cases.count(-1):,} labels are in capitals, others in small letters: if "
-                        "the images do not tell these apart, give --case lower or --case upper")
+        capitals, small = (sum(map(case, labels.values())) for case in (str.isupper, str.islower))
+        if min(capitals, small) > 1 and capitals + small > 0.9 * len(labels):
+            said.append(f"{capitals:,} labels are in capitals, {small:,} in small letters: if the "
+                        "images do not tell these apart, give --case lower or --case upper")
         faults = "; ".join(f'{len(those):,} {what}, such as "{_on_one_line(those[0])}"'
                            for what, those in left_out.items() if those)
         return labels, way, said + [f"left out: {faults}"] * bool(faults)
@@ -1264,38 +1264,37 @@ class LstmCtcOcr:
     def _listed(self, folder, names, others):
         """Reads the lists of a folder: a line an image, or a text file beside each image.
 
-        names, others: the folder's images and its other files. x.gt.txt is beside x.png or, if
-        there is none, beside x.<anything>.png. Returns {image: label} and {what is wrong with
-        lines: names in them}. Both are empty if no line names anything. Raises `Error` as
-        `_rows_of` does.
+        names, others: the folder's images and its other files. Returns {image: label} and {what is
+        wrong with lines: names in them}. Both are empty if no line names anything. Raises `Error`
+        as `_rows_of` does.
         """
-        ends = (2, self.BESIDE), (1, self.BESIDE), (0, "")  # a later one counts more
-        images = {_key(name.rsplit(".", dots)[0] + end): name for dots, end in ends
-                  for name in names}
-        labels, left_out = {}, collections.defaultdict(list)
-        rows = [(name, *_text_of(folder / name).split("\n"))
+        images = {}  # by all that a list may call them
+        for name in names:
+            beside = os.path.splitext(name)[0] + self.BESIDE
+            images[_key(beside)] = images[_key(name)] = name
+        rows = [(name, _text_of(folder / name).partition("\n")[0])
                 for name in others if name.endswith(self.BESIDE)]
         for path in self.LISTS:
             rows += _rows_of(folder / path, names, images) if path in others else ()
-        for name, *cells in rows:
-            image, label = images.get(_key(name)), _one_form("".join(cells[:1])).strip()
-            if image and label:
+        labels, left_out = {}, collections.defaultdict(list)
+        for name, label in rows:
+            image, label = images.get(_key(name)), _one_form(label).strip()
+            if not image:
+                left_out["lines of lists that name no image" if not re.search(NO_UTF8, name) else
+                         "lines of lists that are no text in UTF-8"].append(name)
+            elif label:
                 if labels.get(image, label) != label:
                     left_out["labels that a later line replaces"].append(image)
                 labels[image] = label
-            elif name and not image:
-                left_out["lines of lists that name no image" if not re.search(NO_UTF8, name) else
-                         "lines of lists that are no text in UTF-8"].append(name)
         return labels, left_out
 
     def _named(self, folder, names):
         """Finds the way in which labels stand in the names of a folder's images.
 
-        Returns it, {name: label}, and how many images a model reads so if that has decided; "", {}
-        and "" if the names do no more than count the images. Of names <text>_<text>, either part
-        may be the label: the one that looks far less like a running count is. If neither does, or
-        if a name's only part looks like one, the model to start from, or else `general`, decides.
-        Raises `Error` if it cannot.
+        Returns it, and {name: label}; "" and {} if the names do no more than count the images. Of
+        names <text>_<text>, either part may be the label: the one that looks far less like a
+        running count is. If neither does, or if a name's only part looks like one, the model to
+        start from, or else `general`, decides. Raises `Error` if it cannot.
         """
         # A label may hold them, besides usual letters, and the marks of the scripts that have some.
         letters = re.escape(self.words or "A") + "\u0300-\u1dff\u302a-\u302f\ua8e0-\uabff"
@@ -1303,53 +1302,50 @@ class LstmCtcOcr:
         if self.labels:
             label = rf"((?=\d+\.\d)[\d.]*\d|(?>[^\s_.()]|[{letters}])+?)"  # 12.50, or any other
             pattern = re.escape(_one_form(self.labels)).replace(r"\*", ".*").replace("LABEL", label)
-            return self.labels, _labels_in(names, pattern + end + "?"), ""
+            return self.labels, _labels_in(names, pattern + end + "?")
         if (folder / self.RENDERING).exists():
-            return "*_LABEL", _labels_in(names, r"\d+_(.+)\.\w+"), ""
+            return "*_LABEL", _labels_in(names, r"\d+_(.+)\.\w+")
         # What is longer is a checksum or the like. Of 12.50.png, nobody knows what the label is.
         label = r"(?!\d+\.\d)" * ("." not in letters) + rf"(?>[^\W_]|[{letters}]){{1,20}}"
         whole, first, last = (_labels_in(names, form + end) for form in (
             f"({label})", f"({label}?)_.*", rf".*?_({label})"))
-        every = {**first, **whole}
-        share = len(whole) / max(1, len(every))
-        if share < 0.1:  # so few are something else, such as logo.png
-            every = first
-        one, other = ("LABEL", whole) if share >= 0.9 else ("LABEL_*", every), ("*_LABEL", last)
-        behind = len(last) >= len(every) / 2
+        share = len(whole) / max(1, len({**first, **whole}))
+        if share >= 0.9:
+            one = "LABEL", whole
+        else:  # a few that are called otherwise are something else, such as logo.png
+            one = "LABEL_*", {**first, **whole} if share >= 0.1 else first
+        behind = len(last) >= len(one[1]) / 2
         two = behind and len({*first.values()}) > (len(first) > 1)  # not captcha_<text>.png
-        rivals = [one, other] if two else [("", {}), other if behind else one]
+        rivals = [one if two else ("", {}), ("*_LABEL", last) if behind else one]
         (low, *_), (high, way, labels) = sorted(
             (self._gap(labels, two), way, labels) for way, labels in rivals)
         if high > 10 * low:
-            return way, labels, ""
-        votes = self._ways_read(folder, names)
-        way = max(votes, key=votes.get, default="")
-        if "LABEL" in way and votes[way] > 2:
-            return *dataclasses.replace(self, labels=way)._named(folder, names)[:2], (
-                f": {self.start_from or 'general'} reads {votes[way]} of {votes.total()} images so")
-        if two and ("".join(first.values()).isdigit() or votes and self._gap(last, False) >= 10):
+            return way, labels
+        texts = self._read_some(folder, names)
+        (low, *_), (high, way, labels) = sorted(
+            (sum(texts.get(folder / name) == label.lower() for name, label in labels.items()),
+             way, labels) for way, labels in rivals)
+        if high > 10 * low + 2:
+            return f"{way}, as {self.start_from or 'general'} reads {high} of {len(texts)}", labels
+        if two and ("".join(first.values()).isdigit() or texts and self._gap(last, False) >= 10):
             name = next(iter(last))
             ways = " or ".join(f"--labels '{way}' (\"{_on_one_line(name)}\" is {labels.get(name)})"
                                for way, labels in rivals)
             raise self.Error(f"the names in {folder} can be read in two ways: give {ways}")
-        return *rivals[0], ""
+        return rivals[0]
 
-    def _ways_read(self, folder, names):
-        """Reads 30 images, from all over a folder, and finds in their names what they show.
+    def _read_some(self, folder, names):
+        """Reads 30 images, from all over a folder, with the model to start from, or else `general`.
 
-        Returns a Counter: how many names hold it in a way, as the setting `labels` says it; a name
-        that does not hold it counts for itself. Of fewer than 20 images, none is read.
+        Returns {path: text in small letters} of what can be read: nothing of fewer than 20 images,
+        or without such a model.
         """
         names = sorted(names, key=_digest)[:30 if len(names) >= 20 else 0]
-        votes = collections.Counter()
         with contextlib.suppress(self.Error):  # no such model, or no TensorFlow
             ocr = LstmCtcOcr(model=self.start_from or "general")
-            for path, text, *_ in ocr.recognise_files([folder / name for name in names]):
-                if text:
-                    way = re.sub(rf"(?<![^\W_]){re.escape(text)}(?![^\W_])", "LABEL",
-                                 _one_form(path.stem), flags=re.IGNORECASE)
-                    votes[re.sub("^.+(?=.LABEL)|(?<=LABEL.).+", "*", way)] += 1
-        return votes
+            readings = ocr.recognise_files([folder / name for name in names])
+            return {path: text.lower() for path, text, *_ in readings if text}
+        return {}
 
     @staticmethod
     def _gap(labels, two):
@@ -1357,12 +1353,11 @@ class LstmCtcOcr:
 
         Returns the mean distance of neighbouring numbers where nearly all labels are different
         numbers, else infinity; 1 if all labels are the same. two: whether names have a second part
-        that may be the label. Then the numbers have no zeros in front, and such as are all of about
-        the same size, but not next to each other, are no count. Else a count may leave out some,
-        and may look like captcha001.
+        that may be the label. Then the numbers have no zeros in front; else a count may look like
+        captcha001. Numbers far apart, but all of about the same size, are no count.
         """
         prefix = re.escape(os.path.commonprefix([*labels.values()]))
-        form, limit = ("(0|[1-9][0-9]*)", 1.5) if two else (prefix + "([0-9]*)", 10)
+        form = "(0|[1-9][0-9]*)" if two else prefix + "([0-9]*)"
         numbers = {(os.path.dirname(name), int(found[1] or 0))  # a subfolder counts anew
                    for name, label in labels.items() if (found := re.fullmatch(form, label))}
         if len(numbers) <= 0.98 * len(labels):
@@ -1370,7 +1365,7 @@ class LstmCtcOcr:
         _, values = zip(*numbers)
         low, high = min(values), max(values)
         gap = (high - low) / len(values)
-        return gap if gap < limit or 10 * low <= high else math.inf
+        return gap if gap < 10 or 10 * low <= high else math.inf
 
     def labelled_files(self, folder, found=None, number=0, workers=1):
         """Lists the labelled images of a folder as (path, text), ordered by digests of their names.
@@ -2794,8 +2789,8 @@ class LstmCtcOcr:
         """POST /label: writes an image's label, or without one skips it; answers with the next."""
         request, labelling = flask.request, service.labelling
         # A browser always says its page's origin; where it came over https, also how that is to us.
-        origin = request.headers.get("Origin", f"://{request.host}")
-        own = "same-origin" if origin.partition("://")[2] == request.host else "another"
+        origin = request.headers.get("Origin", request.host).rpartition("/")[2]
+        own = "same-origin" if origin == request.host else "another"
         if request.headers.get("Sec-Fetch-Site", own) != "same-origin":
             flask.abort(403, "labels are taken from this service's own page, and from no other; a "
                              "proxy must pass the browser's Host on (nginx: proxy_set_header Host "
@@ -3844,32 +3839,26 @@ def _files_in(folder):
 
     All are paths from the folder on. Images of one folder come in the order of the numbers at the
     beginning of their names. A folder that is named like an image counts as one: whoever opens it
-    tells the user. Hidden files and folders are left out. Folders that are links come last, unless
-    they lead to one that was listed already. What is no folder has none of either. Raises OSError
-    if a folder cannot be listed.
+    tells the user. Hidden files and folders are left out. Subfolders come behind, and last of all
+    links to folders elsewhere: each folder is listed once. What is no folder has none of either.
+    Raises OSError if a folder cannot be listed.
     """
-    images, others, links, seen = [], [], [""], set()
-
-    def walk(inside):
+    images, others, folders, links, seen = [], [], [""], [], set()
+    while folders or links:
+        inside = (folders or links).pop(0)
         here = os.path.realpath(os.path.join(folder, inside))
         names = os.listdir(here) if os.path.isdir(here) and here not in seen else ()
         seen.add(here)
         for name in sorted(names, key=lambda name: (int(re.match(r"\d*", name)[0] or -1), name)):
-            path = os.path.join(inside, name)
-            file = Path(folder, path)
+            path, file = os.path.join(inside, name), Path(here, name)
             if name.startswith("."):
                 continue
             if name.lower().endswith(tuple(IMAGE_KINDS)):
                 images.append(path)
-            elif not file.is_dir():
-                others.append(path)
-            elif file.is_symlink():
-                links.append(path)
+            elif file.is_dir():
+                (links if file.is_symlink() else folders).append(path)
             else:
-                walk(path)
-
-    for link in links:  # it grows meanwhile
-        walk(link)
+                others.append(path)
     return images, others
 
 
@@ -3938,38 +3927,36 @@ def _text_of(path):
 
 
 def _rows_of(path, names, images):
-    """Reads a list of labels; returns its rows, each the cells [name, label, and so on].
+    """Reads a list of labels; returns its rows (name, label).
 
-    images: {what a line may call an image, see `_key`: one of `names`}. A line is split at the
-    tabs, commas or semicolons in front of which it names an image. Quotation marks enclose a cell
-    between commas or semicolons, if they enclose all of it. If no line has more than one cell, and
-    the numbers of the images fit, line n is the label of image n.
+    images: {what a line may call an image, see `_key`: one of `names`}. The first line may name the
+    columns. Each line has its own separator: the tab, comma or semicolon behind the suffix of a
+    file, or else the first. Between tabs, quotation marks are letters.
 
-    Raises `Error` for a line of more cells than the first, or the first if it holds a number such
-    as 1,234: a label may not be cut.
+    In a list of labels alone, line n is for image n, if the numbers of the images say so.
+
+    Raises `Error` for a line that holds more than the first line names, or than a name, a label and
+    numbers from 0 to 1: the rest may be a part of the label, as in 0.png,1,234.
     """
-    rows, columns = [], 0
-    for number, line in enumerate(_text_of(path).rstrip().splitlines(), 1):
-        # A quotation mark that does not enclose a whole cell must not take in the next one.
-        plain = re.sub(r'((?:^|[,;])\s*"(?:[^"]|"")*"(?=\s*(?:[,;]|$)))'
-                       r'|((?:^|[,;])\s*)"', r"\1\2", line)[:100_000] or ","
-        splits = line.split("\t"), *(
-            next(csv.reader([plain], delimiter=sign, skipinitialspace=True)) for sign in ",;")
-        cells = max(splits, key=lambda cells: math.inf if _key(cells[0]) in images else len(cells))
-        # A number and then another one, which is no share from 0 to 1, may be one label.
-        one = re.search(r",\W*\d+,(?![01]\.)\d", line)
-        columns = columns or (2 if one else max(2, len(cells)))
-        if any(cells[columns:]):
+    text, order, rows, columns = _text_of(path), sorted(names, key=len), [], 1
+    labels = text.split()
+    if len(labels) == len(order) > 0 and not re.search("[\t,;.]", text):
+        last = len(labels) - ("0." in order[0])  # the images are numbered from 0 or from 1 on
+        if f"{last}." in order[-1]:
+            return zip(order, labels)
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line[:100_000] or ","  # `csv` takes no longer cell, and finds none in no text
+        sign = re.search(r'^(?:.*?\.\w+"? *|[^.]*?)([\t,;])|$', line)[1] or ","
+        reader = csv.reader([line], delimiter=sign, skipinitialspace=True)
+        name, *cells = line.split(sign) if sign == "\t" else next(reader)
+        if number == 1 and _key(name) not in images:
+            columns = max(1, len(cells))
+        elif not all(re.fullmatch(r" *[01]?(\.\d+)? *", cell) for cell in cells[columns:]):
             raise LstmCtcOcr.Error(
                 f"{path}, line {number} holds more than a name and a label: put a label with "
                 'commas in quotes, as in 0.png,"1,234", or let the first line name all columns')
-        known = _key(cells[0]) in images
-        if known or number > 1 or len(cells) == 1:  # the first line may name the columns
-            rows.append(cells)
-    order = sorted(names, key=len)  # by their numbers, 0 or 1 to that of the last line
-    if {*map(len, rows)} == {1} and len(rows) == len(order) and not known and (
-            f"{len(rows) - ('0.' in order[0])}." in order[-1]):
-        return zip(order, *zip(*rows))
+        elif name:
+            rows.append((name, "".join(cells[:1])))
     return rows
 
 
