@@ -1029,8 +1029,8 @@ class LstmCtcOcr:
     def _paper_of(self, colours):
         """Returns the paper's colour, (channels,) float32: the median along the image's border."""
         edge = max(1, self.im_height // 16)
-        middle = colours[edge:-edge]
-        sides = colours[:edge], colours[-edge:], middle[:, :edge], middle[:, -edge:]
+        # The last and first rows, then columns; "wrap", as an image may have fewer than these.
+        sides = [colours.take(range(-edge, edge), axis, mode="wrap") for axis in (0, 1)]
         border = np.concatenate([side.reshape(-1, colours.shape[2]) for side in sides])
         return np.sort(border, axis=0)[len(border) // 2]  # np.partition takes 4 times as long
 
@@ -1172,19 +1172,18 @@ class LstmCtcOcr:
     def _draw_label(self):
         """Decides at random whether a captcha is plain, and its label: by the module `random`.
 
-        Some varied captchas are sums, such as 12-4=? or 3×8, if `words` has what they take. The
-        others then have none of their signs.
+        Some varied captchas are sums, such as 12-4=? or 3×8, if `words` has all `SIGNS`. The others
+        then have none of these.
         """
         letters, lengths = self.words, [1, self.words_max_num]
         plain = self.look == "plain"
         if not plain:
-            signs = [sign for sign in "+++---××*/÷" if {sign, *DIGITS, *"=?"} <= {*letters}]
-            if signs and random.random() < .06:
-                numbers = random.choices([*DIGITS * 9, *map(str, range(100))], k=2)
-                label = random.choice(signs).join(numbers) + "=?"[:random.randint(0, 2)]
-                return False, label[:self.words_max_num]
-            if signs:
-                letters = re.sub(r"\W", "", letters)
+            if {*SIGNS, *DIGITS} <= {*letters}:
+                if random.random() < .06:
+                    numbers = random.choices([*DIGITS * 9, *map(str, range(100))], k=2)
+                    label = random.choice("+++---××*/÷").join(numbers)
+                    return False, (label + "=?"[:random.randint(0, 2)])[:self.words_max_num]
+                letters = letters.translate(dict.fromkeys(map(ord, SIGNS)))
             alphabet = _pick(random, self.ALPHABETS)
             letters = [letter for letter in letters if letter in alphabet] or letters
             if random.random() < .08:  # letters that repeat are easily lost
@@ -1213,7 +1212,6 @@ class LstmCtcOcr:
         """
         chance: random.Random
         noise: np.random.Generator  # for whole arrays
-        fonts: tuple  # (path, the letters that it has) of each
         shape: tuple  # (h, w) of the image in pixels
         size: float  # of the letters, pixels an em
         paper: np.ndarray  # the colour of the paper
@@ -2892,11 +2890,12 @@ class LstmCtcOcr:
         # ddddocr drops repeated classes, and joins what the charset has for the others.
         settings = {"charset": ocr._written(), "word": False,
                     "image": [-1, ocr.im_height], "channel": 3}
+        beside = path.with_suffix(".json")
         with self._writing(path.parent):
             _replace(path, model.SerializeToString())
-            _replace(path.with_suffix(".json"), json.dumps(settings) + "\n")
+            _replace(beside, json.dumps(settings) + "\n")
         return (f"images (1 or 3 channels, {ocr.im_height} rows, any width, 0 to 1); "
-                f"{path.with_suffix('.json')} is for ddddocr")
+                f"{beside} is for ddddocr")
 
     def _onnx_network(self, add, weights):
         """Adds the network's operations to an ONNX graph, from "images" to "scores".
@@ -2949,9 +2948,7 @@ class LstmCtcOcr:
         prepared = add("Relu", add("Neg", "images"))  # 0 for colours
         colours = add("Relu", "images")  # 0 for prepared ink
         edge = max(1, self.im_height // 16)
-        ends = [*range(edge), *range(-edge, 0)]
-        middle = add("Slice", colours, [edge], [-edge], [2])
-        border = add("Gather", colours, ends, axis=2), add("Gather", middle, ends, axis=3)
+        border = (add("Gather", colours, range(-edge, edge), axis=axis) for axis in (2, 3))
         along = add("Concat", *(add("Reshape", part, [0, 0, -1, 1]) for part in border), axis=2)
         half = add("Div", add("Shape", along, start=2, end=3), [2])
         lower_half = add("TopK", along, add("Add", half, [1]), axis=2, largest=0)
@@ -2961,7 +2958,7 @@ class LstmCtcOcr:
         strongest = add("Max", add("ReduceMax", ink, [2, 3]), np.float32(MIN_CONTRAST))
         if NETWORKS[self.net].inks:
             main = add("ReduceSum", add("Mul", away, add("Mul", ink, ink)), [2, 3])
-            main = add("Div", main, add("Max", add("ReduceL2", main, [1]), np.float32(1e-9)))
+            main = add("LpNormalization", main, axis=1)
             along = add("Relu", add("ReduceSum", add("Mul", main, away), [1]))
             rest = add("Sub", away, add("Mul", main, along))
             share = add("Mul", along, add("ReduceMax", add("Abs", main), [1]))
@@ -3009,12 +3006,11 @@ def draw_varied(text, seed, fonts):
     """
     chance = random.Random(seed)
     height = round(chance.choice((15, 22, 45, 45)) * chance.uniform(1, 2))
-    share = chance.uniform(.55, 1.05) if chance.random() < .7 else chance.uniform(.25, .6)
-    size = max(13, share * height)
+    size = max(13, height * chance.triangular(.25, 1.05, .9))
     placed, width = _place_letters(chance, fonts, text, height, size)
     paper, contrast = _colour(chance, PAPER_COLOURS), chance.choice((35, 50, 75, 100, 125))
     look = LstmCtcOcr._Look(
-        chance, np.random.default_rng(chance.getrandbits(64)), fonts, (height, width), size, paper,
+        chance, np.random.default_rng(chance.getrandbits(64)), (height, width), size, paper,
         _contrasting(chance, paper, contrast), contrast)
     letters, canvas = _draw_letters(look, placed), _draw_paper(look)
     _clutter(look, canvas, over=False)
@@ -3129,50 +3125,45 @@ def _face(font, size):
 
 
 @functools.lru_cache(32768)
-def _glyph(font, letter, size, block=1):
-    """Draws a letter: (h, w) uint8 with a margin, y of its middle from the baseline, advance.
-
-    block: width of the squares that it is made of, as in a bitmap font; 1: of a smooth letter, 1.
-    """
-    face = _face(font, size // block)
-    mask, (_, top) = face.getmask2(letter, "L" if block == 1 else "1", anchor="ls")
-    pixels = np.asarray(mask, np.uint8).reshape(mask.size[::-1]).repeat(block, 0).repeat(block, 1)
-    return (np.pad(pixels, size // 8 + 1), block * (top + mask.size[1] / 2),
-            block * face.getlength(letter))
+def _glyph(font, letter, size):
+    """Draws a letter: (h, w) uint8 with a margin, y of its middle from the baseline, advance."""
+    face = _face(font, size)
+    mask, (_, top) = face.getmask2(letter, "L", anchor="ls")
+    pixels = np.asarray(mask, np.uint8).reshape(mask.size[::-1])
+    return np.pad(pixels, size // 8 + 1), top + mask.size[1] / 2, face.getlength(letter)
 
 
 GLYPH_SIZES = 20, 34, 58  # pixels an em; glyphs are drawn at these sizes, cached, and then scaled
-# Of letters, in widths of a letter.
-SPACINGS = (.65, .8), (.72, .95), (.95, 1.1), (1.05, 1.5), (1.4, 2.4)
 MAX_ASPECT = 4.3  # width / height, about; letters that are far apart move closer to keep it
 
 
 def _place_letters(chance, fonts, text, height, size):
     """Chooses font, size, angle and place of every letter.
 
-    Returns [(glyph, matrix (2, 2) that turns and scales it, x and y of its middle)], and the width
-    of the image, in pixels.
+    Returns [(glyph, matrix (2, 2) that turns and scales it, x and y of its middle, whether it has
+    no half-transparent pixels)], and the width of the image, in pixels.
     """
-    level = GLYPH_SIZES[bisect.bisect(GLYPH_SIZES[:-1], .9 * size)]
-    block = level // chance.randint(8, 14) if chance.random() < .08 else 1
+    level, crisp = GLYPH_SIZES[bisect.bisect(GLYPH_SIZES[:-1], .9 * size)], chance.random() < .2
+    if crisp:  # small glyphs get large squares, as those of a bitmap font
+        level = chance.choice((level, chance.randint(9, 14)))
     # A plus, turned further, looks like a times.
     swing = _some(chance, .7, 5, 50 if text.isalnum() else 30)
-    slants = _some(chance, .5, .1, .3)
-    turn, slant = _some(chance, .25, -12, 12), _some(chance, .25, -.35, .35)
-    stretch, slope = 1 + _some(chance, .33, -.25, .3), _some(chance, .33, -.12, .12)
+    slant, slope = _some(chance, .5, -.35, .35), _some(chance, .33, -.12, .12)
+    stretch = 1 + _some(chance, .33, -.25, .3)
     loose = chance.uniform(1, max(1, .8 * height / size))  # small letters are often far apart
     shrink, jitter = _some(chance, .6, .05, .35), loose * _some(chance, .67, .05, .25)
-    spacing = min(loose * chance.uniform(*chance.choice(SPACINGS)),
+    # Of letters, in widths of a letter: half of them closer than .98.
+    spacing = min(loose * (.65 + 1.7 * chance.random() ** 2.3),
                   max(.8, MAX_ASPECT * height / (len(text) * .6 * size * stretch)))
     able = [path for path, letters in fonts if not text.strip(letters)]
     font = chance.choice(able) if able and chance.random() < .7 else None
     x, y, placed = 0, height - (height - .72 * size) * chance.uniform(.07, .93), []
     for letter in text:
         path = font or chance.choice([path for path, letters in fonts if letter in letters])
-        glyph, middle, advance = _glyph(path, letter, level, block)
+        glyph, middle, advance = _glyph(path, letter, level)
         scale = size / level * (1.1 - chance.uniform(0, shrink))
-        turned = cv2.getRotationMatrix2D((0, 0), turn + chance.uniform(-swing, swing), scale)[:, :2]
-        matrix = turned @ [[stretch, slant + chance.uniform(-slants, slants)], [0, 1]]
+        turned = cv2.getRotationMatrix2D((0, 0), chance.uniform(-swing, swing), scale)[:, :2]
+        matrix = turned @ [[stretch, slant], [0, 1]]
         width = advance * stretch * scale
         down = y + middle * scale + chance.uniform(-jitter, jitter) * size
         down = np.clip(down, .24 * size, height - .24 * size)
@@ -3182,16 +3173,17 @@ def _place_letters(chance, fonts, text, height, size):
     extent, margins = x - width * (spacing - 1), height * (2.2 * chance.random() ** 3 - .08)
     whole = int(max(extent + margins, height * chance.uniform(.9, 3)))
     left = (whole - extent) * chance.choice((.5, chance.uniform(.1, .9)))
-    return [(glyph, matrix, left + x, y) for glyph, matrix, x, y in placed], whole
+    return [(glyph, matrix, left + x, y, crisp) for glyph, matrix, x, y in placed], whole
 
 
-def _stamp(layer, glyph, matrix, x, y, colour, crisp=False):
+def _stamp(layer, glyph, matrix, x, y, colour, crisp):
     """Draws a glyph over a layer (4, h, w) as in `_draw_letters`, with its middle at x, y.
 
     crisp: without half-transparent pixels at its edges.
     """
     offset = (x, y) - matrix @ np.array(glyph.shape[::-1]) / 2
-    drawn = cv2.warpAffine(glyph, np.column_stack((matrix, offset)), layer.shape[:0:-1])
+    drawn = cv2.warpAffine(glyph, np.column_stack((matrix, offset)), layer.shape[:0:-1],
+                           flags=cv2.INTER_NEAREST if crisp else cv2.INTER_LINEAR)
     left, top, width, height = cv2.boundingRect(drawn)
     part = np.s_[..., top:top + height, left:left + width]
     opacity = drawn[part] / np.float32(255)
@@ -3201,26 +3193,18 @@ def _stamp(layer, glyph, matrix, x, y, colour, crisp=False):
     _blend(layer[3][part], opacity, 1)
 
 
-def _hatched(look, layer):
-    """Makes letters of stripes."""
-    along = _along(look, look.chance.uniform(0, math.pi))
-    return layer * _bands(look, along, 9, look.chance.uniform(3, 6))
+def _gridded(look, layer):
+    """Makes letters of stripes, dots or squares."""
+    step = look.chance.uniform(2, max(3, look.size / 10))
+    # Wider strokes, so that none of them runs between two rows of dots.
+    wide = cv2.dilate(np.dstack(layer), np.ones([int(step)] * 2)).transpose(2, 0, 1)
+    return wide * _grid(look, look.chance.choice((1, 9)), step)
 
 
 def _sparse(look, layer):
     """Takes pixels out of letters, more of them if the letters are large."""
     kept = look.chance.uniform(.2 if look.size > 34 else .4, .8)
     return layer * (look.noise.random(look.shape) < kept)
-
-
-def _dotted(look, layer):
-    """Makes letters of dots in rows and columns."""
-    step = look.chance.randint(2, max(3, round(look.size / 12)))
-    # Wider strokes, so that none of them runs between two rows of dots.
-    wide = cv2.dilate(np.dstack(layer), np.ones((step, step)))
-    dot = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (step - 1, step - 1))
-    dots = np.kron(wide[::step, ::step].transpose(2, 0, 1), [np.pad(dot, (0, 1))])
-    return dots[:, :look.shape[0], :look.shape[1]]
 
 
 def _fading(look, layer):
@@ -3231,14 +3215,7 @@ def _fading(look, layer):
     return layer
 
 
-def _outlined(look, layer):
-    """Keeps the outline of all the letters together."""
-    kernel = np.ones([look.chance.randint(2, 4)] * 2)
-    return layer * cv2.morphologyEx(layer[3], cv2.MORPH_GRADIENT, kernel)
-
-
-LETTER_PATTERNS = ((_fading, .07), (_fading, .07), (_outlined, .06), (_hatched, .04),
-                   (_sparse, .06), (_dotted, .06))
+LETTER_PATTERNS = (_fading, .13), (_gridded, .1), (_sparse, .06)
 
 # A style draws a letter in steps: (morphological change of the glyph, its size in strokes, shift to
 # the side and down). One step has the letter's colour; of more, the first has another colour, the
@@ -3246,14 +3223,13 @@ LETTER_PATTERNS = ((_fading, .07), (_fading, .07), (_outlined, .06), (_hatched, 
 LETTER, EDGE = (cv2.MORPH_DILATE, 0, 0), (cv2.MORPH_DILATE, 2, 0)
 HOLLOW = cv2.MORPH_GRADIENT, 1, 0
 STYLES = (
-    ([LETTER], 46),
+    ([LETTER], 47),
     ([(cv2.MORPH_DILATE, 1, 0)], 8),  # bold
-    ([HOLLOW], 12),
+    ([HOLLOW], 14),
     ([(cv2.MORPH_GRADIENT, 1, .6), HOLLOW], 4),
     ([EDGE, LETTER], 8),  # with an edge
     ([(cv2.MORPH_DILATE, 0, 1), LETTER], 8),  # with a shadow
-    ([EDGE, EDGE, LETTER], 5),  # hollow, and hides what it overlaps
-    ([(cv2.MORPH_DILATE, 3, 0), (cv2.MORPH_DILATE, 1, 0), LETTER], 5),
+    ([EDGE, EDGE, LETTER], 7),  # hollow, and hides what it overlaps
     ([(cv2.MORPH_DILATE, 99, 0), LETTER], 4),  # on a tile
 )
 
@@ -3263,8 +3239,8 @@ def _draw_letters(look, placed):
     chance, layer = look.chance, np.zeros((4, *look.shape), np.float32)
     style, ink, other = _pick(chance, STYLES), look.ink, _contrasting(chance, look.ink, 40)
     stroke, right = chance.uniform(.04, .07), chance.choice((-1, 1))
-    several, crisp = chance.random() < .3, chance.random() < .12
-    for glyph, matrix, x, y in placed:
+    several = chance.random() < .3
+    for glyph, matrix, x, y, crisp in placed:
         if several:
             ink = _contrasting(chance, look.paper, look.contrast)
             other = _contrasting(chance, ink, 40)
@@ -3323,11 +3299,12 @@ def _texture(look, thickness):
     return _spots(look, *map(look.chance.choice, TEXTURES))
 
 
-def _grid(look, thickness):
-    """Draws stripes, or two sets of them across one another."""
+def _grid(look, thickness, step=None):
+    """Draws stripes, or two sets of them across one another; step: as `_bands` takes it."""
     angle = look.chance.choice((0, math.pi / 2, look.chance.uniform(0, math.pi)))
-    one, other = (_bands(look, _along(look, angle + turn), thickness) for turn in (0, math.pi / 2))
-    return look.chance.choice((one, np.maximum(one, other), abs(one - other)))
+    one, other = (_bands(look, _along(look, angle + turn), thickness, step)
+                  for turn in (0, math.pi / 2))
+    return look.chance.choice((one, np.maximum(one, other), abs(one - other), one * other))
 
 
 def _ripples(look, thickness):
@@ -3337,26 +3314,20 @@ def _ripples(look, thickness):
 
 
 def _dots(look, thickness):
-    size = max(1, round(look.chance.choice((0, 0, 2, 3, 4)) * look.shape[0] / 45))
-    dots = look.noise.random(look.shape) < 10 ** look.chance.uniform(-2.7, -1) / size
-    return cv2.dilate(np.float32(dots), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
+    grain = max(1, look.chance.choice((0, 0, 2, 3, 4)) * look.shape[0] / 45)
+    return _spots(look, 1, grain) > 1 - 10 ** look.chance.uniform(-2.3, -.8)
 
 
 def _small_letters(look, thickness):
-    layer = np.zeros((4, *look.shape), np.float32)
-    for x, y in _points(look, look.chance.randint(5, 30)):
-        font, letters = look.chance.choice(look.fonts)
-        glyph, *_ = _glyph(font, look.chance.choice(letters), GLYPH_SIZES[0])
-        _stamp(layer, glyph, np.eye(2), x, y, 0)
-    return layer[3] / 2
+    mask = np.zeros(look.shape, np.uint8)
+    for place in np.int32(_points(look, look.chance.randint(5, 30))):
+        cv2.putText(mask, look.chance.choice(CAPITALS), place, look.chance.randint(0, 7), .4, 255)
+    return mask / np.float32(510)
 
 
 def _border(look, thickness):
-    """Draws a frame, or bars above and below."""
-    wide = thickness + look.shape[0] // look.chance.randint(9, 60)
-    inside = np.zeros(np.subtract(look.shape, 2 * wide), np.float32)
-    frame = np.pad(inside, wide, constant_values=1)
-    return frame * look.chance.choice((1, 1, frame[:, [wide]]))
+    inside = np.zeros(np.subtract(look.shape, 2 * thickness), np.float32)
+    return np.pad(inside, thickness, constant_values=1)
 
 
 def _many(make, least, most, filled=False):
@@ -3383,13 +3354,19 @@ def _points(look, number):
 
 
 def _line(look):
-    """Chooses a straight line or a curve, with or without waves, often across the whole image."""
+    """Chooses a straight line or a curve, often across the whole image.
+
+    Some have waves, some begin with a ring or a hook.
+    """
     chance, points = look.chance, _points(look, look.chance.choice((2, 2, 3, 4)))
     if chance.random() < .6:
         points[:, 0] = np.linspace(-.05, 1.05, len(points)) * look.shape[1]
     line = cv2.resize(points, (2, 32), interpolation=cv2.INTER_CUBIC)  # a smooth way through them
     waves = np.sin(np.linspace(0, chance.uniform(2, 25), 32))
     line[:, 1] += waves * _some(chance, .25, .05, .3) * look.shape[0]
+    if chance.random() < .2:
+        hook = _oval(look)
+        line = np.concatenate((hook, line - line[0] + hook[-1]))
     return line
 
 
@@ -3399,16 +3376,11 @@ def _hair(look):
 
 def _oval(look):
     """Chooses a circle or an ellipse, or a part of one."""
-    wide = int(look.shape[0] * 10 ** look.chance.uniform(0, 1.1))  # tenths of a pixel
-    axes = wide, look.chance.choice((wide, look.chance.randint(wide // 4, wide)))
-    turn, end = look.chance.randint(0, 360), look.chance.choice((360, look.chance.randint(40, 300)))
-    return _points(look, 1) + cv2.ellipse2Poly((0, 0), axes, turn, 0, end, 9) / 10
-
-
-def _hooked(look):
-    """Chooses a line that begins with a ring or a hook."""
-    hook, line = _oval(look), _line(look)
-    return np.concatenate((hook, line - line[0] + hook[-1]))
+    chance, whole = look.chance, 2 * math.pi
+    turns = np.linspace(0, chance.choice((whole, chance.uniform(.7, 5))), 40)
+    slant = chance.choice((whole / 4, chance.uniform(.5, 2.6)))  # the first makes a circle
+    oval = np.cos(np.column_stack((turns, turns + slant)) + chance.uniform(0, whole))
+    return _points(look, 1) + oval * look.shape[0] * 10 ** chance.uniform(-1, .1)
 
 
 def _polygon(look):
@@ -3431,9 +3403,8 @@ def _draw_paper(look):
     return canvas
 
 
-CLUTTER = ((_many(_line, 1, 6), 33), (_many(_hooked, 1, 5), 7), (_dots, 25), (_grid, 10),
-           (_many(_hair, 8, 50), 7), (_many(_oval, 1, 12), 13), (BLOTS, 5), (_border, 11),
-           (_small_letters, 5), (_ripples, 3))
+CLUTTER = ((_many(_line, 1, 6), 40), (_dots, 25), (_grid, 10), (_many(_hair, 8, 50), 7),
+           (_many(_oval, 1, 12), 13), (BLOTS, 5), (_border, 6), (_small_letters, 5), (_ripples, 3))
 
 
 def _clutter(look, canvas, over):
@@ -3452,8 +3423,7 @@ def _clutter(look, canvas, over):
         colour = _pick(
             chance, ((look.ink, 6), (look.paper, 3 * over), (_colour(chance), 5), (None, 4)))
         if colour is None:  # many colours
-            channels, grain = chance.choice((1, 3)), chance.choice((1, 6, 20))
-            colour = 255 * _spots(look, channels, grain, cv2.INTER_NEAREST)
+            colour = 255 * _texture(look, thickness)
         _blend(canvas, share * opacity, colour)
 
 
@@ -3551,13 +3521,13 @@ def _distorted(image, noise):
     """
     height, width = image.shape[:2]
     end = [width, *(image.max(axis=0) > 40).nonzero()[0] + 1][-1]  # of the text
-    y, x = np.indices((height, width), np.float32)
-    x, y = x - end / 2 + noise.uniform(-6, 6), y - height / 2 + noise.uniform(-4, 4)
-    places = (noise.uniform(.89, 1.13) * x + noise.uniform(-.15, .15) * y + end / 2,
-              noise.uniform(-.04, .04) * x + noise.uniform(.89, 1.13) * y + height / 2)
+    middle = np.reshape((end / 2, height / 2), (2, 1, 1))
+    places = np.indices((height, width))[::-1] - middle + noise.uniform(-5, 5, (2, 1, 1))
+    turn = np.eye(2) + noise.uniform(-.12, .12, (2, 2)) * ((1, 1.2), (.3, 1))
+    places = np.tensordot(turn, places, 1) + middle
     if noise.random() < .5:
-        places = np.add(places, [cv2.resize(dents, (width, height), interpolation=cv2.INTER_CUBIC)
-                                 for dents in np.float32(noise.normal(0, 1.5, (2, 4, 9)))])
+        places += [cv2.resize(dents, (width, height), interpolation=cv2.INTER_CUBIC)
+                   for dents in noise.normal(0, 1.5, (2, 4, 9))]
     pixels = np.float32(cv2.remap(image, *np.float32(places), cv2.INTER_LINEAR))
     if noise.random() < .3:
         pixels = cv2.GaussianBlur(pixels, (0, 0), noise.uniform(.4, 1.2))
@@ -3566,7 +3536,7 @@ def _distorted(image, noise):
     pixels = np.clip(pixels, 0, 255)
     if noise.random() < .5:
         pixels = 255 * (pixels / 255) ** noise.uniform(.7, 1.4)
-    for _ in range(noise.integers(1, 4) if noise.random() < .3 else 0):
+    for _ in range(noise.choice((0, 0, 0, 1, 2))):
         top, left, tall, wide = noise.integers(0, (height, end, 14, 14))
         pixels[top:top + tall, left:left + wide] = noise.choice((0, 0, 128))
     return np.uint8(pixels)
