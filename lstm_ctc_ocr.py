@@ -1587,17 +1587,22 @@ class LstmCtcOcr:
                              "lstm_ctc_ocr.py create_dataset`, or name the folder of your own "
                              "with --dataset")
         found = self.find_labels(self.dataset)
-        ocr = self._settings_for_training(folder, found[0])
-        return ocr._train(place, folder, found)
+        config = self._load_config(folder) if (folder / "config.json").exists() else {}
+        ocr = self._settings_for_training(config, found[0])
+        return ocr._train(place, folder, found, config)
 
     FEW = 20_000  # images; fewer are distorted anew whenever they are shown, see `distort`
 
-    def _train(self, place, folder, found):
+    def _train(self, place, folder, found, config):
         """Trains with settings that are complete but for `_schedule`'s.
 
-        found: what `find_labels` has found.
+        found: what `find_labels` has found. config: what config.json says of the training in the
+        folder so far. Raises `Error` if that had other settings, or other images.
         """
-        config = self._training_config(folder) if place.chief else {}
+        config = {**self.FORMAT, **self._plan(), **config}
+        if place.chief:
+            self._require({name: config[name] for name in PLANNED}, f"{folder} was trained with",
+                          "give the same to go on with it, or another folder with --model")
         samples = config.get("samples", {}).items()
         if samples and not self.model and samples.isdisjoint(found[0].items()):
             raise self.Error(
@@ -1628,15 +1633,15 @@ class LstmCtcOcr:
             return Path(self.model or MODELS / dataset.name)
         return MODELS / (self.net or self._settings_of_start().get("net", "lstm"))
 
-    def _settings_for_training(self, folder, labels):
+    def _settings_for_training(self, config, labels):
         """Returns these settings with all that was open, but for `_schedule`'s.
 
-        They are those of the model in `folder`, or else those of the model to start from, and
-        those that the labelled images show. labels: {path in the dataset: text}.
+        They are those of the training so far, or else those of the model to start from, and those
+        that the labelled images show. labels: {path in the dataset: text}.
         """
         later = dict.fromkeys(("lr", "epoch_max", "save_epoch"))  # they stay open
-        if (folder / "config.json").exists():
-            return self.resolve(later, self._load_config(folder))
+        if config:
+            return self.resolve(later, config)
         start, shown = self._settings_of_start(), {}
         if labels:
             shown = {"words": "".join(sorted(set().union(*labels.values()))),
@@ -1691,18 +1696,6 @@ class LstmCtcOcr:
             if getattr(self, name) not in (None, value):
                 raise self.Error(
                     f"{whose} {_flag(name)} {value}, not {getattr(self, name)}: {remedy}")
-
-    def _training_config(self, folder):
-        """Returns what config.json says of the training in a folder, or what it will say.
-
-        Raises `Error` if the folder was trained with other settings.
-        """
-        if not (folder / "config.json").exists():
-            return {**self.FORMAT, **self._plan()}
-        config = self._load_config(folder)
-        self._require({name: config.get(name) for name in PLANNED}, f"{folder} was trained with",
-                      "give the same to go on with it, or another folder with --model")
-        return config
 
     HELD_SHARE = 0.1  # of a small folder's images are held out
     HELD_NUM = 2000  # images are held out of a large folder, about
