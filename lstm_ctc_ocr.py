@@ -2678,6 +2678,7 @@ class LstmCtcOcr:
         folder: Path  # links resolved
         labels: dict  # by name
         guesses: dict  # by name (text, confidence), of all that can be read; `UNREAD` at first
+        unread: object  # iterator over the names of those that are still to be read
         read: object  # function from paths to readings, see `_read_each`
         skipped: collections.Counter  # how often, by name
         lock: object  # held to write
@@ -2752,26 +2753,23 @@ class LstmCtcOcr:
             raise self.Error(f"no images in {self.label}: --label takes the folder of those that "
                              "you want to label")
         labels, _ = self._listed(folder, names, others)
-        labelling = self._Labelling(folder, labels, guesses, self._read_each,
+        unread = iter([name for name in guesses if name not in labels])
+        labelling = self._Labelling(folder, labels, guesses, unread, self._read_each,
                                     collections.Counter(), threading.Lock())
         labelling.listed()
         return labelling
 
-    def _guess_all(self, service, names):
+    def _guess_all(self, service):
         """Reads the next image to label, then lets requests be read, and goes on with the others.
-
-        names: an iterator.
         """
-        if name := next(names, None):
+        if name := next(service.labelling.unread, None):
             service.labelling.guess(name)
-            service.pool.submit(self._guess_all, service, names)  # refused once the pool is closed
+            service.pool.submit(self._guess_all, service)  # refused once the pool is closed
 
     def _answer_label_page(self, service):
         """GET /label: the page to label images on. From then on they are read, to guess."""
-        guesses = service.labelling.guesses
-        unread = [name for name in service.labelling.left() if guesses.get(name) == self.UNREAD]
         with contextlib.suppress(RuntimeError):  # the service is stopping
-            service.pool.submit(self._guess_all, service, iter(unread))
+            service.pool.submit(self._guess_all, service)
         return _page(LABEL_PAGE)
 
     LONGEST_LABEL = 100  # letters; a line of a list cannot be as long as a client likes
