@@ -995,12 +995,13 @@ class LstmCtcOcr:
                 return cv2.inRange(rows, colours[0, 0] - near, colours[0, 0] + near)
 
             # Most images end here: half of their middle row has the colour of the first row.
-            middle = colours[len(colours) // 2, ::8]
-            if cv2.mean(like_bar(middle[None]))[0] < 127 and like_bar(colours[:1], 0.1).all():
-                x, y, width, height = cv2.boundingRect(~like_bar(colours, 0.1))
-                inner = colours[y:y + height, x:x + width]
-                if width > height and like_bar(inner[:4]).mean() < 100:
-                    colours = inner
+            some = colours[:, ::8]  # every eighth column tells the same, and faster
+            if cv2.mean(like_bar(some[len(some) // 2][None]))[0] < 127:
+                _, top, _, rows = cv2.boundingRect(~like_bar(some, 0.1))
+                if rows < len(some) and like_bar(some[top:top + 4]).mean() < 100:
+                    x, y, width, height = cv2.boundingRect(~like_bar(colours, 0.1))
+                    if width > height:
+                        colours = colours[y:y + height, x:x + width]
             colours = colours[::-1]
         return colours
 
@@ -3527,7 +3528,7 @@ def _distorted(image, noise):
     pixels = np.clip(pixels, 0, 255)
     if noise.random() < .5:
         pixels = 255 * (pixels / 255) ** noise.uniform(.7, 1.4)
-    for _ in range(noise.choice((0, 0, 0, 1, 2))):
+    for _ in range(noise.choice((0, 0, 0, 2))):
         top, left, tall, wide = noise.integers(0, (height, end, 14, 14))
         pixels[top:top + tall, left:left + wide] = noise.choice((0, 0, 128))
     return np.uint8(pixels)
