@@ -1409,8 +1409,8 @@ class LstmCtcOcr:
             return _model_folder(self.model)
         own = [path for path in MODELS.glob(f"{self.net or '*'}/checkpoint")
                if path.parent.name in NETWORKS]
-        for path in sorted(own, key=lambda path: path.stat().st_mtime, reverse=True):
-            folder = path.parent
+        if own:
+            folder = max(own, key=lambda path: path.stat().st_mtime).parent
             config = self._load_config(folder)
             accuracy = config.get("accuracy", 0 if config.get("held_share") else 1)
             if accuracy >= self.MIN_ACCURACY:
@@ -1429,7 +1429,7 @@ class LstmCtcOcr:
             raise self.Error(
                 f"no model in {folder}: train one with `python lstm_ctc_ocr.py train`, or name "
                 "another, such as --model general") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise self.Error(
                 f"{path} cannot be read ({error}): restore it, or name another folder with "
                 "--model or --start-from") from None
@@ -1733,8 +1733,9 @@ class LstmCtcOcr:
         """Decodes the images and builds the network; returns a `_Run`.
 
         files: this process's (path, text) pairs in the order of their digests. An image is held
-        out if its digest is below the config's `held_share`, whatever `val_num` and the number of workers are. For
-        one model that share never grows. So no image is trained on first and validated on later.
+        out if its digest is below the config's `held_share`, whatever `val_num` and the number of
+        workers are. For one model that share never grows. So no image is trained on first and
+        validated on later.
         """
         images, files = self.load_images(files, folder)
         held = self._held_of(files, config["held_share"])  # some files may have been no images

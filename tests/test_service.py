@@ -519,7 +519,8 @@ def test_who_sends_too_much_gets_the_answer(server, size):
         urllib.request.urlopen(request, timeout=60)
     assert refused.value.code == 413 and list(json.loads(refused.value.read())) == ["error"]
     with socket.create_connection(("127.0.0.1", server), timeout=60) as connection:  # waits for the end
-        connection.sendall(b"POST /captchaOcr HTTP/1.0\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+        head = b"POST /captchaOcr HTTP/1.0\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % size
+        connection.sendall(head + bytes(size))
         assert b"".join(iter(lambda: connection.recv(9999), b"")).startswith(b"HTTP/1.0 413")
 
 
