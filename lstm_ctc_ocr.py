@@ -133,19 +133,18 @@ MIN_CONTRAST = 16 / 255  # an image of less is blank: its noise must not be stre
 NETWORKS = {
     # convolutions: (channels, size, stride down, stride across, residual blocks behind it) each.
     # projection: features that each time step hands from the convolutions to the LSTM.
-    # inks: the last axes of an image: none, or three inks, see `ink_of`.
     # views: whether an image that is read with little confidence is read again in other views;
     # lstm and cnn_lstm read fewer images right with them.
     "lstm": types.SimpleNamespace(
-        about="the article's", convolutions=(), projection=0, inks=(), views=False),
+        about="the article's", convolutions=(), projection=0, views=False),
     "cnn_lstm": types.SimpleNamespace(
         about="with convolutions in front",
         convolutions=((32, 5, 4, 2, 0), (48, 3, 2, 2, 0), (96, 3, 2, 1, 0), (128, 3, 2, 1, 0)),
-        projection=128, inks=(), views=False),
+        projection=128, views=False),
     "wide_cnn_lstm": types.SimpleNamespace(
         about="with larger convolutions",
         convolutions=((32, 5, 2, 2, 0), (48, 3, 2, 2, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 2)),
-        projection=160, inks=(3,), views=True),
+        projection=160, views=True),
 }
 ARCHITECTURE = (  # the settings that a model folder fixes
     "net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height")
@@ -386,8 +385,7 @@ class LstmCtcOcr:
     def logits(self, images, training=False):
         """Runs the network: the one forward pass, for training and for reading.
 
-        Images (B, H, W) or (B, H, W, 3) uint8, see `ink_of`, become (T, B, C) float32: a class for
-        each letter (or part of one), the blank last.
+        (B, H, W) uint8 -> (T, B, C) float32, one class a letter (or part of one), the blank last.
         A batch of known size is split into parts, at most one a core: one time step's matrix
         product is too small to be shared by cores; one part a core is 1.5 times as fast.
         """
@@ -412,12 +410,12 @@ class LstmCtcOcr:
         return self.dense(x, len(self.words) * self.label_parts + 1)  # (T, B, N) -> (T, B, C)
 
     def convolutions(self, ink, training):
-        """Computes features of an image's columns: ink (B, H, W) or (B, H, W, 3) -> (T, B, F).
+        """Computes features of an image's columns: ink (B, H, W) -> (T, B, F).
 
         T is W over all strides across, F the channels at all heights that are left.
         """
         tf = _tensorflow()
-        x = ink if NETWORKS[self.net].inks else ink[..., None]  # (B, H, W, 1 or 3)
+        x = ink[..., None]  # (B, H, W, 1)
         layers = NETWORKS[self.net].convolutions
         for number, (channels, size, down, across, blocks) in enumerate(layers, 1):
             name = f"convolution{number}"
@@ -792,7 +790,7 @@ class LstmCtcOcr:
     @dataclasses.dataclass(frozen=True)
     class _Net:
         """The tensors and operations of a network in its graph."""
-        images: object  # (B, H, W) or (B, H, W, 3) uint8
+        images: object  # (B, H, W) uint8
         logits: object  # (T, B, C) float32
         sparse: object  # the texts that are read, sparse (B, .) int64
         confidence: object  # (B,) float32
@@ -810,12 +808,11 @@ class LstmCtcOcr:
         finished: tuple = ()  # for each parameter server, the operation that says: I am done
 
     def _build_input(self, batch_size=None):
-        """Returns the placeholder of the images; without a batch size, B and W may be anything."""
+        """Returns the placeholder of the images (B, H, W) uint8; with B, W may be anything."""
         tf = _tensorflow()
         tf.set_random_seed(self.seed)
-        height, width, *inks = self._shape
-        shape = [batch_size, height, width if batch_size else None, *inks]
-        return tf.placeholder(tf.uint8, shape, "images")
+        width = self.im_width if batch_size else None
+        return tf.placeholder(tf.uint8, [batch_size, self.im_height, width], "images")
 
     def _build_reading(self, images, temperature=1):
         """Builds the way from images to texts; returns a `_Net`.
@@ -1011,21 +1008,10 @@ class LstmCtcOcr:
         colours: (H, w, 1 or 3) float32, as `load_colours` gives them.
         Returns the ink, (H, W) uint8: 0 for the paper, and 255 for the strongest stroke, or less
         if the contrast is below `MIN_CONTRAST`. A narrower image gets paper on its right.
-
-        A network of three inks gets (H, W, 3): all ink; how much of it has the main colour; and
-        what is left without that, such as lines of another colour than the letters, or lines that
-        are lighter than the paper. The main colour is the mean of all ink, strong ink above all.
         """
         paper = self._paper_of(colours)[:, None, None]
         away = np.subtract(colours.transpose(2, 0, 1), paper, order="C")  # faster in this order
-        ink = np.abs(away).max(axis=0)
-        if not NETWORKS[self.net].inks:
-            return self._filled(ink)
-        main = away.reshape(len(away), -1) @ np.square(ink).ravel()
-        main /= max(np.linalg.norm(main), 1e-9)
-        along = np.tensordot(main, away, 1).clip(0)
-        rest = np.abs(away - np.multiply.outer(main, along)).max(axis=0)
-        return self._filled(np.dstack([ink, along * abs(main).max(), rest]))
+        return self._filled(np.abs(away, out=away).max(axis=0))
 
     def _paper_of(self, colours):
         """Returns the paper's colour, (channels,) float32: the median along the image's border."""
@@ -1036,16 +1022,11 @@ class LstmCtcOcr:
         return np.sort(border, axis=0)[len(border) // 2]  # np.partition takes 4 times as long
 
     def _filled(self, ink):
-        """Scales ink (H, w, ...) to full strength and adds paper: (H, W, ...), see `ink_of`."""
-        image = np.zeros(self._shape, np.uint8)
-        strongest = max(np.atleast_3d(ink)[..., 0].max(), MIN_CONTRAST)
+        """Scales ink (H, w) to full strength and adds paper: (H, W) uint8, see `ink_of`."""
+        image = np.zeros((self.im_height, self.im_width), np.uint8)
+        strongest = max(ink.max(), MIN_CONTRAST)
         image[:, :ink.shape[1]] = cv2.convertScaleAbs(ink, alpha=255 / strongest)
         return image
-
-    @property
-    def _shape(self):
-        """The shape of an image: H, W, and for some networks 3."""
-        return self.im_height, self.im_width, *NETWORKS[self.net].inks
 
     def _read_width(self, width):
         """Returns how many of an image's W columns the network is given; the rest is paper.
@@ -1770,7 +1751,7 @@ class LstmCtcOcr:
         starts = tqdm(range(0, len(files), batch), "decoding", unit="img", unit_scale=batch,
                       disable=None)
         with self._writing(folder), ThreadPoolExecutor(_cores()) as pool:
-            kept, many = io.BytesIO(), len(files) * math.prod(self._shape) > self.IN_MEMORY
+            kept, many = io.BytesIO(), len(files) * self.im_height * self.im_width > self.IN_MEMORY
             if many:
                 folder.mkdir(parents=True, exist_ok=True)
                 kept = tempfile.TemporaryFile(dir=folder)
@@ -1781,7 +1762,7 @@ class LstmCtcOcr:
             kept.write(bytes(1))  # an empty file could not be mapped
             kept.flush()
         pixels = np.memmap(kept, mode="r") if many else np.frombuffer(kept.getbuffer(), np.uint8)
-        return pixels[:-1].reshape(-1, *self._shape), good
+        return pixels[:-1].reshape(-1, self.im_height, self.im_width), good
 
     def _train_loop(self, run):
         """Trains step by step up to the last one, an early end or a signal.
@@ -2092,8 +2073,7 @@ class LstmCtcOcr:
         in_this_thread = functools.cache(functools.partial(_onnx_session, runtime, data, 1))
 
         def logits(ink, alone=False):
-            ink = ink.reshape(*ink.shape[:3], -1).transpose(0, 3, 1, 2)  # (B, 1 or 3, H, w)
-            images = -np.float32(ink)  # see `_export_onnx`
+            images = -ink[:, None].astype(np.float32)  # see `_export_onnx`
             scores, = (in_this_thread() if alone else session).run(None, {"images": images})
             return np.roll(scores, -1, axis=2)  # there, the blank is first
 
@@ -2107,47 +2087,79 @@ class LstmCtcOcr:
         print(f"reading with {_shown(self._reader.folder)} ({config.get('about', figures)})",
               file=sys.stderr)
 
-    def _read(self, infer, images, restriction):
+    def _read(self, infer, ink, colours, restriction):
         """Reads images of one width under one restriction; returns B pairs (text, confidence).
 
-        infer: function from images (B, H, w, ...) uint8 to logits (T, B, C). Images in doubt are
-        read again in further views. That raises the accuracy, but only of a network that has learnt
-        captchas of many kinds.
+        infer: function from ink (B, H, w) uint8 to logits (T, B, C); ink: (B, H, w); colours: B
+        arrays (H, w', 1 or 3) float32, as `load_colours` gives them. Images in doubt are read again
+        in further views. That raises the accuracy, but only of a network that has learnt captchas
+        of many kinds.
         """
         def again(rows, view):
-            return infer(self._viewed(view, images[rows]))
+            return infer(self._viewed(view, [(ink[row], colours[row]) for row in rows]))
 
-        views = ((0.6, self._from_afar), (0.4, self._from_near))
-        return self.texts(infer(images), restriction, [
+        views = ((0.6, self._from_afar), (0.4, self._from_near), (0.3, self._without_clutter))
+        return self.texts(infer(ink), restriction, [
             (doubt, functools.partial(again, view=view))
             for doubt, view in views if NETWORKS[self.net].views])
 
     def _viewed(self, view, images):
-        """Returns images (B, H, w, ...) as a view shows them, ink at full strength, uint8.
+        """Returns images as a view shows them, ink at full strength: (B, H, w') uint8.
 
-        view: function from an image (H, w, ...) to one that may have another width.
+        view: function from ink (H, w) and colours to ink; images: B pairs of these.
         """
-        seen = [view(image) for image in images]
+        seen = [view(*image) for image in images]
         width = self._read_width(seen[0].shape[1])
         return np.stack([self._filled(ink)[:, :width] for ink in seen])
 
     @staticmethod
-    def _from_afar(ink):
+    def _from_afar(ink, _):
         """Makes ink (H, w) narrower, (H, 0.87 w), and blurs it: dots run together into strokes."""
-        height, width = ink.shape[:2]
+        height, width = ink.shape
         narrow = cv2.resize(ink, (round(.87 * width), height), interpolation=cv2.INTER_AREA)
         return cv2.GaussianBlur(narrow, (0, 0), 2)
 
-    def _from_near(self, ink):
+    def _from_near(self, ink, _):
         """Makes ink (H, w) larger, (H, 1.3 w), and thinner: small letters grow, touching ones part.
 
         The result is at most W wide; ink that would reach further grows less in width.
         """
-        height, width = ink.shape[:2]
+        height, width = ink.shape
         right = min(self.im_width, round(1.3 * width))
         end = 1 + ink.any(axis=0).nonzero()[0].max(initial=0)  # behind it is nothing but paper
         larger = np.array([[min(1.3, right / end), 0, 0], [0, 1.3, -.15 * height]])
         return cv2.erode(cv2.warpAffine(ink, larger, (right, height)), np.ones((2, 2), np.uint8))
+
+    def _without_clutter(self, ink, colours):
+        """Removes the ink of lines, grids and dots, if these have a colour of their own.
+
+        ink: (H, w); colours: (H, w', 1 or 3) float32. Returns ink (H, w) or (H, w').
+
+        The colours of the strong ink are put into 6 groups. One of them is clutter: the one that is
+        spread over the most rows and columns for its number of pixels. What differs from the paper
+        in the same direction as this group is removed. The rest gets about equal strength.
+        """
+        away = colours - self._paper_of(colours)
+        strength = abs(away).max(axis=2)
+        strong = np.argwhere(strength > strength.max() / 2)
+        strong = strong[::1 + len(strong) // 1000]  # about 1,000 pixels are enough
+        if len(strong) <= 6:
+            return ink
+        rows, columns = strong.T
+        cv2.setRNGSeed(0)  # of this thread
+        stop = cv2.TERM_CRITERIA_COUNT, 10, 0
+        _, groups, centres = cv2.kmeans(
+            away[rows, columns], 6, None, stop, 1, cv2.KMEANS_PP_CENTERS)
+        spread = [math.prod(len(np.unique(axis)) for axis in strong[here].T) / here.sum()
+                  for here in (groups[:, 0] == group for group in range(6))]
+        clutter = centres[np.argmax(spread)]
+        length = np.linalg.norm(away, axis=2).clip(1e-6) * np.linalg.norm(clutter)
+        sine = np.sqrt(1 - (away @ clutter / length).clip(0, 1) ** 2)
+        other = (sine / 0.06 - 0.5).clip(0, 1)  # 0: in the clutter's colour; 1: in another one
+        if other[rows, columns].mean() < 0.08:  # nothing else would be left: all has one colour
+            return ink
+        strength *= other
+        return np.minimum(strength, np.median(strength[strength > strength.max() / 4]))
 
     def _read_each(self, sources, restrictions=(), alone=False):
         """Reads as `recognise`, but an image that cannot be read has its `Error` in its place.
@@ -2164,11 +2176,11 @@ class LstmCtcOcr:
                 results[row] = error
                 continue
             width = ocr._read_width(colours.shape[1])
-            alike[width, restrictions[row]].append((row, ocr.ink_of(colours)[:, :width]))
+            alike[width, restrictions[row]].append((row, ocr.ink_of(colours)[:, :width], colours))
         infer = functools.partial(reader.logits, alone=alone)
         for (_, restriction), images in alike.items():
-            rows, images = zip(*images)
-            for row, reading in zip(rows, ocr._read(infer, np.stack(images), restriction)):
+            rows, ink, colours = zip(*images)
+            for row, reading in zip(rows, ocr._read(infer, np.stack(ink), colours, restriction)):
                 results[row] = reading
         return results
 
@@ -2461,7 +2473,7 @@ class LstmCtcOcr:
         labelling = self._open_labelling() if self.label else None
         ocr = self._reader.ocr
         self._reader.logits(  # the first run takes long
-            np.zeros((1, *ocr._shape), np.uint8), alone=True)
+            np.zeros((1, ocr.im_height, ocr.im_width), np.uint8), alone=True)
         service = self._Service(labelling, ThreadPoolExecutor(_cores()), collections.deque())
         app = flask.Flask(__name__, static_folder=None)
         app.extensions["lstm_ctc_ocr"] = service
@@ -2937,8 +2949,8 @@ class LstmCtcOcr:
         return add("Reshape", x, [0, 0, -1])
 
     def _onnx_ink(self, add):
-        """Adds `ink_of` to an ONNX graph: "images" -> ink (B, 1 or 3, H, w) of 0 to 255."""
-        prepared = add("Relu", add("Neg", "images"))  # 0 for colours
+        """Adds `ink_of` to an ONNX graph: "images" -> ink (B, 1, H, w) of 0 to 255."""
+        prepared = add("ReduceMax", add("Relu", add("Neg", "images")), [1])  # 0 for colours
         colours = add("Relu", "images")  # 0 for prepared ink
         edge = max(1, self.im_height // 16)
         border = (add("Gather", colours, range(-edge, edge), axis=axis) for axis in (2, 3))
@@ -2946,20 +2958,10 @@ class LstmCtcOcr:
         half = add("Div", add("Shape", along, start=2, end=3), [2])
         lower_half = add("TopK", along, add("Add", half, [1]), axis=2, largest=0)
         paper = add("ReduceMax", lower_half, [2])  # the median, as in `_paper_of`
-        away = add("Sub", colours, paper)
-        ink = add("ReduceMax", add("Abs", away), [1])
+        ink = add("ReduceMax", add("Abs", add("Sub", colours, paper)), [1])
         strongest = add("Max", add("ReduceMax", ink, [2, 3]), np.float32(MIN_CONTRAST))
-        if NETWORKS[self.net].inks:
-            main = add("ReduceSum", add("Mul", away, add("Mul", ink, ink)), [2, 3])
-            main = add("LpNormalization", main, axis=1)
-            along = add("Relu", add("ReduceSum", add("Mul", main, away), [1]))
-            rest = add("Sub", away, add("Mul", main, along))
-            share = add("Mul", along, add("ReduceMax", add("Abs", main), [1]))
-            ink = add("Concat", ink, share, add("ReduceMax", add("Abs", rest), [1]), axis=1)
-        else:
-            prepared = add("ReduceMax", prepared, [1])
-        ink = add("Mul", ink, add("Div", np.float32(255), strongest))
-        return add("Add", add("Min", add("Round", ink), np.float32(255)), prepared)
+        ink = add("Round", add("Mul", ink, add("Div", np.float32(255), strongest)))
+        return add("Add", ink, prepared)
 
 
 def _add_to_onnx(onnx, graph, kind, *inputs, name=None, **attributes):
@@ -3500,7 +3502,7 @@ DEGRADATIONS = ((_shaded, .09), (_swapped, .05), (_warp, .12), (_blurred, .3), (
 # ---------------------------------------------------------------------- few images, distorted
 
 def distort(images, noise):
-    """Draws images (B, H, W, ...) uint8, 0 for paper, as others of their kind might look.
+    """Draws images (B, H, W) uint8, 0 where there is no ink, as others of their kind might look.
 
     noise: the `np.random.Generator` that decides how.
     """
@@ -3512,7 +3514,7 @@ def _distorted(image, noise):
 
     Perhaps it also gets blurred, noisy, fainter, darker, or holes and blots.
     """
-    height, width = image.shape[:2]
+    height, width = image.shape
     end = [width, *(image.max(axis=0) > 40).nonzero()[0] + 1][-1]  # of the text
     middle = np.reshape((end / 2, height / 2), (2, 1, 1))
     places = np.indices((height, width))[::-1] - middle + noise.uniform(-5, 5, (2, 1, 1))

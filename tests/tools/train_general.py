@@ -7,14 +7,13 @@
 
 `publish` makes any model that `lstm_ctc_ocr.py train` wrote ready to ship: it leaves out what only training needs.
 
-`train` ends after the given time, so another machine makes another number of steps. Images are (64, 256, 3) uint8 inks,
+`train` ends after the given time, so another machine makes another number of steps. Images are (64, 256) uint8 ink,
 as `load_image` returns them. Labels are (12,) int8: 10 classes, the blank after the last letter, then the number of
 letters, and whether the captcha is a plain one.
 """
 
 import argparse
 import json
-import math
 import mmap
 import multiprocessing
 import os
@@ -31,7 +30,7 @@ import lstm_ctc_ocr  # noqa: E402
 from lstm_ctc_ocr import CAPITALS, DIGITS, LstmCtcOcr  # noqa: E402
 
 WORDS = CAPITALS + CAPITALS.lower() + DIGITS + lstm_ctc_ocr.SIGNS
-HEIGHT, WIDTH, INKS, LONGEST, CELLS, BLANK = 64, 256, 3, 10, 320, len(WORDS)
+HEIGHT, WIDTH, LONGEST, CELLS, BLANK = 64, 256, 10, 320, len(WORDS)
 WARM_UP = 200  # steps
 # In (1 - exp(-TURNING * loss)) / TURNING (Zhang and Sabuncu, 2018): leaves alone what is hopeless; at first only a
 # quarter of it, so that kinds of images that are new to the network are not left out.
@@ -42,7 +41,6 @@ CAPITALISED = 0.85  # of plain captchas with other letters: they get capitals in
 FIRST_IMAGES = 10_000  # that are there before the first step
 UNSEEN_LOSS = 4.0  # that an image is taken to have until it is drawn
 SAVE_EVERY = 500  # steps
-COLOURS_QUICKER = 12  # times the learning rate
 MOMENTUM = .02  # of the mean and variance that batch normalisation keeps
 STATISTICS_BATCHES = 60  # that batch normalisation's final statistics are taken from
 
@@ -54,8 +52,7 @@ class Renderer:
 
     def __init__(self, number, most, seed, fonts):
         context = multiprocessing.get_context("fork")  # it shares the memory
-        shape = HEIGHT, WIDTH, INKS
-        self.images = np.frombuffer(mmap.mmap(-1, most * math.prod(shape)), np.uint8).reshape(-1, *shape)
+        self.images = np.frombuffer(mmap.mmap(-1, most * HEIGHT * WIDTH), np.uint8).reshape(-1, HEIGHT, WIDTH)
         self.labels = np.frombuffer(mmap.mmap(-1, most * 12), np.int8).reshape(-1, 12)
         self.done = context.Value("l", 0, lock=False)
         self.process = context.Process(target=self.render, args=[number, seed, fonts], daemon=True)
@@ -100,7 +97,7 @@ class Pool:
                                for number, renderer in enumerate(self.renderers)])
 
     def take(self, rows):
-        """Returns images (n, H, W, 3), labels (n, LONGEST), their lengths, and whether they are plain captchas."""
+        """Returns images (n, H, W), labels (n, LONGEST), their lengths, and whether they are plain captchas."""
         places = [(self.renderers[row // self.each], row % self.each) for row in rows]
         images, labels = (np.stack([getattr(renderer, name)[row] for renderer, row in places])
                           for name in ("images", "labels"))
@@ -137,21 +134,15 @@ class Learner:
             tf.gradients(tf.reduce_mean(self.weights * turned), variables), ocr.MAX_GRADIENT_NORM)
         # Each part of the batch has its own statistics; those of the last part are taken.
         self.statistics = dict(tf.get_collection(ocr.STATISTICS))
-        # Behind the ink, whose kernel has grown large, the colours would take far too long to count.
-        first, colours = variables[0], np.arange(INKS)[:, None] > 0
-        quick = tf.train.AdamOptimizer(COLOURS_QUICKER * self.rate, name="quick").apply_gradients(
-            [(gradients[0] * colours, first)])
-        step = tf.train.AdamOptimizer(self.rate).apply_gradients(
-            zip([gradients[0] * ~colours, *gradients[1:]], variables))
-        self.train = tf.group(step, quick, *(tf.assign_add(variable, MOMENTUM * (value - variable))
+        step = tf.train.AdamOptimizer(self.rate).apply_gradients(zip(gradients, variables))
+        self.train = tf.group(step, *(tf.assign_add(variable, MOMENTUM * (value - variable))
                                       for variable, value in self.statistics.items()))
         self.session = tf.Session(config=lstm_ctc_ocr._session_config())
         self.session.run(tf.global_variables_initializer())
         self.variables = {variable.op.name: variable for variable in (*variables, *self.statistics)}
         arrays = np.load(start)
-        for name, variable in self.variables.items():  # a kernel for fewer channels does not look at the others
-            added = np.subtract(variable.shape, arrays[name].shape)
-            variable.load(np.pad(arrays[name], [(0, count) for count in added]), self.session)
+        for name, variable in self.variables.items():
+            variable.load(arrays[name], self.session)
 
     def step(self, images, labels, lengths, weights, turning, rate):
         """Makes a step; returns the loss of each image."""
@@ -163,8 +154,9 @@ class Learner:
     def take_statistics(self, batches):
         """Takes batch normalisation's statistics anew, as plain means over batches of images."""
         values = [self.session.run([*self.statistics.values()], {self.images: images}) for images in batches]
-        for variable, *each in zip(self.statistics, *values):
-            variable.load(np.mean(each, axis=0), self.session)
+        with self.session.graph.as_default():
+            for variable, *each in zip(self.statistics, *values):
+                variable.load(np.mean(each, axis=0), self.session)
 
     def save(self, path, **counts):
         """Writes the weights and the counts as an .npz file, whole or not at all."""
@@ -289,7 +281,7 @@ def main():
     command.add_argument("start", metavar="start.npz")
     command.add_argument("end", metavar="end.npz")
     command.add_argument("--seconds", type=float, default=6000, help="of training (6,000)")
-    command.add_argument("--images", type=int, default=100_000, help="the most to render, 48 KB each (100,000)")
+    command.add_argument("--images", type=int, default=100_000, help="the most to render, 16 KB each (100,000)")
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--lr", type=float, default=7e-4, help="Adam's learning rate at the start (7e-4)")
     command.add_argument("--processes", type=int, help="that render; if not given, one a core")
