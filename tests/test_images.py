@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from multiprocessing.pool import ThreadPool
 
@@ -19,7 +20,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, SHIPPED, TASK, flags, spawn
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 import lstm_ctc_ocr
 from lstm_ctc_ocr import LstmCtcOcr, main
@@ -356,6 +357,14 @@ def test_bars_and_borders_are_cut_off(colour, sides, paper):
     assert (np.abs(kept.astype(int) - ink) < 100).mean() > .93
 
 
+def bold(word, paper):
+    """Black letters with flat tops, and so many pixels of white around them."""
+    box = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((0, 0), word, font_size=44, stroke_width=2)
+    picture = Image.new("L", (round(box[2] - box[0]) + 2 * paper, round(box[3] - box[1]) + 2 * paper), 255)
+    ImageDraw.Draw(picture).text((paper - box[0], paper - box[1]), word, 0, font_size=44, stroke_width=2)
+    return np.array(picture)
+
+
 def belonging():
     """Pictures that end in lines of one colour which are no bars: what is cut there would be lost."""
     letter, tight, white = (np.full(size, 255, np.uint8) for size in ((50, 30), (40, 90), (60, 160)))
@@ -363,7 +372,9 @@ def belonging():
     tight[:, :9] = tight[:, 25:34] = tight[16:24, :34] = tight[:30, 60:70] = 0  # an H at the left side
     lined = white.copy()
     lined[8] = lined[30] = 0
-    return {"letter": letter, "upside down": letter[::-1], "tight": tight, "mirrored": tight[:, ::-1],
+    words = {word: bold(word, number % 3 * 5 + 2) for number, word in enumerate(
+        ["BEER", "DEED", "EEEE", "TEE5", "EFT7", "TTTT", "5577", "FEZ7", "HHHH", "IDLE"])}
+    return words | {"letter": letter, "upside down": letter[::-1], "tight": tight, "mirrored": tight[:, ::-1],
             "blank": white, "lined": lined, "margins": np.uint8(np.pad(tight, 15, constant_values=255)),
             "gradient": np.uint8(np.linspace(90, 250, 60)[:, None] + np.zeros(160)),
             "stripes": np.uint8(np.arange(60)[:, None] % 2 * 255 + np.zeros(160))}
@@ -410,6 +421,19 @@ def test_numbers_of_32_bits_are_shares_of_the_largest(kind, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "it.tif")
     ink = OCR.load_image(tmp_path / "it.tif")
     np.testing.assert_array_equal(ink[:, :100], np.where(pixels == 200, 0, 255))
+
+
+@pytest.mark.parametrize("number", [-2e9, -3e38, -np.inf])
+def test_negative_numbers_are_black(number, tmp_path):
+    pixels = np.full((64, 100), number, np.float32)
+    Image.fromarray(pixels).save(tmp_path / "blank.tif")
+    pixels[20:40, 30:60] = 5
+    Image.fromarray(pixels).save(tmp_path / "it.tif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not OCR.load_image(tmp_path / "blank.tif").any()
+        ink = OCR.load_image(tmp_path / "it.tif")
+    np.testing.assert_array_equal(ink[:, :100], np.where(pixels == 5, 255, 0))
 
 
 @pytest.mark.parametrize("words, complaint", [("A/", "cannot render ['/']"), ("AB验", "cannot render ['验']")])
