@@ -1260,13 +1260,13 @@ class LstmCtcOcr:
         rows = [(name, _text_of(folder / name).partition("\n")[0])
                 for name in others if name.endswith(self.BESIDE)]
         for path in self.LISTS:
-            rows += _rows_of(folder / path, names, images) if path in others else ()
+            rows += _rows_of(folder / path, names) if path in others else ()
         labels, left_out = {}, collections.defaultdict(list)
         for name, label in rows:
             image, label = images.get(_key(name)), _one_form(label).strip()
             if not image:
-                left_out["lines of lists that name no image" if not re.search(NO_UTF8, name) else
-                         "lines of lists that are no text in UTF-8"].append(name)
+                left_out["lines of lists that are no text in UTF-8" if re.search(NO_UTF8, name)
+                         else "lines of lists that name no image"].append(name)
             elif label:
                 if labels.get(image, label) != label:
                     left_out["labels that a later line replaces"].append(image)
@@ -1279,13 +1279,15 @@ class LstmCtcOcr:
         Returns it, and {name: label}; "" and {} if the names do no more than count the images. Of
         names <text>_<text>, either part may be the label: the one that looks far less like a
         running count is. If neither does, or if a name's only part looks like one, the model to
-        start from, or else `general`, decides. Raises `Error` if it cannot.
+        start from, or else `general`, decides; also if the labels would be only a few texts. Raises
+        `Error` if it cannot.
         """
         # A label may hold them, besides usual letters, and the marks of the scripts that have some.
         letters = re.escape(self.words or "A") + "\u0300-\u1dff\u302a-\u302f\ua8e0-\uabff"
         end = r"(?: \(\d+\)|\.\d+)?(?:\.\w+)"  # LABEL (1).png and LABEL.1.png have a label, too
         if self.labels:
-            label = rf"((?=\d+\.\d)[\d.]*\d|(?>[^\s_.()]|[{letters}])+?)"  # 12.50, or any other
+            # 12.50, or any other, and behind it a suffix
+            label = rf"((?=\d+\.\d)[\d.]*\d|(?>[^\s_.()]|[{letters}])+?)(?=.*\.)"
             pattern = re.escape(_one_form(self.labels)).replace(r"\*", ".*").replace("LABEL", label)
             return self.labels, _labels_in(names, pattern + end + "?")
         if (folder / self.RENDERING).exists():
@@ -1304,7 +1306,8 @@ class LstmCtcOcr:
         rivals = [one if two else ("", {}), ("*_LABEL", last) if behind else one]
         (low, *_), (high, way, labels) = sorted(
             (self._gap(labels, two), way, labels) for way, labels in rivals)
-        if high > 10 * low:
+        few = two and len({*labels.values()}) < min(5, len(labels) / 2)  # perhaps train and val
+        if high > 10 * low and not few:
             return way, labels
         texts = self._read_some(folder, names)
         (low, *_), (high, way, labels) = sorted(
@@ -1312,7 +1315,8 @@ class LstmCtcOcr:
              way, labels) for way, labels in rivals)
         if high > 10 * low + 2:
             return f"{way}, as {self.start_from or 'general'} reads {high} of {len(texts)}", labels
-        if two and ("".join(first.values()).isdigit() or texts and self._gap(last, False) >= 10):
+        if two and (few or "".join(first.values()).isdigit()
+                    or texts and self._gap(last, False) >= 10):
             name = next(iter(last))
             ways = " or ".join(f"--labels '{way}' (\"{_on_one_line(name)}\" is {labels.get(name)})"
                                for way, labels in rivals)
@@ -3896,21 +3900,22 @@ def _text_of(path):
     return data.decode(encoding, "replace")
 
 
-def _rows_of(path, names, images):
+def _rows_of(path, names):
     """Reads a list of labels; returns its rows (name, label).
 
-    images: {what a line may call an image, see `_key`: one of `names`}. The first line may name the
-    columns. Each line has its own separator: the tab, comma or semicolon behind the suffix of a
-    file, or else the first. Between tabs, quotation marks are letters.
+    names: the images. The first line, if it names no image file, names the columns. Each line has
+    its own separator: the tab, comma or semicolon behind the suffix of a file, or else the first.
+    Between tabs, quotation marks are letters.
 
-    In a list of labels alone, line n is for image n, if the numbers of the images say so.
+    In a list of labels alone, line n is for image n, if the numbers of the images say so. Its first
+    line may not be "label" or "text": that may be the head of a list which lacks a label.
 
     Raises `Error` for a line that holds more than the first line names, or than a name, a label and
     numbers from 0 to 1: the rest may be a part of the label, as in 0.png,1,234.
     """
     text, order, rows, columns = _text_of(path), sorted(names, key=len), [], 1
     labels = text.split()
-    if len(labels) == len(order) > 0 and not re.search("[\t,;.]", text):
+    if len(labels) == len(order) > 0 and not re.search(r"(?i)[\t,;.]|^(label|text)s?\s", text):
         last = len(labels) - ("0." in order[0])  # the images are numbered from 0 or from 1 on
         if f"{last}." in order[-1]:
             return zip(order, labels)
@@ -3919,7 +3924,7 @@ def _rows_of(path, names, images):
         sign = re.search(r'^(?:.*?\.\w+"? *|[^.]*?)([\t,;])|$', line)[1] or ","
         reader = csv.reader([line], delimiter=sign, skipinitialspace=True)
         name, *cells = line.split(sign) if sign == "\t" else next(reader)
-        if number == 1 and _key(name) not in images:
+        if number == 1 and not any(kind in name.lower() for kind in IMAGE_KINDS):
             columns = max(1, len(cells))
         elif not all(re.fullmatch(r" *[01]?(\.\d+)? *", cell) for cell in cells[columns:]):
             raise LstmCtcOcr.Error(

@@ -95,6 +95,27 @@ def test_what_is_not_read_is_asked_for(template, monkeypatch, tmp_path, capfd):
     assert "can be read in two ways" in message and "--labels '*_LABEL'" in message
 
 
+@pytest.mark.parametrize("parts", [("train", "val"), ("siteA", "siteB"), ("a", "b", "c", "d")], ids=str)
+@pytest.mark.parametrize("template", ["{part}_{0}.png", "{part}_{i}.png", "{i}_{part}.png"])
+@pytest.mark.parametrize("count", [10, 30])
+def test_two_to_four_texts_for_all_images_are_no_labels_unasked(parts, template, count, monkeypatch, tmp_path, capfd):
+    names = [template.format(text, i=i, part=parts[i % len(parts)]) for i, text in enumerate(TEXTS[:count])]
+    stub(monkeypatch, lambda path: "")
+    assert main(train(make(tmp_path, names), tmp_path / "model")) == 2
+    message, = capfd.readouterr().err.splitlines()
+    assert "can be read in two ways: give --labels 'LABEL_*' (" in message and "or --labels '*_LABEL' (" in message
+    if count == 30:  # what a model reads decides
+        stub(monkeypatch, lambda path: path.stem.split("_")[1].lower())
+        assert said_of(tmp_path / "captchas")[0] == {name: name[:-4].split("_")[1] for name in names}
+
+
+def test_a_few_images_of_few_texts_are_not_asked_about(tmp_path):
+    for number, names in enumerate([["AX_1.png", "B_2.png"], ["AX_x.png", "B_y.png", "AX_z.png", "C_w.png"]]):
+        (tmp_path / str(number)).mkdir()
+        labels, _ = said_of(make(tmp_path / str(number), names))
+        assert labels == {name: name.split("_")[0] for name in names}
+
+
 def test_a_count_behind_a_text_is_no_label_though_nothing_is_read(monkeypatch, tmp_path):
     stub(monkeypatch, lambda path: "K7")
     assert said_of(make(tmp_path, list(named("{0}_{i:03}.png"))))[0] == named("{0}_{i:03}.png")
@@ -107,6 +128,14 @@ def test_without_a_model_names_decide_as_far_as_they_can(start, monkeypatch, tmp
     (tmp_path / "other").mkdir()
     files = named("{0}_{x}.png")
     assert said_of(make(tmp_path / "other", list(files)), start_from=start)[0] == files
+
+
+@pytest.mark.parametrize("pattern, template", [
+    ("*.LABEL", "{i}.{0}.png"), ("*.LABEL", "{i}.{0}.JPeG"), ("*.LABEL", "{i}.{0} (1).png"),
+    ("*.LABEL.png", "{i}.{0}.png"), ("*.LABEL.*", "{i}.{0}.png")])
+def test_the_suffix_is_no_label(pattern, template, tmp_path):
+    files = named(template)
+    assert said_of(make(tmp_path, [*files, "logo.png"]), labels=pattern)[0] == files
 
 
 def test_a_point_in_a_number_is_never_cut_off(tmp_path, capfd):

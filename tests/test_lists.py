@@ -30,7 +30,9 @@ def found(tmp_path, files):
 @pytest.mark.parametrize("text, line", [
     ("0.png,17\n1.png,1,234\n2.png,5\n", 2), ("0.png,1,234\n1.png,5,678\n", 1), ("0.png,A\n\n1.png,B,C\n", 3),
     ("file,label\n0.png,A,B\n1.png,C,D\n", 2), ("file,label\n0.png,\"A,B\"\n1.png,$1,234.50\n", 3),
-    ("0.png,1,234,0.9\n1.png,7,0.8\n", 1), ("0.png,7KQ2,train\n1.png,8,test\n", 1), ("file;label\n0.png;A;B\n", 2)])
+    ("0.png,1,234,0.9\n1.png,7,0.8\n", 1), ("0.png,7KQ2,train\n1.png,8,test\n", 1), ("file;label\n0.png;A;B\n", 2),
+    ("0.png,1.234,50\n", 1), ("0.png,EUR 1,234\n", 1), ("0.png,1 234,50\n", 1), ("1.png,A\n0.png,1.234,50\n", 2),
+    ("elsewhere.PNG,1,50\n0.png,3,40\n", 1)])
 def test_a_label_that_a_comma_would_cut_is_refused_by_its_line(text, line, tmp_path, capfd):
     folder = make(tmp_path, ["0.png", "1.png", "2.png"])
     (folder / "labels.csv").write_text(text)
@@ -82,6 +84,23 @@ def test_labels_alone_are_those_of_the_images_in_order(first, tmp_path):
         (folder / name[-1]).unlink()
         labels, said = said_of(folder)
         assert not labels and "119 lines of lists that name no image" in said
+
+
+@pytest.mark.parametrize("form", ["{} KHOR", "{}=KHOR", "{}: KHOR", "{} | KHOR", "train/{}"])
+def test_each_line_that_is_no_name_and_no_label_is_told(form, tmp_path):
+    """The first as well, though a first line may name the columns."""
+    labels, said = found(tmp_path, {"labels.txt": "\n".join(form.format(f"{i}.png") for i in range(4))})
+    first = form.format("0.png")
+    assert not labels and f'4 lines of lists that name no image, such as "{first}"' in said
+
+
+@pytest.mark.parametrize("head", ["label", "Text", "LABELS"])
+def test_a_head_is_not_the_label_of_the_first_image(head, tmp_path):
+    """Though a label is missing, so that there are as many lines as images."""
+    labels, said = found(tmp_path, {"labels.txt": f"{head}\nAB\nCD\nEF\n"})
+    assert not labels and '3 lines of lists that name no image, such as "AB"' in said
+    assert found(tmp_path, {"labels.txt": f"AB\n{head}\nlabel7\nEF\n"})[0] == {
+        "0": "AB", "1": head, "2": "label7", "3": "EF"}
 
 
 # ---------------------------------------------------------------------- encodings, forms and scripts
