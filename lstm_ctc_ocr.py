@@ -2196,9 +2196,10 @@ class LstmCtcOcr:
     def recognise(self, sources, letters="", length=""):
         """Reads images as one batch; returns their pairs (text, confidence).
 
-        sources: paths, or the bytes of files. letters, length: as for `restrict`. The confidence is the probability that the network gives
-        to the text, see `texts`. The model is loaded by the first call. Raises `Error` if there is
-        no such model, if it cannot read such texts, or for the first image that cannot be read.
+        sources: paths, or the bytes of files. letters, length: as for `restrict`. The confidence is
+        the probability that the network gives to the text, see `texts`. The model is loaded by the
+        first call. Raises `Error` if there is no such model, if it cannot read such texts, or for
+        the first image that cannot be read.
         """
         restriction = self._reader.ocr.restrict(letters, length)
         readings = self._read_each(sources, [restriction] * len(sources))
