@@ -112,7 +112,7 @@ def test_temperature_and_metadata(tmp_path):
         path = tmp_path / f"{temperature}.onnx"
         assert main(["export", str(path), "--model", str(model)]) == 0
         session = onnxruntime.InferenceSession(str(path))
-        known = json.loads(session.get_modelmeta().custom_metadata_map["config"])
+        known = json.loads(session.get_modelmeta().custom_metadata_map["lstm_ctc_ocr"])
         assert known == json.loads((model / "config.json").read_text()) and known["temperature"] == temperature
         image = np.linspace(0, 1, 64 * 256, dtype=np.float32).reshape(1, 1, 64, 256)
         scores[temperature] = session.run(None, {"images": image})[0].astype(np.float64)
