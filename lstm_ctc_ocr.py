@@ -1274,19 +1274,16 @@ class LstmCtcOcr:
         return labels, left_out
 
     def _named(self, folder, names):
-        """Finds the way in which labels stand in the names of a folder's images.
+        """Finds the way in which labels stand in the names of a folder's images, and {name: label}.
 
-        Returns it, and {name: label}; "" and {} if the names do no more than count the images. Of
-        names <text>_<text>, either part may be the label: the one that looks far less like a
-        running count is. If neither does, or if a name's only part looks like one, the model to
-        start from, or else `general`, decides; also if the labels would be only a few texts. Raises
-        `Error` if it cannot.
+        Both are empty if the names only count the images. Of <text>_<text>, the label is the part
+        that looks far less like a count. Where this does not tell, or labels would be only a few
+        texts, the model to start from, or else `general`, decides. Raises `Error` if it cannot.
         """
         # A label may hold them, besides usual letters, and the marks of the scripts that have some.
         letters = re.escape(self.words or "A") + "\u0300-\u1dff\u302a-\u302f\ua8e0-\uabff"
         end = r"(?: \(\d+\)|\.\d+)?(?:\.\w+)"  # LABEL (1).png and LABEL.1.png have a label, too
         if self.labels:
-            # 12.50, or any other, and behind it a suffix
             label = rf"((?=\d+\.\d)[\d.]*\d|(?>[^\s_.()]|[{letters}])+?)(?=.*\.)"
             pattern = re.escape(_one_form(self.labels)).replace(r"\*", ".*").replace("LABEL", label)
             return self.labels, _labels_in(names, pattern + end + "?")
@@ -1296,11 +1293,10 @@ class LstmCtcOcr:
         label = r"(?!\d+\.\d)" * ("." not in letters) + rf"(?>[^\W_]|[{letters}]){{1,20}}"
         whole, first, last = (_labels_in(names, form + end) for form in (
             f"({label})", f"({label}?)_.*", rf".*?_({label})"))
-        share = len(whole) / max(1, len({**first, **whole}))
-        if share >= 0.9:
-            one = "LABEL", whole
-        else:  # a few that are called otherwise are something else, such as logo.png
-            one = "LABEL_*", {**first, **whole} if share >= 0.1 else first
+        every = {**first, **whole}
+        share = len(whole) / max(1, len(every))
+        # A few that are called otherwise are something else, such as logo.png.
+        one = ("LABEL", whole) if share >= 0.9 else ("LABEL_*", every if share >= 0.1 else first)
         behind = len(last) >= len(one[1]) / 2
         two = behind and len({*first.values()}) > (len(first) > 1)  # not captcha_<text>.png
         rivals = [one if two else ("", {}), ("*_LABEL", last) if behind else one]
