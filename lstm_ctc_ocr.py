@@ -985,8 +985,8 @@ class LstmCtcOcr:
 
         colours: (h, w, channels). Letters leave their paper between them: what lies around them is
         no bar if at a side of the rest its colour goes on inward. Bars at the left and right alone
-        stay: they do no harm, and may be strokes of letters that fill the height. So stays a
-        picture that is not wider than high, which may be a letter.
+        stay, for they may be strokes of letters that fill the height. A picture that is not wider
+        than high stays too, for it may be a letter.
         """
         for _ in range(2):  # from the first row's colour, then from the last one's
             def like_bar(rows, near=0.2):
@@ -2925,7 +2925,7 @@ class LstmCtcOcr:
         def dense(x, name):
             return add("Add", add("MatMul", x, weights[f"{name}/kernel"]), weights[f"{name}/bias"])
 
-        x = add("Mul", self._onnx_ink(add), np.float32(3 / 255))  # (B, 1 or 3, H, W)
+        x = add("Mul", self._onnx_ink(add), np.float32(3 / 255))  # (B, 1, H, W)
         for number, (_, _, down, across, blocks) in enumerate(network.convolutions, 1):
             name = f"convolution{number}"
             x = add("Relu", convolution(x, name, (down, across)))  # (B, channels, h, T)
