@@ -234,6 +234,9 @@ class LstmCtcOcr:
     save_epoch: float = setting(
         None, "epochs between checkpoints; if not given, as many as 100 steps take, at least",
         usual=0.1)
+    rounds: int = setting(
+        3, "with --start-from: how often the images without a label are read, to learn what is read "
+        "surely; 0: learn from labels only", COUNT_OR_NONE)
     seed: int = setting(
         0, "fixes all that is random: rendered images, first weights, the order of the images",
         COUNT_OR_NONE)
@@ -1380,6 +1383,14 @@ class LstmCtcOcr:
                 "`python lstm_ctc_ocr.py create_dataset`, or name another folder with --dataset")
         return [(os.path.join(folder, name), labels[name]) for name in sorted(names, key=_digest)]
 
+    class _Guess(str):
+        """A text that a model has read, and that no person has confirmed."""
+
+    @classmethod
+    def _is_guess(cls, file):
+        """Tells whether the text of a pair (path, text) is a guess."""
+        return isinstance(file[1], cls._Guess)
+
     # ------------------------------------------------------------------ model folders
 
     FORMAT = {"format": 1, "paper": "border"}  # what a config.json says that this version reads
@@ -1574,17 +1585,32 @@ class LstmCtcOcr:
                              "lstm_ctc_ocr.py create_dataset`, or name the folder of your own "
                              "with --dataset")
         found = self.find_labels(self.dataset)
-        config = self._load_config(folder) if (folder / "config.json").exists() else {}
-        ocr = self._settings_for_training(config, found[0])
-        return ocr._train(place, folder, found, config)
+        others = [name for name in _files_in(self.dataset)[0] if name not in found[0]]
+        if self.start_from and self.rounds and len(others) >= self.LEAST_SURE > place.workers:
+            return self._teach_itself(place, folder, found, others)
+        return self._train(place, folder, found)
 
     FEW = 20_000  # images; fewer are distorted anew whenever they are shown, see `distort`
 
-    def _train(self, place, folder, found, config):
+    def _train(self, place, folder, found, kind={}, part=1):
+        """Trains as `train` does, with what `find_labels` has found.
+
+        kind: what config.json will say: letters and length of such texts, and the round. part: how
+        much of the training is to be done.
+        """
+        config = self._config_in(folder)
+        ocr = self._settings_for_training(config, found[0], kind.get("letters", ""))
+        return ocr._train_on(place, folder, found, {**config, **kind}, part)
+
+    def _config_in(self, folder):
+        """Returns what config.json says of the training in a folder so far."""
+        return self._load_config(folder) if (folder / "config.json").exists() else {}
+
+    def _train_on(self, place, folder, found, config, part):
         """Trains with settings that are complete but for `_schedule`'s.
 
-        found: what `find_labels` has found. config: what config.json says of the training in the
-        folder so far. Raises `Error` if that had other settings, or other images.
+        config: what config.json says of the training in the folder so far. Raises `Error` if that
+        had other settings, or other images.
         """
         config = {**self.FORMAT, **self._plan(), **config}
         if place.chief:
@@ -1596,6 +1622,7 @@ class LstmCtcOcr:
                 f"{_shown(folder)} has learnt other images than those in {self.dataset}: name "
                 "another folder with --model, or this one if it shall learn these too")
         files = self.labelled_files(self.dataset, found, place.number, place.workers)
+        files.sort(key=self._is_guess)  # the images that a person has labelled come first
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only shrinks
         config["held_share"] = share
         ocr = self.resolve(self._schedule(len(files) - self._held_of(files, share)))
@@ -1611,7 +1638,7 @@ class LstmCtcOcr:
             if len(files) < ocr.FEW and not ocr.start_from:
                 print(f"{len(files):,} images are few to learn from nothing: a model to start "
                       "from, such as --start-from general, needs far fewer", file=sys.stderr)
-            return ocr._train_loop(ocr._prepare(place, folder, files, config))
+            return ocr._train_loop(ocr._prepare(place, folder, files, config, part))
 
     def _folder_to_train(self):
         """Returns the folder that `train` writes: `model`, or one named by dataset or network."""
@@ -1620,18 +1647,19 @@ class LstmCtcOcr:
             return Path(self.model or MODELS / dataset.name)
         return MODELS / (self.net or self._settings_of_start().get("net", "lstm"))
 
-    def _settings_for_training(self, config, labels):
+    def _settings_for_training(self, config, labels, letters):
         """Returns these settings with all that was open, but for `_schedule`'s.
 
         They are those of the training so far, or else those of the model to start from, and those
-        that the labelled images show. labels: {path in the dataset: text}.
+        that the labelled images show. labels: {path in the dataset: text}; letters: others that
+        they may hold.
         """
         later = dict.fromkeys(("lr", "epoch_max", "save_epoch"))  # they stay open
         if config:
             return self.resolve(later, config)
         start, shown = self._settings_of_start(), {}
         if labels:
-            shown = {"words": "".join(sorted(set().union(*labels.values()))),
+            shown = {"words": "".join(sorted(set(letters).union(*labels.values()))),
                      "words_max_num": max(map(len, labels.values()))}
             shown["im_width"] = self.resolve(start, shown, {"im_width": 384})._width_of(labels)
         return self.resolve(later, start, shown)
@@ -1706,31 +1734,34 @@ class LstmCtcOcr:
     def _held_of(self, files, share):
         """Counts the images to hold out: the first ones, whose digests are below `share`.
 
+        Only images that a person has labelled are held out.
         Raises `Error` if so few others are left to train on that it makes no sense.
         """
-        held = bisect.bisect_left(files, share, key=self._digest_of)
+        held = bisect.bisect_left(
+            files, share, key=lambda file: self._is_guess(file) or self._digest_of(file))
         least = self.MIN_IMAGES if self.start_from else self.batch_size
         if len(files) - held < least:
             raise self.Error(f"{self.dataset} leaves {len(files) - held} images to train on, fewer "
                              f"than {least}: label or render more, or lower --batch-size")
         return held
 
-    def _prepare(self, place, folder, files, config):
+    def _prepare(self, place, folder, files, config, part):
         """Decodes the images and builds the network; returns a `_Run`.
 
         files: this process's (path, text) pairs in the order of their digests. An image is held
         out if its digest is below the config's `held_share`, whatever `val_num` and the number of
         workers are. For one model that share never grows. So no image is trained on first and
-        validated on later.
+        validated on later. Labels are learnt more often than guesses. part: see `_train`.
         """
         images, files = self.load_images(files, folder)
         held = self._held_of(files, config["held_share"])  # some files may have been no images
-        count = len(files) - held
-        data = self._Dataset(
-            images, files, np.arange(min(held, self.val_num)), np.arange(held, len(files)),
-            distorts=bool(self.start_from) and count < self.FEW)
+        count, guesses = len(files) - held, sum(map(self._is_guess, files))
+        often = max(1, guesses // (2 * (count - guesses) or 1))
+        rows = np.repeat(range(held, len(files)), [often] * (count - guesses) + [1] * guesses)
+        data = self._Dataset(images, files, np.arange(min(held, self.val_num)), rows,
+                             distorts=bool(self.start_from) and count < self.FEW)
         steps_per_epoch = max(1, count // self.batch_size)
-        last = math.ceil(self.epoch_max * steps_per_epoch)
+        last = math.ceil(self.epoch_max * steps_per_epoch * part)
         net = self._build_training(steps_per_epoch, place)
         if place.chief:
             self._save_config(folder, config)
@@ -1813,7 +1844,7 @@ class LstmCtcOcr:
         run.reported = time.monotonic()
         run.begun = time.process_time() - 60 * run.config.get("cpu_minutes", 0)
         bar = tqdm(total=run.last, initial=run.step, unit="step", disable=None)
-        bar.write(f"{len(run.data.rows)} images to train on, {len(run.data.held)} held out; "
+        bar.write(f"{len({*run.data.rows})} images to train on, {len(run.data.held)} held out; "
                   f"from step {run.step} to {run.last}", file=sys.stderr)
         return bar
 
@@ -1958,7 +1989,7 @@ class LstmCtcOcr:
         run.config.update(
             step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
             images_seen=run.step * self.batch_size * run.place.workers,
-            images=len(run.data.rows) * run.place.workers,  # of all workers together
+            images=len({*run.data.rows}) * run.place.workers,  # of all workers together
             epoch_max=self.epoch_max, lr=self.lr, cpu_minutes=round(run.cpu_minutes, 2),
             tensorflow=_tensorflow().__version__)
         self._save_config(run.folder, run.config)
@@ -2020,13 +2051,13 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ reading
 
-    @dataclasses.dataclass(frozen=True)
+    @dataclasses.dataclass
     class _Reader:
         """A model that is ready to read."""
         ocr: object  # LstmCtcOcr, see `_with_architecture`
         folder: Path  # or ONNX file
         config: dict  # as it was when the weights were loaded
-        restriction: object  # by the settings `letters` and `length`
+        restriction: object  # by the settings `letters` and `length`, or by `expect_alike`
         logits: object  # function: images uint8 -> (T, B, C) float32, blank last; it uses all
         #                 cores, or with alone=True the calling thread only
 
@@ -2220,11 +2251,12 @@ class LstmCtcOcr:
                 failed = isinstance(reading, self.Error)
                 yield path, *((None, None, str(reading)) if failed else (*reading, None))
 
-    def test(self, paths=(), as_json=False, report=""):
+    def test(self, paths=(), as_json=False, report="", alike=False):
         """Reads files and folders, prints a line an image, and compares what was read with labels.
 
         paths: by default the samples in dataset/test. as_json: prints JSON lines, without the
-        figures. report: an HTML file to write about the labelled images.
+        figures. report: an HTML file to write about the labelled images. alike: reads all images as
+        one kind, see `expect_alike`.
 
         Returns 0, or 1 if some images could not be read. Raises `Error` if there is no image, or
         for a report none that is labelled.
@@ -2241,6 +2273,8 @@ class LstmCtcOcr:
         truths = {}
         for path in paths:
             truths.update(self._reader.ocr._truths_of(path))
+        if alike:
+            self.expect_alike(files)
         readings = []  # (path, its label or None, text, confidence)
         for path, text, confidence, fault in self.recognise_files(files):
             if not fault:
@@ -2255,6 +2289,10 @@ class LstmCtcOcr:
         if report:
             with self._writing(page.parent):
                 _replace(page, report_page(labelled, str(_shown(self._reader.folder))))
+        letters, length = self._reader.ocr.alike([reading[2:] for reading in readings])
+        if length and self._reader.restriction == self._reader.ocr.restrict():
+            print(f"most texts are {length} letters long and of {letters}: to read all images as "
+                  "such, add --alike, or give --letters and --length", file=sys.stderr)
         if sum(confidence < 0.5 for *_, confidence in readings) > len(readings) / 2:
             print("most of these do not look like what this model has learnt (confidence below "
                   "0.5): if it is not general, try `--model general`; else label a few hundred of "
@@ -2289,6 +2327,109 @@ class LstmCtcOcr:
             verdict = "" if truth is None else f"  {truth} {'right' if text == truth else 'wrong'}"
             width = self._reader.ocr.words_max_num
             print(f"{text:<{width}}  {confidence:.3f}  {_on_one_line(path)}{verdict}")
+
+    # ------------------------------------------------------------------ images without labels
+
+    SURE = 0.7  # the confidence from which on a reading is taken for right
+    LEAST_SURE = 20  # so many sure readings tell what the texts of a folder have in common
+
+    def alike(self, readings):
+        """Finds what the texts of one kind of captchas have in common, by the sure readings.
+
+        readings: pairs (text, confidence). Returns letters and length, as `restrict` takes them,
+        or "" and "" if too few readings are sure.
+        """
+        texts = [text for text, confidence in readings if text and confidence >= self.SURE]
+        if len(texts) < self.LEAST_SURE:
+            return "", ""
+        lengths, drawn = collections.Counter(map(len, texts)), "".join(texts)
+        usual = [length for length, count in lengths.items() if count >= max(lengths.values()) / 10]
+        # Capitals, small letters and digits are counted by those that look like no others.
+        kinds = (CAPITALS, "ABDEFGHMNQRT"), (self.SMALL, "abdefghmnqrt"), (DIGITS, "23456789")
+        absent = "".join(kind for kind, clear in kinds
+                         if sum(map(drawn.count, clear)) < 0.03 * len(drawn))
+        letters = (letter for letter in self.letters or self.words if letter not in absent)
+        return "".join(letters), f"{min(usual)}-{max(usual)}"
+
+    def expect_alike(self, paths):
+        """Reads images of one kind; from then on expects what the sure texts have in common.
+
+        What the settings say of letters and length stays. Returns letters and length.
+        """
+        reader = self._reader
+        letters, length = reader.ocr.alike([reading[1:3] for reading in self.recognise_files(paths)])
+        reader.restriction = reader.ocr.restrict(self.letters or letters, self.length or length)
+        print(f"expecting {length or 'any number of'} letters of {letters or reader.ocr.words}",
+              file=sys.stderr)
+        return letters, length
+
+    TAUGHT = "taught.csv"  # in a model folder: the guesses that it learns
+
+    def _teach_itself(self, place, folder, found, names):
+        """Trains on labels, and on what is read surely in the other images, in rounds.
+
+        Some of these images are never learnt from: they tell how many of new ones are read right.
+        found: what `find_labels` has found; names: the images without a label. Returns the exit
+        code, as `train` does.
+        """
+        labels, way, said = found
+        kept_back = [name for name in names if _digest(name) < self.HELD_SHARE]
+        heights = sorted(self._heights(names))
+        if heights and 1.1 * heights[len(heights) // 10] < heights[-1 - len(heights) // 10]:
+            print(f"the images have several heights: if {self.dataset} holds captchas of several "
+                  "kinds, give each kind a folder of its own", file=sys.stderr)
+        heights = sorted(self._heights(names))
+        if heights and 1.1 * heights[len(heights) // 10] < heights[-1 - len(heights) // 10]:
+            print(f"the images have several heights: if {self.dataset} holds captchas of several "
+                  "kinds, give each kind a folder of its own", file=sys.stderr)
+        for number in range(self._config_in(folder).get("round", 1), self.rounds + 1):
+            guesses, kind = self._teach(folder, number, {*names} - {*kept_back})
+            if code := self._train(place, folder, ({**guesses, **labels}, way, said), {
+                    **({} if labels else kind), "round": number}, number / self.rounds):
+                return code
+        readings = LstmCtcOcr(model=str(folder)).recognise_files(
+            [Path(self.dataset, name) for name in kept_back])
+        expected = round(float(np.mean([confidence or 0 for *_, confidence, _ in readings])), 2)
+        self._save_config(folder, {**self._load_config(folder), "expected": expected})
+        print(f"of images without a label it expects to read {expected:.0%} right; what it took for "
+              f"labels is in {_shown(folder / self.TAUGHT)}", file=sys.stderr)
+        return 0
+
+    def _heights(self, names):
+        """Yields the heights of images of the dataset, in pixels."""
+        for name in names:
+            with contextlib.suppress(Exception), Image.open(Path(self.dataset, name)) as image:
+                yield image.height
+
+    def _heights(self, names):
+        """Yields the heights of images of the dataset, in pixels."""
+        for name in names:
+            with contextlib.suppress(Exception), Image.open(Path(self.dataset, name)) as image:
+                yield image.height
+
+    def _teach(self, folder, number, names):
+        """Reads images without a label; notes in `folder` what is read surely.
+
+        It reads with the model in `folder`, or if there is none yet, with that to start from.
+        Returns the guesses, {path in the dataset: text}, and letters and length of all.
+        """
+        trained = any(folder.glob("LstmCtcOcr-*.index"))
+        ocr = LstmCtcOcr(model=str(folder) if trained else self.start_from)
+        paths = {Path(self.dataset, name): name for name in names}
+        kind = dict(zip(("letters", "length"), ocr.expect_alike(paths)))
+        rows = [(paths[path], self._Guess(text), round(confidence, 3), number)
+                for path, text, confidence, _ in ocr.recognise_files(paths)
+                if text and confidence >= self.SURE]
+        enough = len(rows) >= self.LEAST_SURE
+        print(f"round {number} of {self.rounds}: {len(rows):,} of {len(paths):,} images without a "
+              f"label are read surely{', too few to learn from' * (not enough)}", file=sys.stderr)
+        written = io.StringIO()
+        csv.writer(written, lineterminator="\n").writerows(
+            [("path", "text", "confidence", "round"), *rows * enough])
+        with self._writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(folder / self.TAUGHT, written.getvalue(), durable=True)
+        return {name: text for name, text, *_ in rows * enough}, kind
 
     # -------------------------------------------------------------- training on several machines
 
@@ -4587,7 +4728,7 @@ COMMANDS = {
     "train": (
         "train on rendered captchas or on your own, or go on from the last checkpoint",
         "dataset labels case start_from model net words words_max_num im_width im_height val_num "
-        "n_hidden batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
+        "n_hidden batch_size epoch_max lr save_epoch rounds seed beam_width label_parts ctc"),
     "test": ("read images, one line each", "model net labels case beam_width letters length"),
     "start": (
         "serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
@@ -4624,6 +4765,9 @@ def _parser():
                              help="images and folders of images (dataset/test)")
             sub.add_argument("--json", action="store_true", dest="as_json",
                              help="print one JSON object an image")
+            sub.add_argument("--alike", action="store_true",
+                             help="read all images as captchas of one kind: of the letters, and as "
+                             "many, as those that are read surely")
             sub.add_argument("--report", default="", metavar="FILE.html",
                              help="of labelled images: write a page that shows what is read wrong, "
                              "and whether the confidence is right")
