@@ -1247,7 +1247,7 @@ class LstmCtcOcr:
                         "images do not tell these apart, give --case lower or --case upper")
         faults = "; ".join(f'{len(those):,} {what}, such as "{_on_one_line(those[0])}"'
                            for what, those in left_out.items() if those)
-        return labels, way, said + [f"left out: {faults}"] * bool(faults)
+        return labels, way, said + [f"besides: {faults}"] * bool(faults)
 
     def _listed(self, folder, names, others):
         """Reads the lists of a folder: a line an image, or a text file beside each image.
@@ -1625,7 +1625,8 @@ class LstmCtcOcr:
         files.sort(key=self._is_guess)  # the images that a person has labelled come first
         share = min(self._held_share(files, place), config.get("held_share", 1))  # it only shrinks
         config["held_share"] = share
-        ocr = self.resolve(self._schedule(len(files) - self._held_of(files, share)))
+        guesses, held = sum(map(self._is_guess, files)), self._held_of(files, share)
+        ocr = self.resolve(self._schedule(len(files) - held, 300 if guesses else 800))
         if ocr.ctc == "warp":
             _warp_library()  # where it is missing, that is said before the model folder is made
         alone = ocr._alone_in(folder) if place.chief else contextlib.nullcontext()
@@ -1688,17 +1689,17 @@ class LstmCtcOcr:
 
     REPORT_STEPS = 100  # between reports, as in the article
 
-    def _schedule(self, count):
+    def _schedule(self, count, steps):
         """Returns learning rate, epochs and epochs between checkpoints for `count` images.
 
-        From a model to start from, training is counted in steps: even few images need hundreds.
+        From a model to start from, training is counted in steps: even few images need `steps`.
         """
         steps_per_epoch = max(1, count // self.batch_size)
         schedule = {"save_epoch": max(0.1, self.REPORT_STEPS / steps_per_epoch)}
         if self.start_from:
             seen = self.batch_size * steps_per_epoch  # images an epoch
             schedule["lr"] = 1e-3 * min(1, seen / 160)
-            schedule["epoch_max"] = (800 + 0.2 * seen) / steps_per_epoch
+            schedule["epoch_max"] = (steps + 0.2 * seen) / steps_per_epoch
         return schedule
 
     def _plan(self):
@@ -1751,13 +1752,14 @@ class LstmCtcOcr:
         files: this process's (path, text) pairs in the order of their digests. An image is held
         out if its digest is below the config's `held_share`, whatever `val_num` and the number of
         workers are. For one model that share never grows. So no image is trained on first and
-        validated on later. Labels are learnt more often than guesses. part: see `_train`.
+        validated on later. A label is learnt four times as often as a guess. part: see `_train`.
         """
         images, files = self.load_images(files, folder)
         held = self._held_of(files, config["held_share"])  # some files may have been no images
         count, guesses = len(files) - held, sum(map(self._is_guess, files))
-        often = max(1, guesses // (2 * (count - guesses) or 1))
-        rows = np.repeat(range(held, len(files)), [often] * (count - guesses) + [1] * guesses)
+        rows = np.arange(held, len(files))
+        if guesses:
+            rows = np.append(rows, np.tile(rows[:count - guesses], 3))
         data = self._Dataset(images, files, np.arange(min(held, self.val_num)), rows,
                              distorts=bool(self.start_from) and count < self.FEW)
         steps_per_epoch = max(1, count // self.batch_size)
@@ -1828,7 +1830,7 @@ class LstmCtcOcr:
         if run.stop:
             print(self._stopped(run), file=sys.stderr)
             return 128 + run.stop[0]
-        if chief:
+        if chief and run.last >= self.epoch_max * run.steps_per_epoch:
             self._say_how_it_ended(run)
         return 0
 
@@ -2368,31 +2370,39 @@ class LstmCtcOcr:
     def _teach_itself(self, place, folder, found, names):
         """Trains on labels, and on what is read surely in the other images, in rounds.
 
-        Some of these images are never learnt from: they tell how many of new ones are read right.
+        A tenth of these images is never learnt from: it tells how many of new ones are read right.
         found: what `find_labels` has found; names: the images without a label. Returns the exit
         code, as `train` does.
         """
         labels, way, said = found
-        kept_back = [name for name in names if _digest(name) < self.HELD_SHARE]
+        names = sorted(names, key=_digest)
+        tenth = len(names) // 10
         heights = sorted(self._heights(names))
-        if heights and 1.1 * heights[len(heights) // 10] < heights[-1 - len(heights) // 10]:
-            print(f"the images have several heights: if {self.dataset} holds captchas of several "
-                  "kinds, give each kind a folder of its own", file=sys.stderr)
-        heights = sorted(self._heights(names))
-        if heights and 1.1 * heights[len(heights) // 10] < heights[-1 - len(heights) // 10]:
-            print(f"the images have several heights: if {self.dataset} holds captchas of several "
-                  "kinds, give each kind a folder of its own", file=sys.stderr)
-        for number in range(self._config_in(folder).get("round", 1), self.rounds + 1):
-            guesses, kind = self._teach(folder, number, {*names} - {*kept_back})
-            if code := self._train(place, folder, ({**guesses, **labels}, way, said), {
-                    **({} if labels else kind), "round": number}, number / self.rounds):
+        if heights and 1.1 * heights[tenth] < heights[-tenth]:
+            print(f"the images have several heights: if {self.dataset} holds several kinds, give "
+                  "each a folder of its own", file=sys.stderr)
+        for number in range(min(self._config_in(folder).get("round", 1), self.rounds),
+                            self.rounds + 1):
+            readings, kind = self._read_unlabelled(folder, names)
+            guesses = [name for name in names[tenth:] if readings[name][1] >= self.SURE]
+            print(f"round {number} of {self.rounds}: {len(guesses):,} of {len(names[tenth:]):,} "
+                  "images without a label are read surely", file=sys.stderr)
+            if len(guesses) < self.LEAST_SURE:
+                print("these are too few to learn from", file=sys.stderr)
+                guesses = ()
+            self._note_guesses(folder, [(name, *readings[name], number) for name in guesses])
+            labels = {**{name: self._Guess(readings[name][0]) for name in guesses}, **found[0]}
+            kind = {**({} if found[0] else kind), "round": number}
+            if code := self._train(place, folder, (labels, way, said * (number == 1)), kind,
+                                   number / self.rounds):
                 return code
-        readings = LstmCtcOcr(model=str(folder)).recognise_files(
-            [Path(self.dataset, name) for name in kept_back])
-        expected = round(float(np.mean([confidence or 0 for *_, confidence, _ in readings])), 2)
+        # What is read otherwise than a round before is likely to be wrong, however sure it is.
+        after, _ = self._read_unlabelled(folder, names[:tenth])
+        expected = round(sum(confidence for name, (text, confidence) in after.items()
+                             if text == readings[name][0]) / tenth, 2)
         self._save_config(folder, {**self._load_config(folder), "expected": expected})
-        print(f"of images without a label it expects to read {expected:.0%} right; what it took for "
-              f"labels is in {_shown(folder / self.TAUGHT)}", file=sys.stderr)
+        print(f"of new images it expects to read {expected:.0%} right; what it took for labels is in "
+              f"{_shown(folder / self.TAUGHT)}", file=sys.stderr)
         return 0
 
     def _heights(self, names):
@@ -2401,35 +2411,27 @@ class LstmCtcOcr:
             with contextlib.suppress(Exception), Image.open(Path(self.dataset, name)) as image:
                 yield image.height
 
-    def _heights(self, names):
-        """Yields the heights of images of the dataset, in pixels."""
-        for name in names:
-            with contextlib.suppress(Exception), Image.open(Path(self.dataset, name)) as image:
-                yield image.height
-
-    def _teach(self, folder, number, names):
-        """Reads images without a label; notes in `folder` what is read surely.
+    def _read_unlabelled(self, folder, names):
+        """Reads images of the dataset, as images of one kind.
 
         It reads with the model in `folder`, or if there is none yet, with that to start from.
-        Returns the guesses, {path in the dataset: text}, and letters and length of all.
+        Returns {path in the dataset: (text, confidence)}, and {"letters", "length"} of the kind.
         """
         trained = any(folder.glob("LstmCtcOcr-*.index"))
         ocr = LstmCtcOcr(model=str(folder) if trained else self.start_from)
-        paths = {Path(self.dataset, name): name for name in names}
+        paths = [Path(self.dataset, name) for name in names]
         kind = dict(zip(("letters", "length"), ocr.expect_alike(paths)))
-        rows = [(paths[path], self._Guess(text), round(confidence, 3), number)
-                for path, text, confidence, _ in ocr.recognise_files(paths)
-                if text and confidence >= self.SURE]
-        enough = len(rows) >= self.LEAST_SURE
-        print(f"round {number} of {self.rounds}: {len(rows):,} of {len(paths):,} images without a "
-              f"label are read surely{', too few to learn from' * (not enough)}", file=sys.stderr)
+        return {name: (text, round(confidence, 3) if text else 0) for name, (_, text, confidence, _)
+                in zip(names, ocr.recognise_files(paths))}, kind
+
+    def _note_guesses(self, folder, rows):
+        """Writes the guesses that a model learns, (path, text, confidence, round), in its folder."""
         written = io.StringIO()
         csv.writer(written, lineterminator="\n").writerows(
-            [("path", "text", "confidence", "round"), *rows * enough])
+            [("path", "text", "confidence", "round"), *rows])
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _replace(folder / self.TAUGHT, written.getvalue(), durable=True)
-        return {name: text for name, text, *_ in rows * enough}, kind
 
     # -------------------------------------------------------------- training on several machines
 

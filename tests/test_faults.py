@@ -97,7 +97,7 @@ def about_images(dataset, tmp_path_factory):
 @pytest.mark.parametrize("line", [
     r"^left out: .*900_AX.png: not a whole image", r"^left out: .*901_AX.png: not a whole image",
     r"^left out: .*902_AX.png: not a whole image", r"^left out: .*903_AX.png: Is a directory",
-    r'^left out: 1 images without a label, such as "AX.png"', r"^720 images to train on, 16 held out"],
+    r'^besides: 1 images without a label, such as "AX.png"', r"^720 images to train on, 16 held out"],
     ids=["cut in half", "empty", "no image", "a folder", "without a label", "all others"])
 def test_what_is_no_labelled_image_is_named_and_left_out(line, about_images):
     assert len(re.findall(line, about_images, re.MULTILINE)) == 1 and "Traceback" not in about_images
@@ -106,7 +106,7 @@ def test_what_is_no_labelled_image_is_named_and_left_out(line, about_images):
 @pytest.mark.parametrize("label, settings, complaint", [
     ("AY", {}, "900_AY.png: the label 'AY' is not 1 to 3 letters of --words AX"),
     ("AXAX", {}, "900_AXAX.png: the label 'AXAX' is not 1 to 3 letters of --words AX"),
-    ("", {}, '(left out: 1 images without a label, such as "900_.png")'),
+    ("", {}, '(besides: 1 images without a label, such as "900_.png")'),
     ("AX", dict(im_width=4), "CTC cannot align 3 letters, 5 steps, in 4"),
     ("AX", dict(im_width=16, net="cnn_lstm"), "CTC cannot align 3 letters, 5 steps, in 4"),
 ])

@@ -97,7 +97,7 @@ def test_every_kind_of_list_is_read(lists, tmp_path):
     assert labels == {"a.png": "7KQ2", "b c.png": "x", "sub/a.png": "Z"}
     assert said.startswith("captchas: 3 images, labels as in ") and '("a.png" is 7KQ2)' in said
     replaced = any("no" in text or "7KQ\n" in text for text in lists.values())
-    assert said.splitlines()[1:] == ['left out: 1 labels that a later line replaces, such as "a.png"'] * replaced
+    assert said.splitlines()[1:] == ['besides: 1 labels that a later line replaces, such as "a.png"'] * replaced
 
 
 def test_a_label_of_any_letters_may_stand_in_a_list(tmp_path):
@@ -153,7 +153,7 @@ def test_a_list_beats_names_and_the_flag_beats_both(tmp_path):
     names = dict.fromkeys(named("{0}.png"), "")
     folder = make(tmp_path, {**names, "labels.csv": f"file,label\n{TEXTS[3]}.png,XYZ\n"})
     labels, said = said_of(folder)
-    assert labels == {f"{TEXTS[3]}.png": "XYZ"} and "left out: 39 images without a label" in said
+    assert labels == {f"{TEXTS[3]}.png": "XYZ"} and "besides: 39 images without a label" in said
     assert said_of(folder, labels="LABEL")[0] == named("{0}.png")
     assert said_of(folder, labels="list")[0] == labels
     (folder / "labels.csv").write_text("file,label\n")  # as a list begins
@@ -241,7 +241,7 @@ def test_a_hundred_kinds_of_dirt_do_not_stop_training_and_testing(dirty, tmp_pat
     images = [name for name in shown if name.lower().endswith((".png", ".gif"))]
     others = [name for name in shown if name not in images]
     assert f"captchas: {count + 5} images, labels as in LABEL_* (" in messages and "Traceback" not in messages
-    left, *faults = re.findall("^left out: (.*)", messages, re.MULTILINE)
+    left, *faults = re.findall("^besides: (.*)", messages, re.MULTILINE)
     assert re.fullmatch(rf'{len(images) + 1} images without a label, such as ".*"; {len(others)} files that are no '
                         'images, such as ".*"', left)
     assert sorted(re.findall(r"AX_(\w+)\.png: ", " ".join(faults))) == ["broken", "cut", "empty", "folder", "html"]

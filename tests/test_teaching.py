@@ -80,8 +80,9 @@ def test_an_interrupted_round_goes_on_with_what_it_had_read(images, trained, tmp
         if json.loads((model / "config.json").read_text()).get("step", 0) and len(starts) == number:
             raise RuntimeError("killed")
 
-    starts, teach = [], LstmCtcOcr._teach
-    monkeypatch.setattr(LstmCtcOcr, "_teach", lambda *args: [starts.append(args[2]), teach(*args)][1])
+    starts, note = [], LstmCtcOcr._note_guesses
+    monkeypatch.setattr(LstmCtcOcr, "_note_guesses", lambda self, folder, rows: [
+        starts.append(rows[0][-1]), note(self, folder, rows)])
     monkeypatch.setattr(LstmCtcOcr, "_between_steps", killed)
     with pytest.raises(RuntimeError):
         train(folder, trained, model, rounds=2)
@@ -101,8 +102,9 @@ def test_what_cannot_be_read_at_all_is_one_line(trained, tmp_path, capfd):
         lstm_ctc_ocr.cv2.imwrite(str(tmp_path / "noise" / f"image-{number:05}.png"),
                                  noise.integers(0, 255, (64, 96, 3), np.uint8))
     assert train(tmp_path / "noise", trained, tmp_path / "model") == 2
-    *_, said, message = capfd.readouterr().err.splitlines()
-    assert "are read surely, too few to learn from" in said and "no labelled images" in message
+    *_, said, few, message = capfd.readouterr().err.splitlines()
+    assert "round 1 of 3: 0 of 36 images without a label are read surely" in said
+    assert few == "these are too few to learn from" and "no labelled images" in message
     assert not [*(tmp_path / "model").glob("*.index")]
 
 
