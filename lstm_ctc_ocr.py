@@ -711,6 +711,9 @@ class LstmCtcOcr:
         letters: str = ""  # the only letters that the text can hold; "": all that the model knows
         length: str = ""  # "N" or "MIN-MAX": how many letters the text has; "": any number
 
+        def __str__(self):
+            return f"{self.length or 'any number of'} letters, of {self.letters or 'all that it knows'}"
+
     def restrict(self, letters="", length=""):
         """Makes a `Restriction` for `texts`; raises `Error` if this model cannot read such texts.
 
@@ -1586,7 +1589,7 @@ class LstmCtcOcr:
                              "with --dataset")
         found = self.find_labels(self.dataset)
         others = [name for name in _files_in(self.dataset)[0] if name not in found[0]]
-        if self.start_from and self.rounds and len(others) >= self.LEAST_SURE > place.workers:
+        if self.start_from and self.rounds and place.workers == 1 and len(others) >= self.LEAST_SURE:
             return self._teach_itself(place, folder, found, others)
         return self._train(place, folder, found)
 
@@ -2119,11 +2122,16 @@ class LstmCtcOcr:
 
     def _say_model(self):
         """Says on stderr which model is read with, and what it reads or how well."""
-        config = self._reader.config
-        figures = (f"{config['net']}, {config.get('accuracy', 0):.1%} of "
-                   f"{config.get('validated_on', 0):,} held-out images")
-        print(f"reading with {_shown(self._reader.folder)} ({config.get('about', figures)})",
-              file=sys.stderr)
+        config, expected = self._reader.config, self._reader.restriction
+        figures = [config["net"]]
+        if config.get("validated_on"):
+            figures.append(f"{config['accuracy']:.1%} of {config['validated_on']:,} held-out images")
+        if "expected" in config:
+            figures.append(f"expects to read {config['expected']:.0%} of new images right")
+        about = config.get("about") or ", ".join(figures)
+        print(f"reading with {_shown(self._reader.folder)} ({about})", file=sys.stderr)
+        if expected.length:
+            print(f"expecting {expected}", file=sys.stderr)
 
     def _read(self, infer, ink, colours, restriction):
         """Reads images of one width under one restriction; returns B pairs (text, confidence).
@@ -2292,9 +2300,9 @@ class LstmCtcOcr:
             with self._writing(page.parent):
                 _replace(page, report_page(labelled, str(_shown(self._reader.folder))))
         letters, length = self._reader.ocr.alike([reading[2:] for reading in readings])
-        if length and self._reader.restriction == self._reader.ocr.restrict():
-            print(f"most texts are {length} letters long and of {letters}: to read all images as "
-                  "such, add --alike, or give --letters and --length", file=sys.stderr)
+        if length and not self._reader.restriction.length:
+            print(f"most texts are {length} of the letters {letters}: to read all images as such, "
+                  "add --alike, or give --length and --letters", file=sys.stderr)
         if sum(confidence < 0.5 for *_, confidence in readings) > len(readings) / 2:
             print("most of these do not look like what this model has learnt (confidence below "
                   "0.5): if it is not general, try `--model general`; else label a few hundred of "
@@ -2361,8 +2369,7 @@ class LstmCtcOcr:
         reader = self._reader
         letters, length = reader.ocr.alike([reading[1:3] for reading in self.recognise_files(paths)])
         reader.restriction = reader.ocr.restrict(self.letters or letters, self.length or length)
-        print(f"expecting {length or 'any number of'} letters of {letters or reader.ocr.words}",
-              file=sys.stderr)
+        print(f"expecting {reader.restriction}", file=sys.stderr)
         return letters, length
 
     TAUGHT = "taught.csv"  # in a model folder: the guesses that it learns
@@ -2392,7 +2399,8 @@ class LstmCtcOcr:
                 guesses = ()
             self._note_guesses(folder, [(name, *readings[name], number) for name in guesses])
             labels = {**{name: self._Guess(readings[name][0]) for name in guesses}, **found[0]}
-            kind = {**({} if found[0] else kind), "round": number}
+            # With held-out labels, the round's most accurate checkpoint is sought anew.
+            kind = {**({"accuracy": 0} if found[0] else kind), "round": number}
             if code := self._train(place, folder, (labels, way, said * (number == 1)), kind,
                                    number / self.rounds):
                 return code
@@ -4768,8 +4776,8 @@ def _parser():
             sub.add_argument("--json", action="store_true", dest="as_json",
                              help="print one JSON object an image")
             sub.add_argument("--alike", action="store_true",
-                             help="read all images as captchas of one kind: of the letters, and as "
-                             "many, as those that are read surely")
+                             help="read all images as one kind of captchas: their texts are like "
+                             "those that are read surely, in length and letters")
             sub.add_argument("--report", default="", metavar="FILE.html",
                              help="of labelled images: write a page that shows what is read wrong, "
                              "and whether the confidence is right")

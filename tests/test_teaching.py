@@ -145,5 +145,5 @@ def test_images_read_alike_say_what_they_have_in_common(tmp_path, capfd):
         (tmp_path / f"{number}.png").write_bytes(ImageCaptcha(256, 64).generate("KMXT").read())
     assert main(["test", "--alike", "--model", str(SHIPPED), str(tmp_path)]) == 0
     out, err = capfd.readouterr()
-    assert f"expecting 4-4 letters of {lstm_ctc_ocr.CAPITALS}" in err
+    assert f"expecting 4-4 letters, of {lstm_ctc_ocr.CAPITALS}" in err
     assert [line.split()[0] for line in out.splitlines()] == ["KMXT"] * 24
