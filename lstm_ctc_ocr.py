@@ -2407,7 +2407,7 @@ class LstmCtcOcr:
         # What is read otherwise than a round before is likely to be wrong, however sure it is.
         after, _ = self._read_unlabelled(folder, names[:tenth])
         expected = round(sum(confidence for name, (text, confidence) in after.items()
-                             if text == readings[name][0]) / tenth, 2)
+                             if text.lower() == readings[name][0].lower()) / tenth, 2)
         self._save_config(folder, {**self._load_config(folder), "expected": expected})
         print(f"of new images it expects to read {expected:.0%} right; what it took for labels is in "
               f"{_shown(folder / self.TAUGHT)}", file=sys.stderr)
@@ -2424,13 +2424,22 @@ class LstmCtcOcr:
 
         It reads with the model in `folder`, or if there is none yet, with that to start from.
         Returns {path in the dataset: (text, confidence)}, and {"letters", "length"} of the kind.
+        The confidence is that of the text in any case: of many letters, such as c and C, nothing
+        but the size tells the case.
         """
         trained = any(folder.glob("LstmCtcOcr-*.index"))
         ocr = LstmCtcOcr(model=str(folder) if trained else self.start_from)
         paths = [Path(self.dataset, name) for name in names]
-        kind = dict(zip(("letters", "length"), ocr.expect_alike(paths)))
-        return {name: (text, round(confidence, 3) if text else 0) for name, (_, text, confidence, _)
-                in zip(names, ocr.recognise_files(paths))}, kind
+        letters, length = ocr.expect_alike(paths)
+        texts = [text or "" for _, text, *_ in ocr.recognise_files(paths)]
+        # Letters of one case are read in either.
+        one_case = [letter for letter in letters if letter.lower() not in letters.replace(letter, "")]
+        ocr._reader.restriction = ocr._reader.ocr.restrict("".join(one_case), length)
+        readings = {
+            name: (text, round(confidence, 3) if text and text.lower() == read.lower() else 0)
+            for name, text, (_, read, confidence, _) in zip(
+                names, texts, ocr.recognise_files(paths))}
+        return readings, {"letters": letters, "length": length}
 
     def _note_guesses(self, folder, rows):
         """Writes the guesses that a model learns, (path, text, confidence, round), in its folder."""
