@@ -1219,9 +1219,11 @@ class LstmCtcOcr:
     def find_labels(self, folder):
         """Finds the labels of a folder's images: in its lists, or else in the images' names.
 
-        Returns the labels, {path in the folder: text}; the way in which they were found, "list" or
-        a pattern as in the setting `labels`, "" if names give none; and lines for the user, which
-        say so and count the files that give no label.
+        Returns the labels, {path in the folder: text}, ordered by digests of the paths; the way in
+        which they were found, "list" or a pattern as in the setting `labels`, "" if names give
+        none; and lines for the user, which say so and count the files that give no label.
+
+        A digest keeps its place when the folder grows: the images held out are always the first.
 
         Raises `Error` if the names can be read in two ways: the setting `labels` decides then.
         """
@@ -1250,6 +1252,7 @@ class LstmCtcOcr:
                         "images do not tell these apart, give --case lower or --case upper")
         faults = "; ".join(f'{len(those):,} {what}, such as "{_on_one_line(those[0])}"'
                            for what, those in left_out.items() if those)
+        labels = {name: labels[name] for name in sorted(labels, key=_digest)}
         return labels, way, said + [f"besides: {faults}"] * bool(faults)
 
     def _listed(self, folder, names, others):
@@ -1359,9 +1362,7 @@ class LstmCtcOcr:
         return gap if gap < 10 or 10 * low <= high else math.inf
 
     def labelled_files(self, folder, found=None, number=0, workers=1):
-        """Lists the labelled images of a folder as (path, text), ordered by digests of their names.
-
-        A digest keeps its place when the folder grows: the images held out are always the first.
+        """Lists the labelled images of a folder as (path, text), in the order of `find_labels`.
 
         found: what `find_labels` has found in the folder, if that was asked already. number,
         workers: gives one worker's share. Of images <number>_<text>, it is what `create_dataset`
@@ -1384,15 +1385,7 @@ class LstmCtcOcr:
                 "--labels LABEL), say with --labels how they are called, or write a "
                 "labels.csv, a line an image: its name, a comma, its label; or render some with "
                 "`python lstm_ctc_ocr.py create_dataset`, or name another folder with --dataset")
-        return [(os.path.join(folder, name), labels[name]) for name in sorted(names, key=_digest)]
-
-    class _Guess(str):
-        """A text that a model has read, and that no person has confirmed."""
-
-    @classmethod
-    def _is_guess(cls, file):
-        """Tells whether the text of a pair (path, text) is a guess."""
-        return isinstance(file[1], cls._Guess)
+        return [(os.path.join(folder, name), labels[name]) for name in names]
 
     # ------------------------------------------------------------------ model folders
 
@@ -1463,11 +1456,15 @@ class LstmCtcOcr:
         except self.Error as error:
             raise self.Error(f"{folder}: {error}") from None
 
-    def _save_config(self, folder, config):
-        """Writes config.json whole or not at all, and waits until it is on the disk."""
+    def _write(self, folder, name, content):
+        """Writes a file of a model folder whole or not at all, and waits until it is on the disk."""
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / "config.json", json.dumps(config, indent=2) + "\n", durable=True)
+            _replace(folder / name, content, durable=True)
+
+    def _save_config(self, folder, config):
+        """Writes config.json as `_write` does."""
+        self._write(folder, "config.json", json.dumps(config, indent=2) + "\n")
 
     AVERAGE = "/ExponentialMovingAverage"  # how TensorFlow ends the name of a moving average
 
@@ -1537,25 +1534,21 @@ class LstmCtcOcr:
 
     # ------------------------------------------------------------------ training
 
-    @dataclasses.dataclass(frozen=True)
-    class _Dataset:
-        """The labelled images that this process trains and validates on."""
-        images: object  # (n, H, W) uint8, to be indexed by an array of rows
-        files: list  # (path, text) of each
-        held: np.ndarray  # rows that are validated on
-        rows: np.ndarray  # rows that are trained on
-        distorts: bool  # whether an image is distorted whenever it is trained on
-
     @dataclasses.dataclass
     class _Run:
         """A training under way: what its methods share, and what changes from step to step."""
         place: object  # _Place
         folder: Path  # of the model
         net: object  # _Net
-        data: object  # _Dataset
+        images: object  # (n, H, W) uint8, to be indexed by an array of rows
+        files: list  # (path, text) of each image
         steps_per_epoch: int
         last: int  # the step at which it ends
         config: dict  # of the chief: what config.json will say; its `step` is the last saved one
+        held: np.ndarray  # rows that are validated on
+        rows: np.ndarray  # rows that are trained on
+        again: np.ndarray  # rows that are trained on besides, as often as they are in here
+        distorts: bool  # whether an image is distorted whenever it is trained on
         session: object = None  # any thread may use it; a new one after a parameter server was lost
         stop: list = ()  # the signals that told the chief to stop
         step: int = 0
@@ -1588,61 +1581,47 @@ class LstmCtcOcr:
                              "lstm_ctc_ocr.py create_dataset`, or name the folder of your own "
                              "with --dataset")
         found = self.find_labels(self.dataset)
+        config = self._load_config(folder) if (folder / "config.json").exists() else {}
         others = [name for name in _files_in(self.dataset)[0] if name not in found[0]]
-        if self.start_from and self.rounds and place.workers == 1 and len(others) >= self.LEAST_SURE:
-            return self._teach_itself(place, folder, found, others)
-        return self._train(place, folder, found)
+        teaches = self.start_from and self.rounds and place.workers == 1
+        as_begun = "round" in config or not config
+        if teaches and as_begun and len(others) >= self.LEAST_SURE:
+            return self._teach_itself(place, folder, found, config, others)
+        return self._train(place, folder, found, config)
 
     FEW = 20_000  # images; fewer are distorted anew whenever they are shown, see `distort`
 
-    def _train(self, place, folder, found, kind={}, part=1):
-        """Trains as `train` does, with what `find_labels` has found.
+    def _train(self, place, folder, found, config, guesses=(), part=1):
+        """Trains as `train` does, on labels and on guesses.
 
-        kind: what config.json will say: letters and length of such texts, and the round. part: how
-        much of the training is to be done.
-        """
-        config = self._config_in(folder)
-        ocr = self._settings_for_training(config, found[0], kind.get("letters", ""))
-        return ocr._train_on(place, folder, found, {**config, **kind}, part)
-
-    def _config_in(self, folder):
-        """Returns what config.json says of the training in a folder so far."""
-        return self._load_config(folder) if (folder / "config.json").exists() else {}
-
-    def _train_on(self, place, folder, found, config, part):
-        """Trains with settings that are complete but for `_schedule`'s.
-
-        config: what config.json says of the training in the folder so far. Raises `Error` if that
+        found: what `find_labels` has found; config: what config.json says of the training in the
+        folder so far, and will say; guesses: what a model has read in other images, see
+        `_note_guesses`; part: how much of the training is to be done. Raises `Error` if that so far
         had other settings, or other images.
         """
-        config = {**self.FORMAT, **self._plan(), **config}
+        labels = {**found[0], **dict(guess[:2] for guess in guesses)}
+        ocr = self._settings_for_training(config, labels)
+        config = {**self.FORMAT, **ocr._plan(), **config}
         if place.chief:
-            self._require({name: config[name] for name in PLANNED}, f"{folder} was trained with",
-                          "give the same to go on with it, or another folder with --model")
+            ocr._require({name: config[name] for name in PLANNED}, f"{folder} was trained with",
+                         "give the same to go on with it, or another folder with --model")
         samples = config.get("samples", {}).items()
-        if samples and not self.model and samples.isdisjoint(found[0].items()):
+        if samples and not self.model and samples.isdisjoint(labels.items()):
             raise self.Error(
                 f"{_shown(folder)} has learnt other images than those in {self.dataset}: name "
                 "another folder with --model, or this one if it shall learn these too")
-        files = self.labelled_files(self.dataset, found, place.number, place.workers)
-        files.sort(key=self._is_guess)  # the images that a person has labelled come first
-        share = min(self._held_share(files, place), config.get("held_share", 1))  # it only shrinks
-        config["held_share"] = share
-        guesses, held = sum(map(self._is_guess, files)), self._held_of(files, share)
-        ocr = self.resolve(self._schedule(len(files) - held, 300 if guesses else 800))
+        files = ocr.labelled_files(
+            self.dataset, (labels, *found[1:]), place.number, place.workers)
         if ocr.ctc == "warp":
             _warp_library()  # where it is missing, that is said before the model folder is made
-        alone = ocr._alone_in(folder) if place.chief else contextlib.nullcontext()
-        tf = _tensorflow()
-        with alone, tf.Graph().as_default(), tf.device(place.device):
-            print(*found[-1],
-                  f"1 to {ocr.words_max_num} letters of {ocr.words} in {ocr.im_width} x "
-                  f"{ocr.im_height} pixels; the model goes to {_shown(folder)}", sep="\n",
-                  file=sys.stderr)
-            if len(files) < ocr.FEW and not ocr.start_from:
-                print(f"{len(files):,} images are few to learn from nothing: a model to start "
-                      "from, such as --start-from general, needs far fewer", file=sys.stderr)
-            return ocr._train_loop(ocr._prepare(place, folder, files, config, part))
+        print(*found[-1],
+              f"1 to {ocr.words_max_num} letters of {ocr.words} in {ocr.im_width} x "
+              f"{ocr.im_height} pixels; the model goes to {_shown(folder)}", sep="\n",
+              file=sys.stderr)
+        if len(files) < ocr.FEW and not ocr.start_from:
+            print(f"{len(files):,} images are few to learn from nothing: a model to start from, "
+                  "such as --start-from general, needs far fewer", file=sys.stderr)
+        return ocr._train_on(place, folder, files, config, guesses, part)
 
     def _folder_to_train(self):
         """Returns the folder that `train` writes: `model`, or one named by dataset or network."""
@@ -1651,19 +1630,18 @@ class LstmCtcOcr:
             return Path(self.model or MODELS / dataset.name)
         return MODELS / (self.net or self._settings_of_start().get("net", "lstm"))
 
-    def _settings_for_training(self, config, labels, letters):
+    def _settings_for_training(self, config, labels):
         """Returns these settings with all that was open, but for `_schedule`'s.
 
         They are those of the training so far, or else those of the model to start from, and those
-        that the labelled images show. labels: {path in the dataset: text}; letters: others that
-        they may hold.
+        that the labelled images show. labels: {path in the dataset: text}.
         """
         later = dict.fromkeys(("lr", "epoch_max", "save_epoch"))  # they stay open
-        if config:
+        if "words" in config:
             return self.resolve(later, config)
         start, shown = self._settings_of_start(), {}
         if labels:
-            shown = {"words": "".join(sorted(set(letters).union(*labels.values()))),
+            shown = {"words": "".join(sorted(set(config.get("letters", "")).union(*labels.values()))),
                      "words_max_num": max(map(len, labels.values()))}
             shown["im_width"] = self.resolve(start, shown, {"im_width": 384})._width_of(labels)
         return self.resolve(later, start, shown)
@@ -1692,12 +1670,11 @@ class LstmCtcOcr:
 
     REPORT_STEPS = 100  # between reports, as in the article
 
-    def _schedule(self, count, steps):
-        """Returns learning rate, epochs and epochs between checkpoints for `count` images.
+    def _schedule(self, steps_per_epoch, steps):
+        """Returns learning rate, epochs and epochs between checkpoints.
 
         From a model to start from, training is counted in steps: even few images need `steps`.
         """
-        steps_per_epoch = max(1, count // self.batch_size)
         schedule = {"save_epoch": max(0.1, self.REPORT_STEPS / steps_per_epoch)}
         if self.start_from:
             seen = self.batch_size * steps_per_epoch  # images an epoch
@@ -1720,57 +1697,62 @@ class LstmCtcOcr:
     HELD_NUM = 2000  # images are held out of a large folder, about
     HELD_LEAST = 20  # images are held out at least, or half of a tiny folder
 
-    def _held_share(self, files, place):
-        """Returns the share of images to hold out: those whose digest is below it."""
-        if not self.val_num:
-            return 0
-        share = min(self.HELD_SHARE, self.HELD_NUM / (len(files) * place.workers))
-        if place.workers == 1:
-            share = max(share, self._digest_of(files[min(self.HELD_LEAST, len(files) // 2)]))
-        return share
+    MIN_IMAGES = 10  # to train on, when it starts from a model
+
+    def _hold_out(self, files, labelled, place, most):
+        """Returns how many images are held out, the first ones, and the share that this follows.
+
+        Of the images that a person has labelled, the first `labelled` files, those are held out
+        whose digests are below the share, whatever `val_num` and the number of workers are. For
+        one model that share never grows, see `most`. So no image is trained on first and validated
+        on later. Raises `Error` if so few others are left to train on that it makes no sense.
+        """
+        share = 0
+        if self.val_num and files:
+            share = min(self.HELD_SHARE, self.HELD_NUM / (len(files) * place.workers))
+            if place.workers == 1:
+                first = files[min(self.HELD_LEAST, labelled // 2)]
+                share = max(share, self._digest_of(first))
+        share = min(share, most)
+        held = bisect.bisect_left(files, share, hi=labelled, key=self._digest_of)
+        least = self.MIN_IMAGES if self.start_from else self.batch_size
+        if len(files) - held < least:
+            raise self.Error(f"{self.dataset} leaves {len(files) - held} images to train on, fewer "
+                             f"than {least}: label or render more, or lower --batch-size")
+        return held, share
 
     def _digest_of(self, file):
         """Returns a number from 0 to 1 that the image's path in the dataset decides."""
         return _digest(os.path.relpath(file[0], self.dataset))
 
-    MIN_IMAGES = 10  # to train on, when it starts from a model
+    def _train_on(self, place, folder, files, config, guesses, part):
+        """Decodes the images, decides which are held out and how long it trains, and trains.
 
-    def _held_of(self, files, share):
-        """Counts the images to hold out: the first ones, whose digests are below `share`.
-
-        Only images that a person has labelled are held out.
-        Raises `Error` if so few others are left to train on that it makes no sense.
+        files: this process's (path, text) pairs in the order of their digests, guesses last. The
+        other arguments are as in `_train`, all but the schedule is settled. Returns the exit code.
         """
-        held = bisect.bisect_left(
-            files, share, key=lambda file: self._is_guess(file) or self._digest_of(file))
-        least = self.MIN_IMAGES if self.start_from else self.batch_size
-        if len(files) - held < least:
-            raise self.Error(f"{self.dataset} leaves {len(files) - held} images to train on, fewer "
-                             f"than {least}: label or render more, or lower --batch-size")
-        return held
-
-    def _prepare(self, place, folder, files, config, part):
-        """Decodes the images and builds the network; returns a `_Run`.
-
-        files: this process's (path, text) pairs in the order of their digests. An image is held
-        out if its digest is below the config's `held_share`, whatever `val_num` and the number of
-        workers are. For one model that share never grows. So no image is trained on first and
-        validated on later. A label is learnt four times as often as a guess. part: see `_train`.
-        """
-        images, files = self.load_images(files, folder)
-        held = self._held_of(files, config["held_share"])  # some files may have been no images
-        count, guesses = len(files) - held, sum(map(self._is_guess, files))
+        images, files = self.load_images(files, folder)  # without those that are no images
+        labelled = len(files) - len(guesses)
+        held, config["held_share"] = self._hold_out(
+            files, labelled, place, config.get("held_share", 1))
         rows = np.arange(held, len(files))
-        if guesses:
-            rows = np.append(rows, np.tile(rows[:count - guesses], 3))
-        data = self._Dataset(images, files, np.arange(min(held, self.val_num)), rows,
-                             distorts=bool(self.start_from) and count < self.FEW)
-        steps_per_epoch = max(1, count // self.batch_size)
-        last = math.ceil(self.epoch_max * steps_per_epoch * part)
-        net = self._build_training(steps_per_epoch, place)
-        if place.chief:
-            self._save_config(folder, config)
-        return self._Run(place, folder, net, data, steps_per_epoch, last, config)
+        steps_per_epoch = max(1, len(rows) // self.batch_size)
+        ocr = self.resolve(self._schedule(steps_per_epoch, 300 if guesses else 800))
+        last = math.ceil(ocr.epoch_max * steps_per_epoch * part)
+        alone = ocr._alone_in(folder) if place.chief else contextlib.nullcontext()
+        tf = _tensorflow()
+        with alone, tf.Graph().as_default(), tf.device(place.device):
+            net = ocr._build_training(steps_per_epoch, place)
+            if guesses:
+                self._note_guesses(folder, guesses)
+            if place.chief:
+                self._save_config(folder, config)
+            return ocr._train_loop(self._Run(
+                place, folder, net, images, files, steps_per_epoch, last, config, rows=rows,
+                # Beside guesses, a label is learnt four times as often.
+                again=np.tile(rows[:labelled - held], 3 if guesses else 0),
+                held=np.arange(min(held, self.val_num)),
+                distorts=bool(self.start_from) and len(rows) < self.FEW))
 
     IN_MEMORY = 400_000_000  # bytes of decoded images; more are kept on the disk
 
@@ -1840,16 +1822,16 @@ class LstmCtcOcr:
     def _begin(self, run):
         """Notes where the training stands and when it began; returns its progress bar."""
         run.step = run.config["step"] = int(run.session.run(run.net.step))
-        samples = {os.path.relpath(path, self.dataset): text for path, text in run.data.files[:20]}
+        samples = {os.path.relpath(path, self.dataset): text for path, text in run.files[:20]}
         best = run.config.get("samples"), run.config.get("validated_on")
-        if best != (samples, len(run.data.held)) or run.step < run.config.get("best_step", 0):
+        if best != (samples, len(run.held)) or run.step < run.config.get("best_step", 0):
             for name in ("accuracy", "validated_on", "best_step"):
                 run.config.pop(name, None)  # it was the best on other images, or has been lost
         run.config["samples"] = samples
         run.reported = time.monotonic()
         run.begun = time.process_time() - 60 * run.config.get("cpu_minutes", 0)
         bar = tqdm(total=run.last, initial=run.step, unit="step", disable=None)
-        bar.write(f"{len({*run.data.rows})} images to train on, {len(run.data.held)} held out; "
+        bar.write(f"{len(run.rows)} images to train on, {len(run.held)} held out; "
                   f"from step {run.step} to {run.last}", file=sys.stderr)
         return bar
 
@@ -1865,18 +1847,19 @@ class LstmCtcOcr:
         for step in itertools.count(first):
             epoch, batch = divmod(step, run.steps_per_epoch)
             if batch == 0 or step == first:
-                order = np.random.default_rng([self.seed, epoch]).permutation(run.data.rows)
+                shown = np.append(run.rows, run.again)
+                order = np.random.default_rng([self.seed, epoch]).permutation(shown)
             rows = order[batch * self.batch_size:(batch + 1) * self.batch_size]
             feeds = self._feeds(run, np.resize(rows, self.batch_size))
-            if run.data.distorts and step < self.DISTORTED * run.last:
+            if run.distorts and step < self.DISTORTED * run.last:
                 noise = np.random.default_rng([self.seed, step, 1])
                 feeds[run.net.images] = distort(feeds[run.net.images], noise)
             yield feeds
 
     def _feeds(self, run, rows):
         """Returns what the network is fed for a batch: {tensor: images or labels}."""
-        sequences = [self.text_to_sequence(run.data.files[row][1]) for row in rows]
-        return {run.net.images: run.data.images[rows],
+        sequences = [self.text_to_sequence(run.files[row][1]) for row in rows]
+        return {run.net.images: run.images[rows],
                 run.net.sequences: self.sequences_to_sparse(sequences)}
 
     VALIDATION_SHARE = 0.05  # of the CPU time of a training may go to validating
@@ -1891,7 +1874,7 @@ class LstmCtcOcr:
         fits = run.validating <= self.VALIDATION_SHARE * run.cpu_minutes
         ends = run.step >= run.last
         reports = ends or fits and run.step // self.REPORT_STEPS > before // self.REPORT_STEPS
-        reports = reports and len(run.data.held)
+        reports = reports and len(run.held)
         save_steps = max(1, round(self.save_epoch * run.steps_per_epoch))
         saves = run.step // save_steps > before // save_steps
         if not (reports or saves or ends or run.stop):
@@ -1937,11 +1920,10 @@ class LstmCtcOcr:
         if held["accuracy"] >= run.config.get("accuracy", 0):  # of equal ones the later is the best
             run.config.update(accuracy=held["accuracy"], validated_on=held["count"],
                               best_step=run.step, temperature=temperature)
-        run.learnt = run.data.distorts and held["accuracy"] == 1 and train_loss < self.LEARNT
+        run.learnt = run.distorts and held["accuracy"] == 1 and train_loss < self.LEARNT
         curve = [point for point in run.config.get("curve", ()) if point[0] < run.step]
         run.config["curve"] = thin_curve([*curve, (run.step, train_loss, held["accuracy"])])
-        with self._writing(run.folder):
-            _replace(run.folder / "curve.svg", draw_curve(run.config["curve"]))
+        self._write(run.folder, "curve.svg", draw_curve(run.config["curve"]))
         run.losses, run.reported = [], time.monotonic()
         run.validating += run.cpu_minutes - begun
 
@@ -1952,7 +1934,7 @@ class LstmCtcOcr:
 
         Returns their texts, the readings, the mean loss, and the temperature that fits them.
         """
-        held, net = run.data.held, run.net
+        held, net = run.held, run.net
         # The graph takes whole batches: the last one is filled up with the first images.
         count = -(-len(held) // self.batch_size)
         batches = np.resize(held, (count, self.batch_size))
@@ -1970,7 +1952,7 @@ class LstmCtcOcr:
         if len(held) >= self.MIN_VALIDATED:
             temperature = fit_temperature(np.concatenate(right)[real],
                                           np.concatenate(confidences, axis=1)[:, real])
-        return ([run.data.files[row][1] for row in held], sum(readings, [])[real],
+        return ([run.files[row][1] for row in held], sum(readings, [])[real],
                 float(np.concatenate(losses)[real].mean()), temperature)
 
     def _texts_of(self, sparse):
@@ -1986,15 +1968,14 @@ class LstmCtcOcr:
         """
         files = _written_by(lambda folder: run.net.saver.save(
             run.session, f"{folder}/LstmCtcOcr", run.step, write_meta_graph=False))
-        with self._writing(run.folder):
-            for name, content in files.items():  # the index after the data
-                _replace(run.folder / name, content, durable=True)
+        for name, content in files.items():  # the index after the data
+            self._write(run.folder, name, content)
         kept = {f"LstmCtcOcr-{step}" for step in (
             run.step, run.config["step"], run.config.get("best_step"))}
         run.config.update(
             step=run.step, epoch=round(run.step / run.steps_per_epoch, 3),
             images_seen=run.step * self.batch_size * run.place.workers,
-            images=len({*run.data.rows}) * run.place.workers,  # of all workers together
+            images=len(run.rows) * run.place.workers,  # of all workers together
             epoch_max=self.epoch_max, lr=self.lr, cpu_minutes=round(run.cpu_minutes, 2),
             tensorflow=_tensorflow().__version__)
         self._save_config(run.folder, run.config)
@@ -2122,16 +2103,15 @@ class LstmCtcOcr:
 
     def _say_model(self):
         """Says on stderr which model is read with, and what it reads or how well."""
-        config, expected = self._reader.config, self._reader.restriction
-        figures = [config["net"]]
+        config, figures = self._reader.config, self._reader.config["net"]
         if config.get("validated_on"):
-            figures.append(f"{config['accuracy']:.1%} of {config['validated_on']:,} held-out images")
+            figures += f", {config['accuracy']:.1%} of {config['validated_on']:,} held-out images"
         if "expected" in config:
-            figures.append(f"expects to read {config['expected']:.0%} of new images right")
-        about = config.get("about") or ", ".join(figures)
-        print(f"reading with {_shown(self._reader.folder)} ({about})", file=sys.stderr)
-        if expected.length:
-            print(f"expecting {expected}", file=sys.stderr)
+            figures += f", expects to read {config['expected']:.0%} of new images right"
+        print(f"reading with {_shown(self._reader.folder)} ({config.get('about', figures)})",
+              file=sys.stderr)
+        if self._reader.restriction.length:
+            print(f"expecting {self._reader.restriction}", file=sys.stderr)
 
     def _read(self, infer, ink, colours, restriction):
         """Reads images of one width under one restriction; returns B pairs (text, confidence).
@@ -2299,10 +2279,10 @@ class LstmCtcOcr:
         if report:
             with self._writing(page.parent):
                 _replace(page, report_page(labelled, str(_shown(self._reader.folder))))
-        letters, length = self._reader.ocr.alike([reading[2:] for reading in readings])
-        if length and not self._reader.restriction.length:
-            print(f"most texts are {length} of the letters {letters}: to read all images as such, "
-                  "add --alike, or give --length and --letters", file=sys.stderr)
+        common = self._reader.ocr.alike([reading[2:] for reading in readings])
+        if common.length and not self._reader.restriction.length:
+            print(f"most texts have {common}: to read all images as such, add --alike, or give "
+                  "--length and --letters", file=sys.stderr)
         if sum(confidence < 0.5 for *_, confidence in readings) > len(readings) / 2:
             print("most of these do not look like what this model has learnt (confidence below "
                   "0.5): if it is not general, try `--model general`; else label a few hundred of "
@@ -2346,109 +2326,108 @@ class LstmCtcOcr:
     def alike(self, readings):
         """Finds what the texts of one kind of captchas have in common, by the sure readings.
 
-        readings: pairs (text, confidence). Returns letters and length, as `restrict` takes them,
-        or "" and "" if too few readings are sure.
+        readings: pairs (text, confidence). Returns a `Restriction`; if too few readings are sure,
+        that of the settings.
         """
-        texts = [text for text, confidence in readings if text and confidence >= self.SURE]
+        texts = [text for text, confidence in readings
+                 if text and confidence >= self.SURE and len(text) <= self.words_max_num]
         if len(texts) < self.LEAST_SURE:
-            return "", ""
+            return self.restrict()
         lengths, drawn = collections.Counter(map(len, texts)), "".join(texts)
-        usual = [length for length, count in lengths.items() if count >= max(lengths.values()) / 10]
+        usual = [length for length in lengths if lengths[length] >= max(lengths.values()) / 10]
+        letters = self.letters or self.words
         # Capitals, small letters and digits are counted by those that look like no others.
-        kinds = (CAPITALS, "ABDEFGHMNQRT"), (self.SMALL, "abdefghmnqrt"), (DIGITS, "23456789")
-        absent = "".join(kind for kind, clear in kinds
-                         if sum(map(drawn.count, clear)) < 0.03 * len(drawn))
-        letters = (letter for letter in self.letters or self.words if letter not in absent)
-        return "".join(letters), f"{min(usual)}-{max(usual)}"
+        for kind, clear in ((CAPITALS, "ABDEFGHMNQRT"), (self.SMALL, "abdefghmnqrt"),
+                            (DIGITS, "23456789")):
+            if sum(map(drawn.count, clear)) < 0.03 * len(drawn):
+                letters = letters.translate(str.maketrans("", "", kind))
+        return self.restrict(letters, f"{min(usual)}-{max(usual)}")
 
     def expect_alike(self, paths):
-        """Reads images of one kind; from then on expects what the sure texts have in common.
+        """Reads images of one kind; from then on expects what the sure texts have in common."""
+        readings = [reading[1:3] for reading in self.recognise_files(paths)]
+        self._reader.restriction = self._reader.ocr.alike(readings)
+        print(f"expecting {self._reader.restriction}", file=sys.stderr)
 
-        What the settings say of letters and length stays. Returns letters and length.
-        """
-        reader = self._reader
-        letters, length = reader.ocr.alike([reading[1:3] for reading in self.recognise_files(paths)])
-        reader.restriction = reader.ocr.restrict(self.letters or letters, self.length or length)
-        print(f"expecting {reader.restriction}", file=sys.stderr)
-        return letters, length
-
-    TAUGHT = "taught.csv"  # in a model folder: the guesses that it learns
-
-    def _teach_itself(self, place, folder, found, names):
+    def _teach_itself(self, place, folder, found, config, names):
         """Trains on labels, and on what is read surely in the other images, in rounds.
 
         A tenth of these images is never learnt from: it tells how many of new ones are read right.
-        found: what `find_labels` has found; names: the images without a label. Returns the exit
-        code, as `train` does.
+        found, config: as for `_train`; names: the images without a label. Returns the exit code.
         """
-        labels, way, said = found
         names = sorted(names, key=_digest)
-        tenth = len(names) // 10
-        heights = sorted(self._heights(names))
-        if heights and 1.1 * heights[tenth] < heights[-tenth]:
-            print(f"the images have several heights: if {self.dataset} holds several kinds, give "
-                  "each a folder of its own", file=sys.stderr)
-        for number in range(min(self._config_in(folder).get("round", 1), self.rounds),
-                            self.rounds + 1):
-            readings, kind = self._read_unlabelled(folder, names)
-            guesses = [name for name in names[tenth:] if readings[name][1] >= self.SURE]
-            print(f"round {number} of {self.rounds}: {len(guesses):,} of {len(names[tenth:]):,} "
+        new = names[:len(names) // 10]
+        self._say_if_mixed(names)
+        first = min(config.get("round", 1), self.rounds)
+        for number in range(first, self.rounds + 1):
+            before, kind = self._read_unlabelled(
+                self.start_from if number == 1 else str(folder), names)
+            guesses = [(*reading, number) for reading in before
+                       if reading[2] >= self.SURE and reading[0] not in new]
+            print(f"round {number} of {self.rounds}: {len(guesses):,} of {len(names) - len(new):,} "
                   "images without a label are read surely", file=sys.stderr)
             if len(guesses) < self.LEAST_SURE:
                 print("these are too few to learn from", file=sys.stderr)
                 guesses = ()
-            self._note_guesses(folder, [(name, *readings[name], number) for name in guesses])
-            labels = {**{name: self._Guess(readings[name][0]) for name in guesses}, **found[0]}
-            # With held-out labels, the round's most accurate checkpoint is sought anew.
-            kind = {**({"accuracy": 0} if found[0] else kind), "round": number}
-            if code := self._train(place, folder, (labels, way, said * (number == 1)), kind,
-                                   number / self.rounds):
+            if not found[0]:
+                config.update(kind)
+            config["round"] = number
+            if number > first:  # its most accurate checkpoint is sought anew
+                config["validated_on"] = 0
+            if code := self._train(place, folder, found, config, guesses, number / self.rounds):
                 return code
-        # What is read otherwise than a round before is likely to be wrong, however sure it is.
-        after, _ = self._read_unlabelled(folder, names[:tenth])
-        expected = round(sum(confidence for name, (text, confidence) in after.items()
-                             if text.lower() == readings[name][0].lower()) / tenth, 2)
-        self._save_config(folder, {**self._load_config(folder), "expected": expected})
-        print(f"of new images it expects to read {expected:.0%} right; what it took for labels is in "
-              f"{_shown(folder / self.TAUGHT)}", file=sys.stderr)
+            config = self._load_config(folder)
+        if "expected" not in config:  # else there is nothing new
+            after, _ = self._read_unlabelled(str(folder), new)
+            # What is read otherwise than a round before is likely to be wrong, however sure it is.
+            texts = {name: text.lower() for name, text, _ in before}
+            same = [sure for name, text, sure in after if text.lower() == texts.get(name)]
+            config["expected"] = round(sum(same) / len(new), 2)
+            self._save_config(folder, config)
+        print(f"of new images it expects to read {config['expected']:.0%} right; what it took for "
+              f"labels is in {_shown(folder / self.TAUGHT)}", file=sys.stderr)
         return 0
 
-    def _heights(self, names):
-        """Yields the heights of images of the dataset, in pixels."""
+    def _say_if_mixed(self, names):
+        """Says so if images of the dataset have several heights, as those of several kinds have."""
+        heights = []
         for name in names:
             with contextlib.suppress(Exception), Image.open(Path(self.dataset, name)) as image:
-                yield image.height
+                heights.append(image.height)
+        low, high = np.quantile(heights or [1], (0.1, 0.9))
+        if high > 1.1 * low:
+            print(f"the images have several heights: if {self.dataset} holds several kinds, give "
+                  "each a folder of its own", file=sys.stderr)
 
-    def _read_unlabelled(self, folder, names):
-        """Reads images of the dataset, as images of one kind.
+    def _read_unlabelled(self, model, names):
+        """Reads images of the dataset with a model, as images of one kind.
 
-        It reads with the model in `folder`, or if there is none yet, with that to start from.
-        Returns {path in the dataset: (text, confidence)}, and {"letters", "length"} of the kind.
-        The confidence is that of the text in any case: of many letters, such as c and C, nothing
-        but the size tells the case.
+        Returns triples (path in the dataset, text, confidence) of those in which it finds a text,
+        and the letters and length of the kind, as config.json keeps them. The confidence is that of
+        the text in any case: of many letters, such as c and C, nothing but the size tells the case.
         """
-        trained = any(folder.glob("LstmCtcOcr-*.index"))
-        ocr = LstmCtcOcr(model=str(folder) if trained else self.start_from)
-        paths = [Path(self.dataset, name) for name in names]
-        letters, length = ocr.expect_alike(paths)
-        texts = [text or "" for _, text, *_ in ocr.recognise_files(paths)]
+        ocr, paths = LstmCtcOcr(model=model), [Path(self.dataset, name) for name in names]
+        ocr.expect_alike(paths)
+        kind = ocr._reader.restriction
+        texts = [text for _, text, *_ in ocr.recognise_files(paths)]
         # Letters of one case are read in either.
-        one_case = [letter for letter in letters if letter.lower() not in letters.replace(letter, "")]
-        ocr._reader.restriction = ocr._reader.ocr.restrict("".join(one_case), length)
-        readings = {
-            name: (text, round(confidence, 3) if text and text.lower() == read.lower() else 0)
-            for name, text, (_, read, confidence, _) in zip(
-                names, texts, ocr.recognise_files(paths))}
-        return readings, {"letters": letters, "length": length}
+        one_case = [letter for letter in kind.letters
+                    if letter.islower() or letter.swapcase() not in kind.letters]
+        ocr._reader.restriction = ocr.Restriction("".join(one_case), kind.length)
+        readings = [
+            (name, text, round(confidence, 3) if text.lower() == read.lower() else 0)
+            for name, text, (_, read, confidence, _)
+            in zip(names, texts, ocr.recognise_files(paths)) if text]
+        return readings, dataclasses.asdict(kind)
 
-    def _note_guesses(self, folder, rows):
-        """Writes the guesses that a model learns, (path, text, confidence, round), in its folder."""
+    TAUGHT = "taught.csv"  # in a model folder: the guesses that it learns
+
+    def _note_guesses(self, folder, guesses):
+        """Writes guesses, rows (path in the dataset, text, confidence, round), in a model folder."""
         written = io.StringIO()
         csv.writer(written, lineterminator="\n").writerows(
-            [("path", "text", "confidence", "round"), *rows])
-        with self._writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / self.TAUGHT, written.getvalue(), durable=True)
+            [("path", "text", "confidence", "round"), *guesses])
+        self._write(folder, self.TAUGHT, written.getvalue())
 
     # -------------------------------------------------------------- training on several machines
 

@@ -57,7 +57,7 @@ def test_labels_count_more_and_are_never_read_anew(images, trained, tmp_path, ca
     (own / "labels.csv").write_text("".join(f"{name},{text}\n" for name, text in labelled.items()))
     feeds = LstmCtcOcr._feeds
     monkeypatch.setattr(LstmCtcOcr, "_feeds", lambda self, run, rows: [
-        shown.extend(run.data.files[row] for row in rows), feeds(self, run, rows)][1])
+        shown.extend(run.files[row] for row in rows), feeds(self, run, rows)][1])
     assert train(own, trained, tmp_path / "model", rounds=1) == 0
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["validated_on"] == 20 and 0 < config["accuracy"] <= 1 and 0 < config["expected"] <= 1
@@ -136,7 +136,7 @@ def sure(*texts):
 ], ids=["digits", "capitals and digits", "lengths", "letters of one shape", "too few"])
 def test_what_texts_have_in_common(readings, expected):
     ocr = LstmCtcOcr(words=lstm_ctc_ocr.CAPITALS + lstm_ctc_ocr.CAPITALS.lower() + "0123456789").resolve()
-    assert ocr.alike(readings) == expected
+    assert ocr.alike(readings) == LstmCtcOcr.Restriction(*expected)
 
 
 def test_images_read_alike_say_what_they_have_in_common(tmp_path, capfd):

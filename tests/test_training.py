@@ -171,9 +171,9 @@ def held_out(patch, dataset, model, **settings):
     runs = []
     patch.setattr(LstmCtcOcr, "_train_loop", lambda self, run: runs.append(run) or 0)
     assert main(train(dataset, model, **settings)) == 0
-    data = runs[0].data
-    names = [os.path.basename(path) for path, _ in data.files]
-    return {names[row] for row in data.rows}, {names[row] for row in data.held}
+    run = runs[0]
+    names = [os.path.basename(path) for path, _ in run.files]
+    return {names[row] for row in run.rows}, {names[row] for row in run.held}
 
 
 def test_what_was_trained_on_is_never_validated_on(dataset, tmp_path, monkeypatch):
