@@ -235,8 +235,8 @@ class LstmCtcOcr:
         None, "epochs between checkpoints; if not given, as many as 100 steps take, at least",
         usual=0.1)
     rounds: int = setting(
-        3, "with --start-from: how often the images without a label are read, to learn what is read "
-        "surely; 0: learn from labels only", COUNT_OR_NONE)
+        3, "with --start-from: how often the images without a label are read, to learn what is "
+        "read surely; 0: learn from labels only", COUNT_OR_NONE)
     seed: int = setting(
         0, "fixes all that is random: rendered images, first weights, the order of the images",
         COUNT_OR_NONE)
@@ -712,7 +712,8 @@ class LstmCtcOcr:
         length: str = ""  # "N" or "MIN-MAX": how many letters the text has; "": any number
 
         def __str__(self):
-            return f"{self.length or 'any number of'} letters, of {self.letters or 'all that it knows'}"
+            length, letters = self.length or "any number of", self.letters or "all that it knows"
+            return f"{length} letters, of {letters}"
 
     def restrict(self, letters="", length=""):
         """Makes a `Restriction` for `texts`; raises `Error` if this model cannot read such texts.
@@ -1083,10 +1084,9 @@ class LstmCtcOcr:
                 if stop:
                     break
         if stop:
-            print(f"stopped; the same command goes on with the images that {folder} lacks",
-                  file=sys.stderr)
+            _say(f"stopped; the same command goes on with the images that {folder} lacks")
             return 128 + stop[0]
-        print(f"{len(numbers)} images in {folder}, shard {self.shard}", file=sys.stderr)
+        _say(f"{len(numbers)} images in {folder}, shard {self.shard}")
         return 0
 
     FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts",
@@ -1408,9 +1408,9 @@ class LstmCtcOcr:
             accuracy = config.get("accuracy", 0 if config.get("held_share") else 1)
             if accuracy >= self.MIN_ACCURACY:
                 return folder
-            print(f"{_shown(folder)} is passed over: it read only {accuracy:.1%} of its held-out "
-                  f"images; train it further, or read with it all the same by --model "
-                  f"{_shown(folder)}", file=sys.stderr)
+            _say(f"{_shown(folder)} is passed over: it read only {accuracy:.1%} of its held-out "
+                 f"images; train it further, or read with it all the same by --model "
+                 f"{_shown(folder)}")
         return MODELS / "pretrained" / (self.net or "general")
 
     def _load_config(self, folder):
@@ -1457,7 +1457,7 @@ class LstmCtcOcr:
             raise self.Error(f"{folder}: {error}") from None
 
     def _write(self, folder, name, content):
-        """Writes a file of a model folder whole or not at all, and waits until it is on the disk."""
+        """Writes a file whole or not at all, and waits until it is on the disk."""
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _replace(folder / name, content, durable=True)
@@ -1486,8 +1486,8 @@ class LstmCtcOcr:
         `Error` if there is none.
         """
         errors = _tensorflow().errors.OpError, ValueError, RuntimeError, LookupError, OSError
-        numbers = [path.stem.split("-", 1)[1] for path in folder.glob("LstmCtcOcr-*.index")]
-        steps = sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+        names = " ".join(path.name for path in folder.glob("*"))
+        steps = sorted(map(int, re.findall(r"\bLstmCtcOcr-(\d+)\.index\b", names)), reverse=True)
         wanted = max(steps, default=0) if step is None else step
         for number in dict.fromkeys([wanted, *steps]):
             try:
@@ -1495,8 +1495,8 @@ class LstmCtcOcr:
             except errors:
                 continue
             if number != wanted:
-                print(f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing or torn: "
-                      f"going on from that of step {number}", file=sys.stderr)
+                _say(f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing or torn: "
+                     f"going on from that of step {number}")
             return number, arrays
         raise self.Error(
             f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing, torn or of another "
@@ -1591,36 +1591,32 @@ class LstmCtcOcr:
 
     FEW = 20_000  # images; fewer are distorted anew whenever they are shown, see `distort`
 
-    def _train(self, place, folder, found, config, guesses=(), part=1):
+    def _train(self, place, folder, found, config, guesses=0, part=1):
         """Trains as `train` does, on labels and on guesses.
 
-        found: what `find_labels` has found; config: what config.json says of the training in the
-        folder so far, and will say; guesses: what a model has read in other images, see
-        `_note_guesses`; part: how much of the training is to be done. Raises `Error` if that so far
-        had other settings, or other images.
+        found: what `find_labels` has found, and behind its labels so many guesses. config: what
+        config.json says of the training in the folder so far, and will say. part: how much of the
+        training is to be done. Raises `Error` if that so far had other settings, or other images.
         """
-        labels = {**found[0], **dict(guess[:2] for guess in guesses)}
-        ocr = self._settings_for_training(config, labels)
+        ocr = self._settings_for_training(config, found[0])
         config = {**self.FORMAT, **ocr._plan(), **config}
         if place.chief:
             ocr._require({name: config[name] for name in PLANNED}, f"{folder} was trained with",
                          "give the same to go on with it, or another folder with --model")
         samples = config.get("samples", {}).items()
-        if samples and not self.model and samples.isdisjoint(labels.items()):
+        if samples and not self.model and samples.isdisjoint(found[0].items()):
             raise self.Error(
                 f"{_shown(folder)} has learnt other images than those in {self.dataset}: name "
                 "another folder with --model, or this one if it shall learn these too")
-        files = ocr.labelled_files(
-            self.dataset, (labels, *found[1:]), place.number, place.workers)
+        files = ocr.labelled_files(self.dataset, found, place.number, place.workers)
         if ocr.ctc == "warp":
             _warp_library()  # where it is missing, that is said before the model folder is made
-        print(*found[-1],
-              f"1 to {ocr.words_max_num} letters of {ocr.words} in {ocr.im_width} x "
-              f"{ocr.im_height} pixels; the model goes to {_shown(folder)}", sep="\n",
-              file=sys.stderr)
+        _say(*found[-1],
+             f"1 to {ocr.words_max_num} letters of {ocr.words} in {ocr.im_width} x "
+             f"{ocr.im_height} pixels; the model goes to {_shown(folder)}")
         if len(files) < ocr.FEW and not ocr.start_from:
-            print(f"{len(files):,} images are few to learn from nothing: a model to start from, "
-                  "such as --start-from general, needs far fewer", file=sys.stderr)
+            _say(f"{len(files):,} images are few to learn from nothing: a model to start from, "
+                 "such as --start-from general, needs far fewer")
         return ocr._train_on(place, folder, files, config, guesses, part)
 
     def _folder_to_train(self):
@@ -1641,7 +1637,8 @@ class LstmCtcOcr:
             return self.resolve(later, config)
         start, shown = self._settings_of_start(), {}
         if labels:
-            shown = {"words": "".join(sorted(set(config.get("letters", "")).union(*labels.values()))),
+            letters = set(config.get("letters", "")).union(*labels.values())
+            shown = {"words": "".join(sorted(letters)),
                      "words_max_num": max(map(len, labels.values()))}
             shown["im_width"] = self.resolve(start, shown, {"im_width": 384})._width_of(labels)
         return self.resolve(later, start, shown)
@@ -1732,7 +1729,7 @@ class LstmCtcOcr:
         other arguments are as in `_train`, all but the schedule is settled. Returns the exit code.
         """
         images, files = self.load_images(files, folder)  # without those that are no images
-        labelled = len(files) - len(guesses)
+        labelled = len(files) - guesses
         held, config["held_share"] = self._hold_out(
             files, labelled, place, config.get("held_share", 1))
         rows = np.arange(held, len(files))
@@ -1743,8 +1740,6 @@ class LstmCtcOcr:
         tf = _tensorflow()
         with alone, tf.Graph().as_default(), tf.device(place.device):
             net = ocr._build_training(steps_per_epoch, place)
-            if guesses:
-                self._note_guesses(folder, guesses)
             if place.chief:
                 self._save_config(folder, config)
             return ocr._train_loop(self._Run(
@@ -1813,8 +1808,7 @@ class LstmCtcOcr:
                 if run.stop and run.step == run.config["step"]:
                     break
         if run.stop:
-            print(self._stopped(run), file=sys.stderr)
-            return 128 + run.stop[0]
+            return self._stopped(run)
         if chief and run.last >= self.epoch_max * run.steps_per_epoch:
             self._say_how_it_ended(run)
         return 0
@@ -1830,10 +1824,9 @@ class LstmCtcOcr:
         run.config["samples"] = samples
         run.reported = time.monotonic()
         run.begun = time.process_time() - 60 * run.config.get("cpu_minutes", 0)
-        bar = tqdm(total=run.last, initial=run.step, unit="step", disable=None)
-        bar.write(f"{len(run.rows)} images to train on, {len(run.held)} held out; "
-                  f"from step {run.step} to {run.last}", file=sys.stderr)
-        return bar
+        _say(f"{len(run.rows)} images to train on, {len(run.held)} held out; from step {run.step} "
+             f"to {run.last}")
+        return tqdm(total=run.last, initial=run.step, unit="step", disable=None)
 
     DISTORTED = 0.9  # of the training, if it distorts; the rest shows the images as they are
 
@@ -1987,26 +1980,24 @@ class LstmCtcOcr:
     def _say_how_it_ended(self, run):
         """Prints what a training that has ended has come to, and what to do next."""
         count, most = run.config.get("validated_on", 0), run.config.get("accuracy", 0)
-        lines = [f"{run.step} steps done in {run.cpu_minutes:.1f} CPU minutes; the model is in "
-                 f"{run.folder}"]
+        _say(f"{run.step} steps done in {run.cpu_minutes:.1f} CPU minutes; the model is in "
+             f"{run.folder}")
         if count:
-            lines.append(f"of the held-out images it reads {_counted(round(most * count), count)}")
+            _say(f"of the held-out images it reads {_counted(round(most * count), count)}")
         if run.learnt:
-            lines.append("it has ended early: it reads all of them, and is sure of those it has "
-                         "learnt from")
-        lines.append(f"to learn longer, give a larger --epoch-max than {self.epoch_max:.4g}; to "
-                     "learn images that are new too, another --model")
+            _say("it has ended early: it reads all of them, and is sure of those it has learnt from")
+        _say(f"to learn longer, give a larger --epoch-max than {self.epoch_max:.4g}; to learn images "
+             "that are new too, another --model")
         if count and not most:
-            lines.append(
-                "nothing has been learnt yet: look whether the labels are right, give more images, "
-                "or start from a model (--start-from general, with another --model)")
-        print("\n".join(lines), file=sys.stderr)
+            _say("nothing has been learnt yet: look whether the labels are right, give more images, "
+                 "or start from a model (--start-from general, with another --model)")
 
     @staticmethod
     def _stopped(run):
-        """Returns the line that says how to go on with a training that was stopped."""
-        return (f"stopped and saved at step {run.config['step']} of {run.last}; the same command "
-                "goes on from there")
+        """Says how to go on with a training that was stopped; returns its exit code."""
+        _say(f"stopped and saved at step {run.config['step']} of {run.last}; the same command goes "
+             "on from there")
+        return 128 + run.stop[0]
 
     @contextlib.contextmanager
     def _session_alone(self, run):
@@ -2021,19 +2012,18 @@ class LstmCtcOcr:
 
     def _resume(self, run, session):
         """Loads the newest checkpoint that is whole, or else the model to start from, if any."""
-        variables = _tensorflow().global_variables()
-        if any(run.folder.glob("LstmCtcOcr-*.index")):
-            _, weights = self._restore(run.folder)
-            for variable in variables:
-                array = _fitting(weights, variable.op.name, variable.shape, run.folder)
-                variable.load(array, session)
-        elif self.start_from:
+        source, weights = self.start_from, {}
+        begun = any(run.folder.glob("LstmCtcOcr-*.index"))
+        if begun:
+            source, (_, weights) = run.folder, self._restore(run.folder)
+        elif source:
             weights = self._start_weights()
-            for variable in variables:  # and their moving averages
-                name = variable.op.name.removesuffix(self.AVERAGE)
-                if name in weights:
-                    array = _fitting(weights, name, variable.shape, self.start_from)
-                    variable.load(array, session)
+        for variable in _tensorflow().global_variables():
+            name = variable.op.name
+            if not begun:  # moving averages begin with the weights that they are averages of
+                name = name.removesuffix(self.AVERAGE)
+            if begun or name in weights:
+                variable.load(_fitting(weights, name, variable.shape, source), session)
 
     # ------------------------------------------------------------------ reading
 
@@ -2108,10 +2098,9 @@ class LstmCtcOcr:
             figures += f", {config['accuracy']:.1%} of {config['validated_on']:,} held-out images"
         if "expected" in config:
             figures += f", expects to read {config['expected']:.0%} of new images right"
-        print(f"reading with {_shown(self._reader.folder)} ({config.get('about', figures)})",
-              file=sys.stderr)
+        _say(f"reading with {_shown(self._reader.folder)} ({config.get('about', figures)})")
         if self._reader.restriction.length:
-            print(f"expecting {self._reader.restriction}", file=sys.stderr)
+            _say(f"expecting {self._reader.restriction}")
 
     def _read(self, infer, ink, colours, restriction):
         """Reads images of one width under one restriction; returns B pairs (text, confidence).
@@ -2273,20 +2262,20 @@ class LstmCtcOcr:
         labelled = [reading for reading in readings if reading[1]]
         if labelled and not as_json:
             print("\n" + describe(score(*zip(*(reading[1:3] for reading in labelled)))))
-        if report and not labelled:
-            raise self.Error("--report wants labelled images, and none of these is: see "
-                             "`train --help` for --labels")
         if report:
-            with self._writing(page.parent):
-                _replace(page, report_page(labelled, str(_shown(self._reader.folder))))
+            if not labelled:
+                raise self.Error("--report wants labelled images, and none of these is: see "
+                                 "`train --help` for --labels")
+            shown = report_page(labelled, str(_shown(self._reader.folder)))
+            self._write(page.parent, page.name, shown)
         common = self._reader.ocr.alike([reading[2:] for reading in readings])
         if common.length and not self._reader.restriction.length:
-            print(f"most texts have {common}: to read all images as such, add --alike, or give "
-                  "--length and --letters", file=sys.stderr)
+            _say(f"most texts have {common}: to read all images as such, add --alike, or give "
+                 "--length and --letters")
         if sum(confidence < 0.5 for *_, confidence in readings) > len(readings) / 2:
-            print("most of these do not look like what this model has learnt (confidence below "
-                  "0.5): if it is not general, try `--model general`; else label a few hundred of "
-                  "them, and `train --dataset FOLDER --start-from general`", file=sys.stderr)
+            _say("most of these do not look like what this model has learnt (confidence below "
+                 "0.5): if it is not general, try `--model general`; else label a few hundred of "
+                 "them, and `train --dataset FOLDER --start-from general`")
         return 1 if len(readings) < len(files) else 0
 
     def _truths_of(self, path):
@@ -2300,10 +2289,10 @@ class LstmCtcOcr:
         try:
             labels, way, said = self.find_labels(path)
         except self.Error as error:  # the images can be read all the same
-            print(error, file=sys.stderr)
+            _say(error)
             return {}
         if way or self.labels:  # without labels it is just read
-            print(*said, sep="\n", file=sys.stderr)
+            _say(*said)
         return {path / name: label for name, label in labels.items()}
 
     def _print_reading(self, path, truth, text, confidence, fault, as_json):
@@ -2312,7 +2301,7 @@ class LstmCtcOcr:
             about = {"error": fault} if fault else {"ocr_ret": text, "confidence": confidence}
             print(json.dumps({"img_path": str(path), **about}))
         elif fault:
-            print(fault, file=sys.stderr)
+            _say(fault)
         else:
             verdict = "" if truth is None else f"  {truth} {'right' if text == truth else 'wrong'}"
             width = self._reader.ocr.words_max_num
@@ -2347,7 +2336,7 @@ class LstmCtcOcr:
         """Reads images of one kind; from then on expects what the sure texts have in common."""
         readings = [reading[1:3] for reading in self.recognise_files(paths)]
         self._reader.restriction = self._reader.ocr.alike(readings)
-        print(f"expecting {self._reader.restriction}", file=sys.stderr)
+        _say(f"expecting {self._reader.restriction}")
 
     def _teach_itself(self, place, folder, found, config, names):
         """Trains on labels, and on what is read surely in the other images, in rounds.
@@ -2361,31 +2350,34 @@ class LstmCtcOcr:
         first = min(config.get("round", 1), self.rounds)
         for number in range(first, self.rounds + 1):
             before, kind = self._read_unlabelled(
-                self.start_from if number == 1 else str(folder), names)
+                self.start_from if number == 1 else folder, names)
             guesses = [(*reading, number) for reading in before
                        if reading[2] >= self.SURE and reading[0] not in new]
-            print(f"round {number} of {self.rounds}: {len(guesses):,} of {len(names) - len(new):,} "
-                  "images without a label are read surely", file=sys.stderr)
+            _say(f"round {number} of {self.rounds}: {len(guesses):,} of {len(names) - len(new):,} "
+                 "images without a label are read surely")
             if len(guesses) < self.LEAST_SURE:
-                print("these are too few to learn from", file=sys.stderr)
+                _say("these are too few to learn from")
                 guesses = ()
             if not found[0]:
                 config.update(kind)
             config["round"] = number
             if number > first:  # its most accurate checkpoint is sought anew
                 config["validated_on"] = 0
-            if code := self._train(place, folder, found, config, guesses, number / self.rounds):
+            taught = {**found[0], **dict(guess[:2] for guess in guesses)}, *found[1:]
+            code = self._train(place, folder, taught, config, len(guesses), number / self.rounds)
+            self._note_guesses(folder, guesses)
+            if code:
                 return code
             config = self._load_config(folder)
         if "expected" not in config:  # else there is nothing new
-            after, _ = self._read_unlabelled(str(folder), new)
+            after, _ = self._read_unlabelled(folder, new)
             # What is read otherwise than a round before is likely to be wrong, however sure it is.
             texts = {name: text.lower() for name, text, _ in before}
             same = [sure for name, text, sure in after if text.lower() == texts.get(name)]
             config["expected"] = round(sum(same) / len(new), 2)
             self._save_config(folder, config)
-        print(f"of new images it expects to read {config['expected']:.0%} right; what it took for "
-              f"labels is in {_shown(folder / self.TAUGHT)}", file=sys.stderr)
+        _say(f"of new images it expects to read {config['expected']:.0%} right; what it took for "
+             f"labels is in {_shown(folder / self.TAUGHT)}")
         return 0
 
     def _say_if_mixed(self, names):
@@ -2396,8 +2388,8 @@ class LstmCtcOcr:
                 heights.append(image.height)
         low, high = np.quantile(heights or [1], (0.1, 0.9))
         if high > 1.1 * low:
-            print(f"the images have several heights: if {self.dataset} holds several kinds, give "
-                  "each a folder of its own", file=sys.stderr)
+            _say(f"the images have several heights: if {self.dataset} holds several kinds, give "
+                 "each a folder of its own")
 
     def _read_unlabelled(self, model, names):
         """Reads images of the dataset with a model, as images of one kind.
@@ -2406,7 +2398,8 @@ class LstmCtcOcr:
         and the letters and length of the kind, as config.json keeps them. The confidence is that of
         the text in any case: of many letters, such as c and C, nothing but the size tells the case.
         """
-        ocr, paths = LstmCtcOcr(model=model), [Path(self.dataset, name) for name in names]
+        ocr = LstmCtcOcr(model=str(model))
+        paths = [Path(self.dataset, name) for name in names]
         ocr.expect_alike(paths)
         kind = ocr._reader.restriction
         texts = [text for _, text, *_ in ocr.recognise_files(paths)]
@@ -2423,7 +2416,7 @@ class LstmCtcOcr:
     TAUGHT = "taught.csv"  # in a model folder: the guesses that it learns
 
     def _note_guesses(self, folder, guesses):
-        """Writes guesses, rows (path in the dataset, text, confidence, round), in a model folder."""
+        """Writes guesses, rows (path in the dataset, text, confidence, round), in a folder."""
         written = io.StringIO()
         csv.writer(written, lineterminator="\n").writerows(
             [("path", "text", "confidence", "round"), *guesses])
@@ -2483,7 +2476,7 @@ class LstmCtcOcr:
         with tf.Graph().as_default(), \
                 tf.Session(place.target, config=_session_config(place)) as session:
             finished = self._finished_queue(place.number).dequeue()
-            print(f"holds weights for {place.workers} workers", file=sys.stderr)
+            _say(f"holds weights for {place.workers} workers")
             session.run(finished)
             time.sleep(10)  # the workers hear it too, and close their sessions
         return 0
@@ -2525,8 +2518,7 @@ class LstmCtcOcr:
 
         def begin(session, coordinator):
             if run.session is not None:
-                print(f"lost a parameter server; going on from step {session.run(net.step)}",
-                      file=sys.stderr)
+                _say(f"lost a parameter server; going on from step {session.run(net.step)}")
             run.session = session
             if place.chief:
                 session.run(net.plan.initializer)  # for this the workers wait
@@ -2584,8 +2576,7 @@ class LstmCtcOcr:
         with contextlib.suppress(_tensorflow().errors.OpError, RuntimeError, self.Error):
             self._require_finite(run, run.session.run(run.net.loss, feeds))
             self._save(run)
-        print(self._stopped(run), file=sys.stderr, flush=True)
-        os._exit(128 + run.stop[0])
+        os._exit(self._stopped(run))
 
     # ------------------------------------------------------------------ service
 
@@ -2665,8 +2656,8 @@ class LstmCtcOcr:
         response.headers.setdefault("Content-Security-Policy", "default-src 'none'")
         target = ascii(request.full_path.rstrip("?"))[1:-1]  # no control characters in a log
         with contextlib.suppress(OSError):  # nobody may be reading the log
-            print(f'{request.remote_addr} "{request.method} {target}" '
-                  f"{response.status_code} {seconds * 1e3:.1f} ms", file=sys.stderr, flush=True)
+            _say(f'{request.remote_addr} "{request.method} {target}" '
+                 f"{response.status_code} {seconds * 1e3:.1f} ms")
         return response
 
     def _answer_path(self, service):
@@ -2795,11 +2786,10 @@ class LstmCtcOcr:
         host = f"[{self.host}]" if ":" in self.host else self.host
         address = f"http://{host}:{server.effective_port}"
         with _deferred_stop() as stop:
-            print(f"{address}/captchaOcr?img_path=./dataset/test/0_PIY.png", file=sys.stderr,
-                  flush=True)
+            _say(f"{address}/captchaOcr?img_path=./dataset/test/0_PIY.png")
             self._say_model()
             if self.label:
-                print(f"label {self.label} on {address}/label", file=sys.stderr, flush=True)
+                _say(f"label {self.label} on {address}/label")
             while not stop:
                 serve()
                 _make_room(server.active_channels.values())
@@ -2822,9 +2812,8 @@ class LstmCtcOcr:
             raise self.Error(f"cannot serve on {self.host}:{self.port} ({error}); choose another "
                              "--port or --host") from None
         if self.host not in ("127.0.0.1", "localhost", "::1"):
-            print("other machines can reach this service, all images under "
-                  f"{self.image_root}, and those to label: set --token to keep strangers out",
-                  file=sys.stderr)
+            _say("other machines can reach this service, all images under "
+                 f"{self.image_root}, and those to label: set --token to keep strangers out")
         return listening
 
     # ------------------------------------------------------------------ labelling page
@@ -2853,7 +2842,7 @@ class LstmCtcOcr:
             """
             reading, = self.read([self.folder / name], (), True)
             if isinstance(reading, LstmCtcOcr.Error):
-                print(reading, file=sys.stderr)
+                _say(reading)
                 self.guesses.pop(name, None)
                 return None
             self.guesses[name] = reading
@@ -2906,8 +2895,8 @@ class LstmCtcOcr:
         guesses = {name: self.UNREAD for name in names  # only those that really are in there
                    if _one_form(name).isprintable() and _file_under(folder, folder / name)}
         if hidden := len(names) - len(guesses):
-            print(f"{hidden} images are not shown on the page: links that lead out of {folder}, or "
-                  "names that cannot be printed", file=sys.stderr)
+            _say(f"{hidden} images are not shown on the page: links that lead out of {folder}, or "
+                 "names that cannot be printed")
         if not guesses:
             raise self.Error(f"no images in {self.label}: --label takes the folder of those that "
                              "you want to label")
@@ -2974,7 +2963,7 @@ class LstmCtcOcr:
             if path.exists():
                 raise self.Error(f"{path} is there already: name a new folder or file")
         takes = self._export_onnx(target) if is_onnx else self._export_saved_model(target)
-        print(f"{target} takes {takes}", file=sys.stderr)
+        _say(f"{target} takes {takes}")
 
     def _export_saved_model(self, directory):
         """Writes a SavedModel: ink uint8 -> text (B,) string, confidence (B,) float32.
@@ -3041,9 +3030,8 @@ class LstmCtcOcr:
         settings = {"charset": ocr._written(), "word": False,
                     "image": [-1, ocr.im_height], "channel": 3}
         beside = path.with_suffix(".json")
-        with self._writing(path.parent):
-            _replace(path, model.SerializeToString())
-            _replace(beside, json.dumps(settings) + "\n")
+        self._write(path.parent, path.name, model.SerializeToString())
+        self._write(path.parent, beside.name, json.dumps(settings) + "\n")
         return (f"images (1 or 3 channels, {ocr.im_height} rows, any width, 0 to 1); "
                 f"{beside} is for ddddocr")
 
@@ -3972,6 +3960,11 @@ def _files_in(folder):
     return images, others
 
 
+def _say(*lines):
+    """Prints messages for the user, each on its line, on stderr; results go to stdout."""
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
 def _on_one_line(text):
     """Returns a path, or what it is given, as text on one line, for messages."""
     text = str(text)
@@ -4140,7 +4133,7 @@ def _json_error(error):
 def _json_parse_error(error, ident=None):
     """Logs what waitress refuses by itself, such as a request that is no HTTP; answers in JSON."""
     with contextlib.suppress(OSError):
-        print(f'- "{error.reason}" {error.code}', file=sys.stderr, flush=True)
+        _say(f'- "{error.reason}" {error.code}')
     return (f"{error.code} {error.reason}", [("Content-Type", "application/json")],
             json.dumps({"error": f"{error.reason}: {error.body}"}).encode())
 
@@ -4784,13 +4777,13 @@ def main(argv=None):
     try:
         return getattr(LstmCtcOcr(**settings), command)(**arguments) or 0
     except KeyboardInterrupt as stop:
-        print("stopped", file=sys.stderr)
+        _say("stopped")
         return 128 + (stop.args or [signal.SIGINT])[0]
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (LstmCtcOcr.Error, OSError) as error:
-        print(f"lstm_ctc_ocr: {error}", file=sys.stderr)
+        _say(f"lstm_ctc_ocr: {error}")
         return 2
 
 
