@@ -1985,12 +1985,13 @@ class LstmCtcOcr:
         if count:
             _say(f"of the held-out images it reads {_counted(round(most * count), count)}")
         if run.learnt:
-            _say("it has ended early: it reads all of them, and is sure of those it has learnt from")
-        _say(f"to learn longer, give a larger --epoch-max than {self.epoch_max:.4g}; to learn images "
-             "that are new too, another --model")
+            _say("it has ended early: it reads all of them, and is sure of those it has learnt "
+                 "from")
+        _say(f"to learn longer, give a larger --epoch-max than {self.epoch_max:.4g}; to learn "
+             "images that are new too, another --model")
         if count and not most:
-            _say("nothing has been learnt yet: look whether the labels are right, give more images, "
-                 "or start from a model (--start-from general, with another --model)")
+            _say("nothing has been learnt yet: look whether the labels are right, give more "
+                 "images, or start from a model (--start-from general, with another --model)")
 
     @staticmethod
     def _stopped(run):
@@ -2093,7 +2094,8 @@ class LstmCtcOcr:
 
     def _say_model(self):
         """Says on stderr which model is read with, and what it reads or how well."""
-        config, figures = self._reader.config, self._reader.config["net"]
+        config = self._reader.config
+        figures = config["net"]
         if config.get("validated_on"):
             figures += f", {config['accuracy']:.1%} of {config['validated_on']:,} held-out images"
         if "expected" in config:
@@ -2333,10 +2335,14 @@ class LstmCtcOcr:
         return self.restrict(letters, f"{min(usual)}-{max(usual)}")
 
     def expect_alike(self, paths):
-        """Reads images of one kind; from then on expects what the sure texts have in common."""
-        readings = [reading[1:3] for reading in self.recognise_files(paths)]
-        self._reader.restriction = self._reader.ocr.alike(readings)
-        _say(f"expecting {self._reader.restriction}")
+        """Reads images of one kind; from then on expects what the sure texts have in common.
+
+        Returns that, as `alike` does.
+        """
+        reader = self._reader
+        reader.restriction = reader.ocr.alike([each[1:3] for each in self.recognise_files(paths)])
+        _say(f"expecting {reader.restriction}")
+        return reader.restriction
 
     def _teach_itself(self, place, folder, found, config, names):
         """Trains on labels, and on what is read surely in the other images, in rounds.
@@ -2353,7 +2359,7 @@ class LstmCtcOcr:
                 self.start_from if number == 1 else folder, names)
             guesses = [(*reading, number) for reading in before
                        if reading[2] >= self.SURE and reading[0] not in new]
-            _say(f"round {number} of {self.rounds}: {len(guesses):,} of {len(names) - len(new):,} "
+            _say(f"round {number} of {self.rounds}: {len(guesses)} of {len(names) - len(new)} "
                  "images without a label are read surely")
             if len(guesses) < self.LEAST_SURE:
                 _say("these are too few to learn from")
@@ -2374,7 +2380,7 @@ class LstmCtcOcr:
             # What is read otherwise than a round before is likely to be wrong, however sure it is.
             texts = {name: text.lower() for name, text, _ in before}
             same = [sure for name, text, sure in after if text.lower() == texts.get(name)]
-            config["expected"] = round(sum(same) / len(new), 2)
+            config["expected"] = sum(same) / len(new)
             self._save_config(folder, config)
         _say(f"of new images it expects to read {config['expected']:.0%} right; what it took for "
              f"labels is in {_shown(folder / self.TAUGHT)}")
@@ -2400,13 +2406,11 @@ class LstmCtcOcr:
         """
         ocr = LstmCtcOcr(model=str(model))
         paths = [Path(self.dataset, name) for name in names]
-        ocr.expect_alike(paths)
-        kind = ocr._reader.restriction
+        kind = ocr.expect_alike(paths)
         texts = [text for _, text, *_ in ocr.recognise_files(paths)]
         # Letters of one case are read in either.
-        one_case = [letter for letter in kind.letters
-                    if letter.islower() or letter.swapcase() not in kind.letters]
-        ocr._reader.restriction = ocr.Restriction("".join(one_case), kind.length)
+        one_case = "".join({letter.lower(): letter for letter in kind.letters}.values())
+        ocr._reader.restriction = ocr.Restriction(one_case, kind.length)
         readings = [
             (name, text, round(confidence, 3) if text.lower() == read.lower() else 0)
             for name, text, (_, read, confidence, _)

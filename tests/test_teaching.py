@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -69,6 +70,11 @@ def test_labels_count_more_and_are_never_read_anew(images, trained, tmp_path, ca
         counts[name in labelled] += 1
         assert text == labelled.get(name, text) and (name in labelled or name in names)
     assert counts[True] >= .25 * counts[False]  # 20 labels beside some 100 readings
+    monkeypatch.setattr(LstmCtcOcr, "_feeds", feeds)
+    assert train(own, trained, tmp_path / "model", rounds=1) == 0  # there is nothing left to do
+    again = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert [again[name] for name in ("accuracy", "validated_on", "expected")] == [
+        config[name] for name in ("accuracy", "validated_on", "expected")]
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -77,30 +83,34 @@ def test_an_interrupted_round_goes_on_with_what_it_had_read(images, trained, tmp
 
     def killed(self, run, before, feeds):
         step(self, run, before, feeds)
-        if json.loads((model / "config.json").read_text()).get("step", 0) and len(starts) == number:
+        config = json.loads((model / "config.json").read_text())
+        if config.get("step") and config["round"] == number:
             raise RuntimeError("killed")
 
-    starts, note = [], LstmCtcOcr._note_guesses
-    monkeypatch.setattr(LstmCtcOcr, "_note_guesses", lambda self, folder, rows: [
-        starts.append(rows[0][-1]), note(self, folder, rows)])
+    def rounds():
+        return [int(said) for said in re.findall(r"^round (\d)", capfd.readouterr().err, re.MULTILINE)]
+
     monkeypatch.setattr(LstmCtcOcr, "_between_steps", killed)
     with pytest.raises(RuntimeError):
         train(folder, trained, model, rounds=2)
     before = json.loads((model / "config.json").read_text())
-    assert starts == [*range(1, number + 1)] and before["round"] == number
+    assert rounds() == [*range(1, number + 1)] and before["round"] == number
     monkeypatch.setattr(LstmCtcOcr, "_between_steps", step)
     assert train(folder, trained, model, rounds=2) == 0
     after = json.loads((model / "config.json").read_text())
-    assert starts == [*range(1, number + 1), *range(number, 3)]
+    assert rounds() == [*range(number, 3)]
     assert after["round"] == 2 and after["step"] > before["step"] and after["words"] == before["words"]
 
 
-def test_what_cannot_be_read_at_all_is_one_line(trained, tmp_path, capfd):
+@pytest.mark.parametrize("images", [40, 3])
+def test_what_cannot_be_read_at_all_is_one_line(images, trained, tmp_path, capfd):
     noise = np.random.default_rng(0)
     (tmp_path / "noise").mkdir()
     for number in range(40):
-        lstm_ctc_ocr.cv2.imwrite(str(tmp_path / "noise" / f"image-{number:05}.png"),
-                                 noise.integers(0, 255, (64, 96, 3), np.uint8))
+        path = tmp_path / "noise" / f"image-{number:05}.png"
+        lstm_ctc_ocr.cv2.imwrite(str(path), noise.integers(0, 255, (64, 96, 3), np.uint8))
+        if number >= images:
+            path.write_bytes(path.read_bytes()[:40])
     assert train(tmp_path / "noise", trained, tmp_path / "model") == 2
     *_, said, few, message = capfd.readouterr().err.splitlines()
     assert "round 1 of 3: 0 of 36 images without a label are read surely" in said
@@ -118,6 +128,24 @@ def test_a_folder_of_several_kinds_is_told(images, trained, tmp_path, capfd, mon
     assert "the images have several heights" in capfd.readouterr().err
 
 
+def test_a_training_on_labels_alone_goes_on_as_it_began(images, trained, tmp_path, capfd):
+    (folder, texts), own, model = images, tmp_path / "own", tmp_path / "model"
+    own.mkdir()
+    for name, text in list(texts.items())[:40]:
+        shutil.copy(folder / name, own)
+    (own / "labels.csv").write_text("".join(f"{name},{text}\n" for name, text in list(texts.items())[:40]))
+    assert train(own, trained, model) == 0
+    before = (model / "config.json").read_text()
+    for name in list(texts)[40:]:
+        shutil.copy(folder / name, own)
+    assert train(own, trained, model) == 0
+    said = capfd.readouterr().err
+    assert "are read surely" not in said and "to learn images that are new too, another --model" in said
+    config = json.loads((model / "config.json").read_text())
+    assert config["accuracy"] == json.loads(before)["accuracy"] and "expected" not in config
+    assert not (model / "taught.csv").exists()
+
+
 def test_rounds_0_learns_from_labels_alone(images, trained, tmp_path, capfd):
     assert train(images[0], trained, tmp_path / "model", rounds=0) == 2
     assert "no labelled images" in capfd.readouterr().err
@@ -133,7 +161,8 @@ def sure(*texts):
     (sure(*["abcde"] * 95, *["abcdef"] * 5), (lstm_ctc_ocr.CAPITALS.lower(), "5-5")),  # one letter too many
     (sure(*["ABQT"] * 95, "cOsO", "OO0O", "ABgT"), (lstm_ctc_ocr.CAPITALS, "4-4")),  # look like capitals
     (sure(*["1234"] * 19) + [("ABC", .6)] * 50, ("", "")),
-], ids=["digits", "capitals and digits", "lengths", "letters of one shape", "too few"])
+    (sure(*["12345"] * 20, *["1" * 11] * 10) + [(None, None)], ("0123456789", "5-5")),
+], ids=["digits", "capitals and digits", "lengths", "letters of one shape", "too few", "longer than it can learn"])
 def test_what_texts_have_in_common(readings, expected):
     ocr = LstmCtcOcr(words=lstm_ctc_ocr.CAPITALS + lstm_ctc_ocr.CAPITALS.lower() + "0123456789").resolve()
     assert ocr.alike(readings) == LstmCtcOcr.Restriction(*expected)
