@@ -712,8 +712,8 @@ class LstmCtcOcr:
         length: str = ""  # "N" or "MIN-MAX": how many letters the text has; "": any number
 
         def __str__(self):
-            length, letters = self.length or "any number of", self.letters or "all that it knows"
-            return f"{length} letters, of {letters}"
+            return (f"{self.length or 'any number of'} letters, "
+                    f"of {self.letters or 'all that it knows'}")
 
     def restrict(self, letters="", length=""):
         """Makes a `Restriction` for `texts`; raises `Error` if this model cannot read such texts.
@@ -1583,9 +1583,9 @@ class LstmCtcOcr:
         found = self.find_labels(self.dataset)
         config = self._load_config(folder) if (folder / "config.json").exists() else {}
         others = [name for name in _files_in(self.dataset)[0] if name not in found[0]]
-        teaches = self.start_from and self.rounds and place.workers == 1
-        as_begun = "round" in config or not config
-        if teaches and as_begun and len(others) >= self.LEAST_SURE:
+        # A training goes on as it began: with or without guesses.
+        if (self.start_from and self.rounds and place.workers == 1
+                and len(others) >= self.LEAST_SURE and ("round" in config or not config)):
             return self._teach_itself(place, folder, found, config, others)
         return self._train(place, folder, found, config)
 
@@ -1708,8 +1708,7 @@ class LstmCtcOcr:
         if self.val_num and files:
             share = min(self.HELD_SHARE, self.HELD_NUM / (len(files) * place.workers))
             if place.workers == 1:
-                first = files[min(self.HELD_LEAST, labelled // 2)]
-                share = max(share, self._digest_of(first))
+                share = max(share, self._digest_of(files[min(self.HELD_LEAST, labelled // 2)]))
         share = min(share, most)
         held = bisect.bisect_left(files, share, hi=labelled, key=self._digest_of)
         least = self.MIN_IMAGES if self.start_from else self.batch_size
@@ -2268,8 +2267,8 @@ class LstmCtcOcr:
             if not labelled:
                 raise self.Error("--report wants labelled images, and none of these is: see "
                                  "`train --help` for --labels")
-            shown = report_page(labelled, str(_shown(self._reader.folder)))
-            self._write(page.parent, page.name, shown)
+            self._write(page.parent, page.name,
+                        report_page(labelled, str(_shown(self._reader.folder))))
         common = self._reader.ocr.alike([reading[2:] for reading in readings])
         if common.length and not self._reader.restriction.length:
             _say(f"most texts have {common}: to read all images as such, add --alike, or give "
@@ -2351,7 +2350,7 @@ class LstmCtcOcr:
         found, config: as for `_train`; names: the images without a label. Returns the exit code.
         """
         names = sorted(names, key=_digest)
-        new = names[:len(names) // 10]
+        new = {*names[:len(names) // 10]}
         self._say_if_mixed(names)
         first = min(config.get("round", 1), self.rounds)
         for number in range(first, self.rounds + 1):

@@ -241,7 +241,7 @@ def test_a_hundred_kinds_of_dirt_do_not_stop_training_and_testing(dirty, tmp_pat
     images = [name for name in shown if name.lower().endswith((".png", ".gif"))]
     others = [name for name in shown if name not in images]
     assert f"captchas: {count + 5} images, labels as in LABEL_* (" in messages and "Traceback" not in messages
-    left, *faults = re.findall("^besides: (.*)", messages, re.MULTILINE)
+    left, *faults = re.findall("^(?:besides|left out): (.*)", messages, re.MULTILINE)
     assert re.fullmatch(rf'{len(images) + 1} images without a label, such as ".*"; {len(others)} files that are no '
                         'images, such as ".*"', left)
     assert sorted(re.findall(r"AX_(\w+)\.png: ", " ".join(faults))) == ["broken", "cut", "empty", "folder", "html"]
