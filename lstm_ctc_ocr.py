@@ -1444,10 +1444,8 @@ class LstmCtcOcr:
 
         The model also says which letters and how many are read, unless the settings do.
         """
-        if self.net not in (None, config["net"]):
-            raise self.Error(
-                f"{folder} holds a model of --net {config['net']}, not {self.net}: leave --net "
-                "out, or name another folder with --model")
+        self._require({"net": config["net"]}, f"{folder} holds a model of",
+                      "leave --net out, or name another folder with --model")
         architecture = {name: config[name] for name in ARCHITECTURE}
         architecture |= {name: getattr(self, name) or config.get(name, "")
                          for name in ("letters", "length")}
@@ -1475,12 +1473,12 @@ class LstmCtcOcr:
         """
         config = self._load_config(folder)  # first, for a training may write a newer one
         ocr = self._with_architecture(config, folder)
-        _, arrays = self._restore(folder, config.get("best_step", config.get("step")))
+        arrays = self._restore(folder, config.get("best_step", config.get("step")))
         return ocr, config, {name.removesuffix(self.AVERAGE): array
                              for name, array in arrays.items() if name.endswith(self.AVERAGE)}
 
     def _restore(self, folder, step=None):
-        """Reads the checkpoint of `step`, or the newest; returns its step and {name: array}.
+        """Reads the checkpoint of `step`, or the newest; returns {name: array}.
 
         If that one is missing or torn, it reads the newest that is whole, and says so. Raises
         `Error` if there is none.
@@ -1497,7 +1495,7 @@ class LstmCtcOcr:
             if number != wanted:
                 _say(f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing or torn: "
                      f"going on from that of step {number}")
-            return number, arrays
+            return arrays
         raise self.Error(
             f"the checkpoint {folder / f'LstmCtcOcr-{wanted}'} is missing, torn or of another "
             "network, and there is no other: restore it, or name another model with --model")
@@ -1762,7 +1760,7 @@ class LstmCtcOcr:
             try:
                 return file, self.load_image(file[0])
             except self.Error as error:
-                tqdm.write(f"left out: {error}", file=sys.stderr)
+                _say(f"left out: {error}")
 
         good, batch = [], 512  # so many are decoded before they are written
         starts = tqdm(range(0, len(files), batch), "decoding", unit="img", unit_scale=batch,
@@ -1899,7 +1897,7 @@ class LstmCtcOcr:
         train = score(self._texts_of(feeds[run.net.sequences]), self._texts_of(readings))
         truths, readings, loss, temperature = self._validate(run)
         held = score(truths, readings)
-        tqdm.write("\n".join([
+        _say(
             f"epoch {epoch}  batch {batch} of {run.steps_per_epoch}  step {run.step}  "
             f"lr {lr:.2e}  {speed:.0f} images/s  {run.cpu_minutes:.1f} CPU minutes, "
             f"{(run.last - run.step) * self.batch_size / speed / 60:.1f} minutes left",
@@ -1908,7 +1906,7 @@ class LstmCtcOcr:
             f"accuracy {held['accuracy']:.2%}",
             "accuracy by length  " + _shares(held["by_length"]),
             *(f"True [{', '.join(truth)}] <====> [{', '.join(reading)}]"
-              for truth, reading in zip(truths[:3], readings))]) + "\n", file=sys.stderr)
+              for truth, reading in zip(truths[:3], readings)), "")
         if held["accuracy"] >= run.config.get("accuracy", 0):  # of equal ones the later is the best
             run.config.update(accuracy=held["accuracy"], validated_on=held["count"],
                               best_step=run.step, temperature=temperature)
@@ -2015,7 +2013,7 @@ class LstmCtcOcr:
         source, weights = self.start_from, {}
         begun = any(run.folder.glob("LstmCtcOcr-*.index"))
         if begun:
-            source, (_, weights) = run.folder, self._restore(run.folder)
+            source, weights = run.folder, self._restore(run.folder)
         elif source:
             weights = self._start_weights()
         for variable in _tensorflow().global_variables():
@@ -2096,7 +2094,8 @@ class LstmCtcOcr:
         config = self._reader.config
         figures = config["net"]
         if config.get("validated_on"):
-            figures += f", {config['accuracy']:.1%} of {config['validated_on']:,} held-out images"
+            figures += (f", {config.get('accuracy', 0):.1%} of {config['validated_on']:,} "
+                        "held-out images")
         if "expected" in config:
             figures += f", expects to read {config['expected']:.0%} of new images right"
         _say(f"reading with {_shown(self._reader.folder)} ({config.get('about', figures)})")
@@ -2355,7 +2354,7 @@ class LstmCtcOcr:
         first = min(config.get("round", 1), self.rounds)
         for number in range(first, self.rounds + 1):
             before, kind = self._read_unlabelled(
-                self.start_from if number == 1 else folder, names)
+                self.start_from if number == 1 else folder, names, found[0])
             guesses = [(*reading, number) for reading in before
                        if reading[2] >= self.SURE and reading[0] not in new]
             _say(f"round {number} of {self.rounds}: {len(guesses)} of {len(names) - len(new)} "
@@ -2375,7 +2374,7 @@ class LstmCtcOcr:
                 return code
             config = self._load_config(folder)
         if "expected" not in config:  # else there is nothing new
-            after, _ = self._read_unlabelled(folder, new)
+            after, _ = self._read_unlabelled(folder, new, found[0])
             # What is read otherwise than a round before is likely to be wrong, however sure it is.
             texts = {name: text.lower() for name, text, _ in before}
             same = [sure for name, text, sure in after if text.lower() == texts.get(name)]
@@ -2396,15 +2395,18 @@ class LstmCtcOcr:
             _say(f"the images have several heights: if {self.dataset} holds several kinds, give "
                  "each a folder of its own")
 
-    def _read_unlabelled(self, model, names):
+    def _read_unlabelled(self, model, names, labels):
         """Reads images of the dataset with a model, as images of one kind.
 
+        labels: {path: text} of others of this kind; they tell whether its letters are capitals.
         Returns triples (path in the dataset, text, confidence) of those in which it finds a text,
         and the letters and length of the kind, as config.json keeps them. The confidence is that of
         the text in any case: of many letters, such as c and C, nothing but the size tells the case.
         """
         ocr = LstmCtcOcr(model=str(model))
         paths = [Path(self.dataset, name) for name in names]
+        labelled = ocr._reader.ocr.alike([(text, 1) for text in labels.values()])
+        ocr._reader.restriction = ocr._reader.ocr.restrict(labelled.letters)
         kind = ocr.expect_alike(paths)
         texts = [text for _, text, *_ in ocr.recognise_files(paths)]
         # Letters of one case are read in either.
@@ -3964,8 +3966,8 @@ def _files_in(folder):
 
 
 def _say(*lines):
-    """Prints messages for the user, each on its line, on stderr; results go to stdout."""
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    """Prints messages on stderr, each on its line, above a progress bar; results go to stdout."""
+    tqdm.write("\n".join(map(str, lines)), file=sys.stderr)
 
 
 def _on_one_line(text):

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from captcha.image import ImageCaptcha
-from conftest import SHIPPED, TASK, flags
+from conftest import PRETRAINED, SHIPPED, TASK, flags
 
 import lstm_ctc_ocr
 from lstm_ctc_ocr import LstmCtcOcr, main
@@ -126,6 +126,18 @@ def test_a_folder_of_several_kinds_is_told(images, trained, tmp_path, capfd, mon
     monkeypatch.setattr(LstmCtcOcr, "_train", lambda *args: 1)
     assert train(own, trained, tmp_path / "model") == 1
     assert "the images have several heights" in capfd.readouterr().err
+
+
+def test_labels_tell_which_case_is_read(tmp_path):
+    random.seed(0)  # captcha draws from there
+    for number in range(24):
+        (tmp_path / f"{number}.png").write_bytes(ImageCaptcha(256, 64).generate("KMXT").read())
+    names, labels = [f"{number}.png" for number in range(24)], {str(number): "abdm" for number in range(20)}
+    for typed, text in (({}, "KMXT"), (labels, "kmxt")):
+        readings, kind = LstmCtcOcr(dataset=str(tmp_path))._read_unlabelled(PRETRAINED / "general", names, typed)
+        assert [name for name, *_ in readings] == names
+        assert sum(read == text and sure >= .7 for _, read, sure in readings) > 20
+        assert (set(kind["letters"]) >= set(text)) and not set(kind["letters"]) & set(text.swapcase())
 
 
 def test_a_training_on_labels_alone_goes_on_as_it_began(images, trained, tmp_path, capfd):
