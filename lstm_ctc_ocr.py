@@ -1599,7 +1599,7 @@ class LstmCtcOcr:
         ocr = self._settings_for_training(config, found[0])
         config = {**self.FORMAT, **ocr._plan(), **config}
         if place.chief:
-            ocr._require({name: config[name] for name in PLANNED}, f"{folder} was trained with",
+            ocr._require(config, f"{folder} was trained with",
                          "give the same to go on with it, or another folder with --model")
         samples = config.get("samples", {}).items()
         if samples and not self.model and samples.isdisjoint(found[0].items()):
@@ -1609,13 +1609,15 @@ class LstmCtcOcr:
         files = ocr.labelled_files(self.dataset, found, place.number, place.workers)
         if ocr.ctc == "warp":
             _warp_library()  # where it is missing, that is said before the model folder is made
-        _say(*found[-1],
-             f"1 to {ocr.words_max_num} letters of {ocr.words} in {ocr.im_width} x "
-             f"{ocr.im_height} pixels; the model goes to {_shown(folder)}")
-        if len(files) < ocr.FEW and not ocr.start_from:
-            _say(f"{len(files):,} images are few to learn from nothing: a model to start from, "
-                 "such as --start-from general, needs far fewer")
-        return ocr._train_on(place, folder, files, config, guesses, part)
+        ocr._hold_out(files, guesses, place, 1)  # so is whether they are too few
+        with ocr._alone_in(folder) if place.chief else contextlib.nullcontext():
+            _say(*found[-1],
+                 f"1 to {ocr.words_max_num} letters of {ocr.words} in {ocr.im_width} x "
+                 f"{ocr.im_height} pixels; the model goes to {_shown(folder)}")
+            if len(files) < ocr.FEW and not ocr.start_from:
+                _say(f"{len(files):,} images are few to learn from nothing: a model to start from, "
+                     "such as --start-from general, needs far fewer")
+            return ocr._train_on(place, folder, files, config, guesses, part)
 
     def _folder_to_train(self):
         """Returns the folder that `train` writes: `model`, or one named by dataset or network."""
@@ -1682,11 +1684,11 @@ class LstmCtcOcr:
         return {name: getattr(self, name) for name in PLANNED}
 
     def _require(self, settings, whose, remedy):
-        """Raises `Error` if one of these settings is set, and not as in the dictionary."""
-        for name, value in settings.items():
-            if getattr(self, name) not in (None, value):
-                raise self.Error(
-                    f"{whose} {_flag(name)} {value}, not {getattr(self, name)}: {remedy}")
+        """Raises `Error` if one of `PLANNED` is set, and not as in the dictionary, if it is there."""
+        for name in PLANNED:
+            own = getattr(self, name)
+            if name in settings and own not in (None, settings[name]):
+                raise self.Error(f"{whose} {_flag(name)} {settings[name]}, not {own}: {remedy}")
 
     HELD_SHARE = 0.1  # of a small folder's images are held out
     HELD_NUM = 2000  # images are held out of a large folder, about
@@ -1694,15 +1696,16 @@ class LstmCtcOcr:
 
     MIN_IMAGES = 10  # to train on, when it starts from a model
 
-    def _hold_out(self, files, labelled, place, most):
+    def _hold_out(self, files, guesses, place, most):
         """Returns how many images are held out, the first ones, and the share that this follows.
 
-        Of the images that a person has labelled, the first `labelled` files, those are held out
+        Of the images that a person has labelled, all but the last `guesses`, those are held out
         whose digests are below the share, whatever `val_num` and the number of workers are. For
         one model that share never grows, see `most`. So no image is trained on first and validated
         on later. Raises `Error` if so few others are left to train on that it makes no sense.
         """
         share = 0
+        labelled = len(files) - guesses
         if self.val_num and files:
             share = min(self.HELD_SHARE, self.HELD_NUM / (len(files) * place.workers))
             if place.workers == 1:
@@ -1726,23 +1729,21 @@ class LstmCtcOcr:
         other arguments are as in `_train`, all but the schedule is settled. Returns the exit code.
         """
         images, files = self.load_images(files, folder)  # without those that are no images
-        labelled = len(files) - guesses
         held, config["held_share"] = self._hold_out(
-            files, labelled, place, config.get("held_share", 1))
+            files, guesses, place, config.get("held_share", 1))
         rows = np.arange(held, len(files))
         steps_per_epoch = max(1, len(rows) // self.batch_size)
         ocr = self.resolve(self._schedule(steps_per_epoch, 300 if guesses else 800))
         last = math.ceil(ocr.epoch_max * steps_per_epoch * part)
-        alone = ocr._alone_in(folder) if place.chief else contextlib.nullcontext()
         tf = _tensorflow()
-        with alone, tf.Graph().as_default(), tf.device(place.device):
+        with tf.Graph().as_default(), tf.device(place.device):
             net = ocr._build_training(steps_per_epoch, place)
             if place.chief:
                 self._save_config(folder, config)
             return ocr._train_loop(self._Run(
                 place, folder, net, images, files, steps_per_epoch, last, config, rows=rows,
                 # Beside guesses, a label is learnt four times as often.
-                again=np.tile(rows[:labelled - held], 3 if guesses else 0),
+                again=np.tile(rows[:len(rows) - guesses], 3 if guesses else 0),
                 held=np.arange(min(held, self.val_num)),
                 distorts=bool(self.start_from) and len(rows) < self.FEW))
 
@@ -2099,7 +2100,7 @@ class LstmCtcOcr:
         if "expected" in config:
             figures += f", expects to read {config['expected']:.0%} of new images right"
         _say(f"reading with {_shown(self._reader.folder)} ({config.get('about', figures)})")
-        if self._reader.restriction.length:
+        if config.get("length"):
             _say(f"expecting {self._reader.restriction}")
 
     def _read(self, infer, ink, colours, restriction):
@@ -2236,9 +2237,7 @@ class LstmCtcOcr:
         paths: by default the samples in dataset/test. as_json: prints JSON lines, without the
         figures. report: an HTML file to write about the labelled images. alike: reads all images as
         one kind, see `expect_alike`.
-
-        Returns 0, or 1 if some images could not be read. Raises `Error` if there is no image, or
-        for a report none that is labelled.
+        Returns 0, or 1 if images could not be read; raises `Error` without any, or any to report.
         """
         page, paths = Path(report), [Path(path) for path in paths or (HOME / "dataset" / "test",)]
         if report and not (page.parent.is_dir() and page.suffix == ".html"):
@@ -2362,9 +2361,7 @@ class LstmCtcOcr:
             if len(guesses) < self.LEAST_SURE:
                 _say("these are too few to learn from")
                 guesses = ()
-            if not found[0]:
-                config.update(kind)
-            config["round"] = number
+            config.update({} if found[0] else kind, round=number)
             if number > first:  # its most accurate checkpoint is sought anew
                 config["validated_on"] = 0
             taught = {**found[0], **dict(guess[:2] for guess in guesses)}, *found[1:]
