@@ -1609,7 +1609,7 @@ class LstmCtcOcr:
         files = ocr.labelled_files(self.dataset, found, place.number, place.workers)
         if ocr.ctc == "warp":
             _warp_library()  # where it is missing, that is said before the model folder is made
-        ocr._hold_out(files, guesses, place, 1)  # so is whether they are too few
+        ocr._hold_out(files, guesses, place, config)  # so is whether they are too few
         with ocr._alone_in(folder) if place.chief else contextlib.nullcontext():
             _say(*found[-1],
                  f"1 to {ocr.words_max_num} letters of {ocr.words} in {ocr.im_width} x "
@@ -1693,16 +1693,15 @@ class LstmCtcOcr:
     HELD_SHARE = 0.1  # of a small folder's images are held out
     HELD_NUM = 2000  # images are held out of a large folder, about
     HELD_LEAST = 20  # images are held out at least, or half of a tiny folder
-
     MIN_IMAGES = 10  # to train on, when it starts from a model
 
-    def _hold_out(self, files, guesses, place, most):
-        """Returns how many images are held out, the first ones, and the share that this follows.
+    def _hold_out(self, files, guesses, place, config):
+        """Counts the images to hold out, the first ones, and notes their share in `config`.
 
         Of the images that a person has labelled, all but the last `guesses`, those are held out
         whose digests are below the share, whatever `val_num` and the number of workers are. For
-        one model that share never grows, see `most`. So no image is trained on first and validated
-        on later. Raises `Error` if so few others are left to train on that it makes no sense.
+        one model that share never grows. So no image is trained on first and validated on later.
+        Raises `Error` if so few others are left to train on that it makes no sense.
         """
         share = 0
         labelled = len(files) - guesses
@@ -1710,13 +1709,14 @@ class LstmCtcOcr:
             share = min(self.HELD_SHARE, self.HELD_NUM / (len(files) * place.workers))
             if place.workers == 1:
                 share = max(share, self._digest_of(files[min(self.HELD_LEAST, labelled // 2)]))
-        share = min(share, most)
+        share = min(share, config.get("held_share", 1))
+        config["held_share"] = share
         held = bisect.bisect_left(files, share, hi=labelled, key=self._digest_of)
         least = self.MIN_IMAGES if self.start_from else self.batch_size
         if len(files) - held < least:
             raise self.Error(f"{self.dataset} leaves {len(files) - held} images to train on, fewer "
                              f"than {least}: label or render more, or lower --batch-size")
-        return held, share
+        return held
 
     def _digest_of(self, file):
         """Returns a number from 0 to 1 that the image's path in the dataset decides."""
@@ -1729,8 +1729,7 @@ class LstmCtcOcr:
         other arguments are as in `_train`, all but the schedule is settled. Returns the exit code.
         """
         images, files = self.load_images(files, folder)  # without those that are no images
-        held, config["held_share"] = self._hold_out(
-            files, guesses, place, config.get("held_share", 1))
+        held = self._hold_out(files, guesses, place, config)
         rows = np.arange(held, len(files))
         steps_per_epoch = max(1, len(rows) // self.batch_size)
         ocr = self.resolve(self._schedule(steps_per_epoch, 300 if guesses else 800))
