@@ -1684,7 +1684,7 @@ class LstmCtcOcr:
         return {name: getattr(self, name) for name in PLANNED}
 
     def _require(self, settings, whose, remedy):
-        """Raises `Error` if one of `PLANNED` is set, and not as in the dictionary, if it is there."""
+        """Raises `Error` if one of `PLANNED` is set, but not as in a dictionary that holds it."""
         for name in PLANNED:
             own = getattr(self, name)
             if name in settings and own not in (None, settings[name]):
