@@ -234,9 +234,6 @@ class LstmCtcOcr:
     save_epoch: float = setting(
         None, "epochs between checkpoints; if not given, as many as 100 steps take, at least",
         usual=0.1)
-    rounds: int = setting(
-        3, "with --start-from: how often the images without a label are read, to learn what is "
-        "read surely; 0: learn from labels only", COUNT_OR_NONE)
     seed: int = setting(
         0, "fixes all that is random: rendered images, first weights, the order of the images",
         COUNT_OR_NONE)
@@ -1561,8 +1558,11 @@ class LstmCtcOcr:
             """How long this process has trained, and the chiefs before it."""
             return (time.process_time() - self.begun) / 60
 
-    def train(self):
+    def train(self, labelled_only=False):
         """Trains on the images of `dataset`, and goes on from what is in the model folder.
+
+        From a model to start from, it also learns images without a label, see `_teach_itself`,
+        unless labelled_only.
 
         With TF_CONFIG set, this process is one task of a cluster, see `_join_cluster`: the chief
         validates, reports and saves; the workers add their gradients; the parameter servers hold
@@ -1582,7 +1582,7 @@ class LstmCtcOcr:
         config = self._load_config(folder) if (folder / "config.json").exists() else {}
         others = [name for name in _files_in(self.dataset)[0] if name not in found[0]]
         # A training goes on as it began: with or without guesses.
-        if (self.start_from and self.rounds and place.workers == 1
+        if (self.start_from and not labelled_only and place.workers == 1
                 and len(others) >= self.LEAST_SURE and ("round" in config or not config)):
             return self._teach_itself(place, folder, found, config, others)
         return self._train(place, folder, found, config)
@@ -2113,7 +2113,11 @@ class LstmCtcOcr:
         def again(rows, view):
             return infer(self._viewed(view, [(ink[row], colours[row]) for row in rows]))
 
-        views = ((0.6, self._from_afar), (0.4, self._from_near), (0.3, self._without_clutter))
+        def zoomed(factor):
+            return functools.partial(self._zoomed, factor)
+
+        views = ((0.8, self._from_afar), (0.5, zoomed(1.3)), (0.4, zoomed(0.8)), (0.3, zoomed(1.5)),
+                 (0.3, self._without_clutter))
         return self.texts(infer(ink), restriction, [
             (doubt, functools.partial(again, view=view))
             for doubt, view in views if NETWORKS[self.net].views])
@@ -2134,16 +2138,19 @@ class LstmCtcOcr:
         narrow = cv2.resize(ink, (round(.87 * width), height), interpolation=cv2.INTER_AREA)
         return cv2.GaussianBlur(narrow, (0, 0), 2)
 
-    def _from_near(self, ink, _):
-        """Makes ink (H, w) larger, (H, 1.3 w), and thinner: small letters grow, touching ones part.
+    def _zoomed(self, factor, ink, _):
+        """Makes ink (H, w) larger or smaller by a factor, (H, factor * w); what grows gets thinner.
 
+        Small letters grow, touching ones part, and letters that are cut off at the border get room.
         The result is at most W wide; ink that would reach further grows less in width.
         """
         height, width = ink.shape
-        right = min(self.im_width, round(1.3 * width))
+        right = min(self.im_width, round(factor * width))
         end = 1 + ink.any(axis=0).nonzero()[0].max(initial=0)  # behind it is nothing but paper
-        larger = np.array([[min(1.3, right / end), 0, 0], [0, 1.3, -.15 * height]])
-        return cv2.erode(cv2.warpAffine(ink, larger, (right, height)), np.ones((2, 2), np.uint8))
+        zoom = np.array([[min(factor, right / end), 0, 0],
+                         [0, factor, (1 - factor) * height / 2]])
+        zoomed = cv2.warpAffine(ink, zoom, (right, height))
+        return cv2.erode(zoomed, np.ones((2, 2), np.uint8)) if factor > 1 else zoomed
 
     def _without_clutter(self, ink, colours):
         """Removes the ink of lines, grids and dots, if these have a colour of their own.
@@ -2310,6 +2317,8 @@ class LstmCtcOcr:
     SURE = 0.7  # the confidence from which on a reading is taken for right
     LEAST_SURE = 20  # so many sure readings tell what the texts of a folder have in common
 
+    ROUNDS = 3  # of reading images without a label, and learning what is read surely
+
     def alike(self, readings):
         """Finds what the texts of one kind of captchas have in common, by the sure readings.
 
@@ -2349,13 +2358,13 @@ class LstmCtcOcr:
         names = sorted(names, key=_digest)
         new = {*names[:len(names) // 10]}
         self._say_if_mixed(names)
-        first = min(config.get("round", 1), self.rounds)
-        for number in range(first, self.rounds + 1):
+        first = config.get("round", 1)
+        for number in range(first, self.ROUNDS + 1):
             before, kind = self._read_unlabelled(
                 self.start_from if number == 1 else folder, names, found[0])
             guesses = [(*reading, number) for reading in before
                        if reading[2] >= self.SURE and reading[0] not in new]
-            _say(f"round {number} of {self.rounds}: {len(guesses)} of {len(names) - len(new)} "
+            _say(f"round {number} of {self.ROUNDS}: {len(guesses)} of {len(names) - len(new)} "
                  "images without a label are read surely")
             if len(guesses) < self.LEAST_SURE:
                 _say("these are too few to learn from")
@@ -2364,7 +2373,7 @@ class LstmCtcOcr:
             if number > first:  # its most accurate checkpoint is sought anew
                 config["validated_on"] = 0
             taught = {**found[0], **dict(guess[:2] for guess in guesses)}, *found[1:]
-            code = self._train(place, folder, taught, config, len(guesses), number / self.rounds)
+            code = self._train(place, folder, taught, config, len(guesses), number / self.ROUNDS)
             self._note_guesses(folder, guesses)
             if code:
                 return code
@@ -4720,7 +4729,7 @@ COMMANDS = {
     "train": (
         "train on rendered captchas or on your own, or go on from the last checkpoint",
         "dataset labels case start_from model net words words_max_num im_width im_height val_num "
-        "n_hidden batch_size epoch_max lr save_epoch rounds seed beam_width label_parts ctc"),
+        "n_hidden batch_size epoch_max lr save_epoch seed beam_width label_parts ctc"),
     "test": ("read images, one line each", "model net labels case beam_width letters length"),
     "start": (
         "serve a page, GET /captchaOcr?img_path= and POST /captchaOcr",
@@ -4752,6 +4761,10 @@ def _parser():
             sub.add_argument(
                 "target", metavar="DIR|FILE.onnx", help="a new folder; TensorFlow Serving wants "
                 "<name>/<number>; or a new ONNX file")
+        if command == "train":
+            sub.add_argument("--labelled-only", action="store_true",
+                             help="with --start-from: do not learn images without a label from what "
+                             "is read in them")
         if command == "test":
             sub.add_argument("paths", nargs="*", metavar="PATH",
                              help="images and folders of images (dataset/test)")

@@ -1,5 +1,6 @@
 """The real `test` command, on a small model and on the one that ships."""
 
+import functools
 import json
 import os
 import random
@@ -99,9 +100,11 @@ def test_a_doubtful_image_is_viewed_from_afar_and_from_near(width, afar, near):
     ink = np.zeros((64, width), np.uint8)
     ink[24:40, 8:width] = 200
     ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
-    viewed = [ocr._viewed(view, [(ink, None)]) for view in (ocr._from_afar, ocr._from_near)]
-    assert [images.shape for images in viewed] == [(1, 64, -(-seen // 64) * 64) for seen in (afar, near)]
-    for (image,), seen, high in zip(viewed, (afar, near), (16, 16 * 1.3)):
+    smaller = width * 0.8
+    views = ocr._from_afar, functools.partial(ocr._zoomed, 1.3), functools.partial(ocr._zoomed, 0.8)
+    viewed = [ocr._viewed(view, [(ink, None)]) for view in views]
+    assert [images.shape for images in viewed] == [(1, 64, -(-seen // 64) * 64) for seen in (afar, near, smaller)]
+    for (image,), seen, high in zip(viewed, (afar, near, smaller), (16, 16 * 1.3, 16 * 0.8)):
         assert image.max() == 255
         down, right = np.nonzero(image > 127)
         assert abs(right.max() + 1 - seen) <= 2 and abs(down.max() + 1 - down.min() - high) <= 2
@@ -116,11 +119,11 @@ def test_dots_run_together_from_afar_and_strokes_that_touch_part_from_near():
     ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
     afar = ocr._viewed(ocr._from_afar, [(dots, None)])
     assert afar[0, 16:48, 26:80].min() > 150
-    near = ocr._viewed(ocr._from_near, [(strokes, None)])
+    near = ocr._viewed(functools.partial(ocr._zoomed, 1.3), [(strokes, None)])
     assert near[0, :, 60:100].max(axis=0).min() < 150
 
 
-@pytest.mark.parametrize("net, views", [("lstm", 1), ("cnn_lstm", 1), ("wide_cnn_lstm", 4)])
+@pytest.mark.parametrize("net, views", [("lstm", 1), ("cnn_lstm", 1), ("wide_cnn_lstm", 6)])
 def test_only_the_net_that_knows_captchas_of_many_kinds_views_them_again(net, views):
     ocr, seen = LstmCtcOcr(net=net).resolve(), []
 
@@ -161,7 +164,8 @@ def test_without_clutter_ink_of_one_colour_stays(channels):
 def test_blank_paper_stays_blank_in_every_view():
     ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
     colours = np.full((64, 128, 3), .5, np.float32)
-    for view in ocr._from_afar, ocr._from_near, ocr._without_clutter:
+    zoomed = [functools.partial(ocr._zoomed, factor) for factor in (0.8, 1.5)]
+    for view in ocr._from_afar, *zoomed, ocr._without_clutter:
         assert not ocr._viewed(view, [(ocr.ink_of(colours)[:, :128], colours)]).any()
 
 

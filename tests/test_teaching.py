@@ -28,6 +28,11 @@ def images(tmp_path_factory):
     return folder, texts
 
 
+@pytest.fixture
+def two_rounds(monkeypatch):
+    monkeypatch.setattr(LstmCtcOcr, "ROUNDS", 2)
+
+
 def train(folder, trained, model, *more, **settings):
     return main(["train", *flags(dataset=folder, start_from=trained, model=model, epoch_max=4, **settings), *more])
 
@@ -37,10 +42,10 @@ def taught(model):
         return [*csv.DictReader(file)]
 
 
-def test_it_learns_from_what_it_reads_surely_and_from_nothing_else(images, trained, tmp_path, capfd):
+def test_it_learns_from_what_it_reads_surely_and_from_nothing_else(images, trained, tmp_path, capfd, two_rounds):
     (folder, texts), model = images, tmp_path / "model"
     before = sorted(folder.iterdir())
-    assert train(folder, trained, model, rounds=2) == 0
+    assert train(folder, trained, model) == 0
     rows, config, said = taught(model), json.loads((model / "config.json").read_text()), capfd.readouterr().err
     assert {row["round"] for row in rows} == {"2"} and 20 <= len(rows) < 150
     assert all(float(row["confidence"]) >= .7 for row in rows)
@@ -57,9 +62,10 @@ def test_labels_count_more_and_are_never_read_anew(images, trained, tmp_path, ca
     labelled = dict(list(texts.items())[:40])
     (own / "labels.csv").write_text("".join(f"{name},{text}\n" for name, text in labelled.items()))
     feeds = LstmCtcOcr._feeds
+    monkeypatch.setattr(LstmCtcOcr, "ROUNDS", 1)
     monkeypatch.setattr(LstmCtcOcr, "_feeds", lambda self, run, rows: [
         shown.extend(run.files[row] for row in rows), feeds(self, run, rows)][1])
-    assert train(own, trained, tmp_path / "model", rounds=1) == 0
+    assert train(own, trained, tmp_path / "model") == 0
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["validated_on"] == 20 and 0 < config["accuracy"] <= 1 and 0 < config["expected"] <= 1
     names = {row["path"] for row in taught(tmp_path / "model")}
@@ -71,14 +77,14 @@ def test_labels_count_more_and_are_never_read_anew(images, trained, tmp_path, ca
         assert text == labelled.get(name, text) and (name in labelled or name in names)
     assert counts[True] >= .25 * counts[False]  # 20 labels beside some 100 readings
     monkeypatch.setattr(LstmCtcOcr, "_feeds", feeds)
-    assert train(own, trained, tmp_path / "model", rounds=1) == 0  # there is nothing left to do
+    assert train(own, trained, tmp_path / "model") == 0  # there is nothing left to do
     again = json.loads((tmp_path / "model" / "config.json").read_text())
     assert [again[name] for name in ("accuracy", "validated_on", "expected")] == [
         config[name] for name in ("accuracy", "validated_on", "expected")]
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_an_interrupted_round_goes_on_with_what_it_had_read(images, trained, tmp_path, number, monkeypatch, capfd):
+def test_an_interrupted_round_goes_on_with_what_it_had_read(images, trained, tmp_path, number, monkeypatch, capfd, two_rounds):
     (folder, _), model, step = images, tmp_path / "model", LstmCtcOcr._between_steps
 
     def killed(self, run, before, feeds):
@@ -92,11 +98,11 @@ def test_an_interrupted_round_goes_on_with_what_it_had_read(images, trained, tmp
 
     monkeypatch.setattr(LstmCtcOcr, "_between_steps", killed)
     with pytest.raises(RuntimeError):
-        train(folder, trained, model, rounds=2)
+        train(folder, trained, model)
     before = json.loads((model / "config.json").read_text())
     assert rounds() == [*range(1, number + 1)] and before["round"] == number
     monkeypatch.setattr(LstmCtcOcr, "_between_steps", step)
-    assert train(folder, trained, model, rounds=2) == 0
+    assert train(folder, trained, model) == 0
     after = json.loads((model / "config.json").read_text())
     assert rounds() == [*range(number, 3)]
     assert after["round"] == 2 and after["step"] > before["step"] and after["words"] == before["words"]
@@ -158,8 +164,8 @@ def test_a_training_on_labels_alone_goes_on_as_it_began(images, trained, tmp_pat
     assert not (model / "taught.csv").exists()
 
 
-def test_rounds_0_learns_from_labels_alone(images, trained, tmp_path, capfd):
-    assert train(images[0], trained, tmp_path / "model", rounds=0) == 2
+def test_only_labels_are_learnt_if_asked_for(images, trained, tmp_path, capfd):
+    assert train(images[0], trained, tmp_path / "model", "--labelled-only") == 2
     assert "no labelled images" in capfd.readouterr().err
 
 
