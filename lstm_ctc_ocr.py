@@ -133,18 +133,18 @@ MIN_CONTRAST = 16 / 255  # an image of less is blank: its noise must not be stre
 NETWORKS = {
     # convolutions: (channels, size, stride down, stride across, residual blocks behind it) each.
     # projection: features that each time step hands from the convolutions to the LSTM.
-    # views: whether an image that is read with little confidence is read again in other views;
-    # lstm and cnn_lstm read fewer images right with them.
+    # doubt: the confidence up to which an image is read again in other views, unless config.json
+    # says otherwise; lstm and cnn_lstm read fewer images right with them.
     "lstm": types.SimpleNamespace(
-        about="the article's", convolutions=(), projection=0, views=False),
+        about="the article's", convolutions=(), projection=0, doubt=0),
     "cnn_lstm": types.SimpleNamespace(
         about="with convolutions in front",
         convolutions=((32, 5, 4, 2, 0), (48, 3, 2, 2, 0), (96, 3, 2, 1, 0), (128, 3, 2, 1, 0)),
-        projection=128, views=False),
+        projection=128, doubt=0),
     "wide_cnn_lstm": types.SimpleNamespace(
         about="with larger convolutions",
         convolutions=((32, 5, 2, 2, 0), (48, 3, 2, 2, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 2)),
-        projection=160, views=True),
+        projection=160, doubt=0.6),
 }
 ARCHITECTURE = (  # the settings that a model folder fixes
     "net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height")
@@ -2102,13 +2102,13 @@ class LstmCtcOcr:
         if config.get("length"):
             _say(f"expecting {self._reader.restriction}")
 
-    def _read(self, infer, ink, colours, restriction):
+    def _read(self, infer, ink, colours, restriction, doubt=None):
         """Reads images of one width under one restriction; returns B pairs (text, confidence).
 
         infer: function from ink (B, H, w) uint8 to logits (T, B, C); ink: (B, H, w); colours: B
-        arrays (H, w', 1 or 3) float32, as `load_colours` gives them. Images in doubt are read again
-        in further views. That raises the accuracy, but only of a network that has learnt captchas
-        of many kinds.
+        arrays (H, w', 1 or 3) float32, as `load_colours` gives them. doubt: the confidence up to
+        which images are read again in another view; those that stay in doubt, in several. That
+        raises the accuracy, but only of a network that has learnt captchas of many kinds.
         """
         def again(rows, view):
             return infer(self._viewed(view, [(ink[row], colours[row]) for row in rows]))
@@ -2116,11 +2116,12 @@ class LstmCtcOcr:
         def zoomed(factor):
             return functools.partial(self._zoomed, factor)
 
-        views = ((0.8, self._from_afar), (0.5, zoomed(1.3)), (0.4, zoomed(0.8)), (0.3, zoomed(1.5)),
-                 (0.3, self._without_clutter))
+        doubt = NETWORKS[self.net].doubt if doubt is None else doubt
+        views = ((1, self._from_afar), (0.6, zoomed(1.3)), (0.5, zoomed(0.8)), (0.4, zoomed(1.5)),
+                 (0.4, self._without_clutter))
         return self.texts(infer(ink), restriction, [
-            (doubt, functools.partial(again, view=view))
-            for doubt, view in views if NETWORKS[self.net].views])
+            (share * doubt, functools.partial(again, view=view))
+            for share, view in views if doubt])
 
     def _viewed(self, view, images):
         """Returns images as a view shows them, ink at full strength: (B, H, w') uint8.
@@ -2202,7 +2203,9 @@ class LstmCtcOcr:
         infer = functools.partial(reader.logits, alone=alone)
         for (_, restriction), images in alike.items():
             rows, ink, colours = zip(*images)
-            for row, reading in zip(rows, ocr._read(infer, np.stack(ink), colours, restriction)):
+            doubt = reader.config.get("doubt")
+            texts = ocr._read(infer, np.stack(ink), colours, restriction, doubt)
+            for row, reading in zip(rows, texts):
                 results[row] = reading
         return results
 

@@ -28,7 +28,7 @@ def float32_and_another_network():
         patch.setattr(lstm_ctc_ocr, "_has_bfloat16", lambda: False)
         patch.setitem(lstm_ctc_ocr.NETWORKS, "another", types.SimpleNamespace(
             about="", convolutions=((8, 3, 4, 1, 1), (12, 5, 1, 4, 0)), projection=16,
-            views=False))
+            doubt=0))
         yield
 
 
