@@ -4766,8 +4766,7 @@ def _parser():
                 "<name>/<number>; or a new ONNX file")
         if command == "train":
             sub.add_argument("--labelled-only", action="store_true",
-                             help="with --start-from: do not learn images without a label from what "
-                             "is read in them")
+                             help="with --start-from: do not learn images without a label")
         if command == "test":
             sub.add_argument("paths", nargs="*", metavar="PATH",
                              help="images and folders of images (dataset/test)")
