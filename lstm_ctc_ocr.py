@@ -2282,8 +2282,8 @@ class LstmCtcOcr:
                  "--length and --letters")
         if sum(confidence < 0.5 for *_, confidence in readings) > len(readings) / 2:
             _say("most of these do not look like what this model has learnt (confidence below "
-                 "0.5): if it is not general, try `--model general`; else label a few hundred of "
-                 "them, and `train --dataset FOLDER --start-from general`")
+                 "0.5): if it is not general, try `--model general`; else put 1,000 of them in a "
+                 "folder, and `train --dataset FOLDER --start-from general`")
         return 1 if len(readings) < len(files) else 0
 
     def _truths_of(self, path):
@@ -2416,14 +2416,15 @@ class LstmCtcOcr:
         labelled = ocr._reader.ocr.alike([(text, 1) for text in labels.values()])
         ocr._reader.restriction = ocr._reader.ocr.restrict(labelled.letters)
         kind = ocr.expect_alike(paths)
-        texts = [text for _, text, *_ in ocr.recognise_files(paths)]
-        # Letters of one case are read in either.
+        cased = in_any_case = [*ocr.recognise_files(paths)]
         one_case = "".join({letter.lower(): letter for letter in kind.letters}.values())
-        ocr._reader.restriction = ocr.Restriction(one_case, kind.length)
+        if one_case != kind.letters:  # letters of one case are read in either
+            ocr._reader.restriction = ocr.Restriction(one_case, kind.length)
+            in_any_case = ocr.recognise_files(paths)
         readings = [
-            (name, text, round(confidence, 3) if text.lower() == read.lower() else 0)
-            for name, text, (_, read, confidence, _)
-            in zip(names, texts, ocr.recognise_files(paths)) if text]
+            (name, text, round(confidence, 3) if text.lower() == (read or "").lower() else 0)
+            for name, (_, text, *_), (_, read, confidence, _) in zip(names, cased, in_any_case)
+            if text]
         return readings, dataclasses.asdict(kind)
 
     TAUGHT = "taught.csv"  # in a model folder: the guesses that it learns
