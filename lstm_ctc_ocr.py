@@ -2365,7 +2365,7 @@ class LstmCtcOcr:
         for number in range(first, self.ROUNDS + 1):
             before, kind = self._read_unlabelled(
                 self.start_from if number == 1 else folder, names, found[0])
-            # Of a kind that it reads rather surely nowhere, the surer half is mostly right too.
+            # Where few readings are that sure, the surer half of all readings is mostly right too.
             bar = np.clip(np.median([sure for *_, sure in before] or 1), 0.3, self.SURE)
             guesses = [(*reading, number) for reading in before
                        if reading[2] >= bar and reading[0] not in new]
