@@ -133,18 +133,19 @@ MIN_CONTRAST = 16 / 255  # an image of less is blank: its noise must not be stre
 NETWORKS = {
     # convolutions: (channels, size, stride down, stride across, residual blocks behind it) each.
     # projection: features that each time step hands from the convolutions to the LSTM.
+    # inks: the last axes of an image: none, or (2,), see `ink_of`.
     # doubt: the confidence up to which an image is read again in other views, unless config.json
     # says otherwise; lstm and cnn_lstm read fewer images right with them.
     "lstm": types.SimpleNamespace(
-        about="the article's", convolutions=(), projection=0, doubt=0),
+        about="the article's", convolutions=(), projection=0, inks=(), doubt=0),
     "cnn_lstm": types.SimpleNamespace(
         about="with convolutions in front",
         convolutions=((32, 5, 4, 2, 0), (48, 3, 2, 2, 0), (96, 3, 2, 1, 0), (128, 3, 2, 1, 0)),
-        projection=128, doubt=0),
+        projection=128, inks=(), doubt=0),
     "wide_cnn_lstm": types.SimpleNamespace(
         about="with larger convolutions",
         convolutions=((32, 5, 2, 2, 0), (48, 3, 2, 2, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 2)),
-        projection=160, doubt=0.6),
+        projection=160, inks=(2,), doubt=0.6),
 }
 ARCHITECTURE = (  # the settings that a model folder fixes
     "net", "n_hidden", "label_parts", "words", "words_max_num", "im_width", "im_height")
@@ -247,7 +248,8 @@ class LstmCtcOcr:
         4, "prefixes that the beam search keeps; with --length, for each length up to the longest",
         range(1, 101))
     letters: str = setting(
-        "", "the only letters to read; a letter given in one case is also read for the other")
+        "", "the only letters to read; a letter given in one case is also read for the other; with "
+        "= among them only sums are read, such as 7+5=? or 12-4=")
     length: str = setting("", "N or MIN-MAX: the number of letters that every text has")
     host: str = setting("127.0.0.1", "address to serve on")
     port: int = setting(5050, "port to serve on", range(65536))
@@ -385,7 +387,8 @@ class LstmCtcOcr:
     def logits(self, images, training=False):
         """Runs the network: the one forward pass, for training and for reading.
 
-        (B, H, W) uint8 -> (T, B, C) float32, one class a letter (or part of one), the blank last.
+        Images (B, H, W) or (B, H, W, 2) uint8, see `ink_of`, become (T, B, C) float32: a class for
+        each letter (or part of one), the blank last.
         A batch of known size is split into parts, at most one a core: one time step's matrix
         product is too small to be shared by cores; one part a core is 1.5 times as fast.
         """
@@ -410,12 +413,12 @@ class LstmCtcOcr:
         return self.dense(x, len(self.words) * self.label_parts + 1)  # (T, B, N) -> (T, B, C)
 
     def convolutions(self, ink, training):
-        """Computes features of an image's columns: ink (B, H, W) -> (T, B, F).
+        """Computes features of an image's columns: ink (B, H, W) or (B, H, W, 2) -> (T, B, F).
 
         T is W over all strides across, F the channels at all heights that are left.
         """
         tf = _tensorflow()
-        x = ink[..., None]  # (B, H, W, 1)
+        x = ink if NETWORKS[self.net].inks else ink[..., None]  # (B, H, W, 1 or 2)
         layers = NETWORKS[self.net].convolutions
         for number, (channels, size, down, across, blocks) in enumerate(layers, 1):
             name = f"convolution{number}"
@@ -741,6 +744,8 @@ class LstmCtcOcr:
                              f"{self.words_max_num}, not {length!r}")
         return low, high
 
+    SUM = "[0-9]+[-+*×/÷][0-9]+=[?]?"  # what is read if the letters that are allowed hold "="
+
     def texts(self, logits, restriction=Restriction(), views=()):
         """Decodes logits (T, B, C), blank last, into B pairs (text, confidence).
 
@@ -755,15 +760,17 @@ class LstmCtcOcr:
         average is the confidence.
         """
         words, (low, high) = restriction.letters or self.words, self._bounds(restriction.length)
+        sums = "=" in restriction.letters
 
         def fits(sequence):
-            return low <= len(self.sequence_to_text(sequence, words)) <= high
+            text = self.sequence_to_text(sequence, words)
+            return low <= len(text) <= high and (not sums or re.fullmatch(self.SUM, text))
 
         def probabilities(logits):
             p = self.softmax(logits)
             return p @ self._folds(words) if restriction.letters else p
 
-        longest = high if restriction.length else 0
+        longest = min(high, self.words_max_num) if restriction.length or sums else 0
         found = self._most_probable(p := probabilities(logits), fits, longest)
         rows, seen, proposed = np.arange(len(found)), [p], [[sequence] for sequence, _ in found]
         for doubt, view in views:
@@ -794,7 +801,7 @@ class LstmCtcOcr:
     @dataclasses.dataclass(frozen=True)
     class _Net:
         """The tensors and operations of a network in its graph."""
-        images: object  # (B, H, W) uint8
+        images: object  # (B, H, W) or (B, H, W, 2) uint8
         logits: object  # (T, B, C) float32
         sparse: object  # the texts that are read, sparse (B, .) int64
         confidence: object  # (B,) float32
@@ -812,11 +819,12 @@ class LstmCtcOcr:
         finished: tuple = ()  # for each parameter server, the operation that says: I am done
 
     def _build_input(self, batch_size=None):
-        """Returns the placeholder of the images (B, H, W) uint8; with B, W may be anything."""
+        """Returns the placeholder of the images; without a batch size, B and W may be anything."""
         tf = _tensorflow()
         tf.set_random_seed(self.seed)
-        width = self.im_width if batch_size else None
-        return tf.placeholder(tf.uint8, [batch_size, self.im_height, width], "images")
+        height, width, *inks = self._shape
+        shape = [batch_size, height, width if batch_size else None, *inks]
+        return tf.placeholder(tf.uint8, shape, "images")
 
     def _build_reading(self, images, temperature=1):
         """Builds the way from images to texts; returns a `_Net`.
@@ -903,8 +911,8 @@ class LstmCtcOcr:
         """Loads an image as the network sees it. This is the only preprocessing there is.
 
         source: a path, or the bytes of an image file of one of `IMAGE_KINDS`; images of any size,
-        mode and depth are read. Returns (H, W) uint8, as `ink_of` describes it. Raises `Error`,
-        which names the file and the fault.
+        mode and depth are read. Returns (H, W, ...) uint8, see `ink_of`. Raises `Error`, which
+        names the file and the fault.
         """
         return self.ink_of(self.load_colours(source))
 
@@ -1016,10 +1024,53 @@ class LstmCtcOcr:
         colours: (H, w, 1 or 3) float32, as `load_colours` gives them.
         Returns the ink, (H, W) uint8: 0 for the paper, and 255 for the strongest stroke, or less
         if the contrast is below `MIN_CONTRAST`. A narrower image gets paper on its right.
+
+        A network of two inks gets (H, W, 2): all ink, and the ink without clutter.
         """
         paper = self._paper_of(colours)[:, None, None]
         away = np.subtract(colours.transpose(2, 0, 1), paper, order="C")  # faster in this order
-        return self._filled(np.abs(away, out=away).max(axis=0))
+        ink = np.abs(away).max(axis=0)
+        if not NETWORKS[self.net].inks:
+            return self._filled(ink)
+        clear = self._without_clutter(away, ink)
+        return self._filled(np.dstack([ink, clear * (ink.max() / max(clear.max(), 1e-6))]))
+
+    @staticmethod
+    def _without_clutter(away, ink):
+        """Removes the ink of lines, grids and dots, if these have a colour of their own: (H, w).
+
+        away: (channels, H, w), the colours less that of the paper; ink: (H, w).
+
+        The strong ink is put into 6 groups by the direction in which it differs from the paper. One
+        of them is clutter: the one that is spread over the most rows and columns for its number of
+        pixels. Ink of this direction is removed. The rest gets about equal strength.
+        """
+        away = away.transpose(1, 2, 0)
+        strong = np.argwhere(ink > ink.max() / 2)
+        strong = strong[::1 + len(strong) // 1000]  # about 1,000 pixels are enough
+        if len(strong) <= 6:
+            return ink
+        rows, columns = strong.T
+        cv2.setRNGSeed(0)  # of this thread
+        stop = cv2.TERM_CRITERIA_COUNT, 10, 0
+        seen = away[rows, columns]
+        seen = seen / np.linalg.norm(seen, axis=1, keepdims=True)
+        _, groups, centres = cv2.kmeans(seen, 6, None, stop, 1, cv2.KMEANS_PP_CENTERS)
+        spread = [math.prod(len(np.unique(axis)) for axis in strong[here].T) / here.sum()
+                  for here in (groups[:, 0] == group for group in range(6))]
+        clutter = centres[np.argmax(spread)]
+        length = np.linalg.norm(away, axis=2).clip(1e-6) * np.linalg.norm(clutter)
+        sine = np.sqrt(1 - (away @ clutter / length).clip(0, 1) ** 2)
+        other = (sine / 0.06 - 0.5).clip(0, 1)  # 0: in the clutter's colour; 1: in another one
+        if other[rows, columns].mean() < 0.08:  # nothing else would be left: all has one colour
+            return ink
+        clear = ink * other
+        removed, kept = (np.uint8(part > ink.max() / 4) for part in (ink - clear, clear))
+        thick = [cv2.erode(part, np.ones((3, 3), np.uint8)).sum() / max(part.sum(), 1)
+                 for part in (removed, kept)]
+        if thick[0] > thick[1]:  # then the letters would go, and their lines stay
+            return ink
+        return np.minimum(clear, np.median(clear[clear > clear.max() / 4]))
 
     def _paper_of(self, colours):
         """Returns the paper's colour, (channels,) float32: the median along the image's border."""
@@ -1031,11 +1082,16 @@ class LstmCtcOcr:
         return np.sort(border, axis=0)[len(border) // 2]  # np.partition takes 4 times as long
 
     def _filled(self, ink):
-        """Scales ink (H, w) to full strength and adds paper: (H, W) uint8, see `ink_of`."""
-        image = np.zeros((self.im_height, self.im_width), np.uint8)
-        strongest = max(ink.max(), MIN_CONTRAST)
+        """Scales ink (H, w, ...) to full strength and adds paper: (H, W, ...), see `ink_of`."""
+        image = np.zeros(self._shape, np.uint8)
+        strongest = max(np.atleast_3d(ink)[..., 0].max(), MIN_CONTRAST)
         image[:, :ink.shape[1]] = cv2.convertScaleAbs(ink, alpha=255 / strongest)
         return image
+
+    @property
+    def _shape(self):
+        """The shape of an image: H, W, and for some networks 2."""
+        return self.im_height, self.im_width, *NETWORKS[self.net].inks
 
     def _read_width(self, width):
         """Returns how many of an image's W columns the network is given; the rest is paper.
@@ -1169,7 +1225,7 @@ class LstmCtcOcr:
         plain = self.look == "plain"
         if not plain:
             if {*SIGNS, *DIGITS} <= {*letters}:
-                if random.random() < .06:
+                if random.random() < .15:
                     numbers = random.choices([*DIGITS * 9, *map(str, range(100))], k=2)
                     label = random.choice("+++---××*/÷").join(numbers)
                     return False, (label + "=?"[:random.randint(0, 2)])[:self.words_max_num]
@@ -1471,8 +1527,12 @@ class LstmCtcOcr:
         config = self._load_config(folder)  # first, for a training may write a newer one
         ocr = self._with_architecture(config, folder)
         arrays = self._restore(folder, config.get("best_step", config.get("step")))
-        return ocr, config, {name.removesuffix(self.AVERAGE): array
-                             for name, array in arrays.items() if name.endswith(self.AVERAGE)}
+        weights = {name.removesuffix(self.AVERAGE): array
+                   for name, array in arrays.items() if name.endswith(self.AVERAGE)}
+        kernel = weights.get("convolution1/kernel", np.zeros((1, 1, 2, 1)))
+        if NETWORKS[ocr.net].inks and kernel.shape[2] == 1:  # of before: it sees all ink only
+            weights["convolution1/kernel"] = np.insert(kernel, 1, 0, axis=2)
+        return ocr, config, weights
 
     def _restore(self, folder, step=None):
         """Reads the checkpoint of `step`, or the newest; returns {name: array}.
@@ -1766,7 +1826,7 @@ class LstmCtcOcr:
         starts = tqdm(range(0, len(files), batch), "decoding", unit="img", unit_scale=batch,
                       disable=None)
         with self._writing(folder), ThreadPoolExecutor(_cores()) as pool:
-            kept, many = io.BytesIO(), len(files) * self.im_height * self.im_width > self.IN_MEMORY
+            kept, many = io.BytesIO(), len(files) * math.prod(self._shape) > self.IN_MEMORY
             if many:
                 folder.mkdir(parents=True, exist_ok=True)
                 kept = tempfile.TemporaryFile(dir=folder)
@@ -1777,7 +1837,7 @@ class LstmCtcOcr:
             kept.write(bytes(1))  # an empty file could not be mapped
             kept.flush()
         pixels = np.memmap(kept, mode="r") if many else np.frombuffer(kept.getbuffer(), np.uint8)
-        return pixels[:-1].reshape(-1, self.im_height, self.im_width), good
+        return pixels[:-1].reshape(-1, *self._shape), good
 
     def _train_loop(self, run):
         """Trains step by step up to the last one, an early end or a signal.
@@ -2083,7 +2143,8 @@ class LstmCtcOcr:
         in_this_thread = functools.cache(functools.partial(_onnx_session, runtime, data, 1))
 
         def logits(ink, alone=False):
-            images = -ink[:, None].astype(np.float32)  # see `_export_onnx`
+            ink = ink.reshape(*ink.shape[:3], -1).transpose(0, 3, 1, 2)  # (B, 1 or 2, H, w)
+            images = -np.float32(ink)  # see `_export_onnx`
             scores, = (in_this_thread() if alone else session).run(None, {"images": images})
             return np.roll(scores, -1, axis=2)  # there, the blank is first
 
@@ -2102,87 +2163,60 @@ class LstmCtcOcr:
         if config.get("length"):
             _say(f"expecting {self._reader.restriction}")
 
-    def _read(self, infer, ink, colours, restriction, doubt=None):
+    def _read(self, infer, images, restriction, doubt=None):
         """Reads images of one width under one restriction; returns B pairs (text, confidence).
 
-        infer: function from ink (B, H, w) uint8 to logits (T, B, C); ink: (B, H, w); colours: B
-        arrays (H, w', 1 or 3) float32, as `load_colours` gives them. doubt: the confidence up to
-        which images are read again in another view; those that stay in doubt, in several. That
-        raises the accuracy, but only of a network that has learnt captchas of many kinds.
+        infer: function from images (B, H, w, ...) uint8 to logits (T, B, C). doubt: the confidence
+        up to which images are read again in another view; those that stay in doubt, in several.
+        That raises the accuracy, but only of a network that has learnt captchas of many kinds.
         """
         def again(rows, view):
-            return infer(self._viewed(view, [(ink[row], colours[row]) for row in rows]))
+            return infer(self._viewed(view, images[rows]))
 
         def zoomed(factor):
             return functools.partial(self._zoomed, factor)
 
         doubt = NETWORKS[self.net].doubt if doubt is None else doubt
         views = ((1, self._from_afar), (0.6, zoomed(1.3)), (0.5, zoomed(0.8)), (0.4, zoomed(1.5)),
-                 (0.4, self._without_clutter))
-        return self.texts(infer(ink), restriction, [
+                 (0.4, self._clear))
+        return self.texts(infer(images), restriction, [
             (share * doubt, functools.partial(again, view=view))
             for share, view in views if doubt])
 
     def _viewed(self, view, images):
-        """Returns images as a view shows them, ink at full strength: (B, H, w') uint8.
+        """Returns images (B, H, w, ...) as a view shows them, ink at full strength, uint8.
 
-        view: function from ink (H, w) and colours to ink; images: B pairs of these.
+        view: function from an image (H, w, ...) to one that may have another width.
         """
-        seen = [view(*image) for image in images]
+        seen = [view(image) for image in images]
         width = self._read_width(seen[0].shape[1])
         return np.stack([self._filled(ink)[:, :width] for ink in seen])
 
     @staticmethod
-    def _from_afar(ink, _):
+    def _clear(image):
+        """Shows nothing but the ink without clutter of an image (H, w, 2)."""
+        return image[..., [1, 1]]
+
+    @staticmethod
+    def _from_afar(ink):
         """Makes ink (H, w) narrower, (H, 0.87 w), and blurs it: dots run together into strokes."""
-        height, width = ink.shape
+        height, width = ink.shape[:2]
         narrow = cv2.resize(ink, (round(.87 * width), height), interpolation=cv2.INTER_AREA)
         return cv2.GaussianBlur(narrow, (0, 0), 2)
 
-    def _zoomed(self, factor, ink, _):
+    def _zoomed(self, factor, ink):
         """Makes ink (H, w) larger or smaller by a factor, (H, factor * w); what grows gets thinner.
 
         Small letters grow, touching ones part, and letters that are cut off at the border get room.
         The result is at most W wide; ink that would reach further grows less in width.
         """
-        height, width = ink.shape
+        height, width = ink.shape[:2]
         right = min(self.im_width, round(factor * width))
         end = 1 + ink.any(axis=0).nonzero()[0].max(initial=0)  # behind it is nothing but paper
         zoom = np.array([[min(factor, right / end), 0, 0],
                          [0, factor, (1 - factor) * height / 2]])
         zoomed = cv2.warpAffine(ink, zoom, (right, height))
         return cv2.erode(zoomed, np.ones((2, 2), np.uint8)) if factor > 1 else zoomed
-
-    def _without_clutter(self, ink, colours):
-        """Removes the ink of lines, grids and dots, if these have a colour of their own.
-
-        ink: (H, w); colours: (H, w', 1 or 3) float32. Returns ink (H, w) or (H, w').
-
-        The colours of the strong ink are put into 6 groups. One of them is clutter: the one that is
-        spread over the most rows and columns for its number of pixels. What differs from the paper
-        in the same direction as this group is removed. The rest gets about equal strength.
-        """
-        away = colours - self._paper_of(colours)
-        strength = abs(away).max(axis=2)
-        strong = np.argwhere(strength > strength.max() / 2)
-        strong = strong[::1 + len(strong) // 1000]  # about 1,000 pixels are enough
-        if len(strong) <= 6:
-            return ink
-        rows, columns = strong.T
-        cv2.setRNGSeed(0)  # of this thread
-        stop = cv2.TERM_CRITERIA_COUNT, 10, 0
-        _, groups, centres = cv2.kmeans(
-            away[rows, columns], 6, None, stop, 1, cv2.KMEANS_PP_CENTERS)
-        spread = [math.prod(len(np.unique(axis)) for axis in strong[here].T) / here.sum()
-                  for here in (groups[:, 0] == group for group in range(6))]
-        clutter = centres[np.argmax(spread)]
-        length = np.linalg.norm(away, axis=2).clip(1e-6) * np.linalg.norm(clutter)
-        sine = np.sqrt(1 - (away @ clutter / length).clip(0, 1) ** 2)
-        other = (sine / 0.06 - 0.5).clip(0, 1)  # 0: in the clutter's colour; 1: in another one
-        if other[rows, columns].mean() < 0.08:  # nothing else would be left: all has one colour
-            return ink
-        strength *= other
-        return np.minimum(strength, np.median(strength[strength > strength.max() / 4]))
 
     def _read_each(self, sources, restrictions=(), alone=False):
         """Reads as `recognise`, but an image that cannot be read has its `Error` in its place.
@@ -2199,13 +2233,12 @@ class LstmCtcOcr:
                 results[row] = error
                 continue
             width = ocr._read_width(colours.shape[1])
-            alike[width, restrictions[row]].append((row, ocr.ink_of(colours)[:, :width], colours))
+            alike[width, restrictions[row]].append((row, ocr.ink_of(colours)[:, :width]))
         infer = functools.partial(reader.logits, alone=alone)
         for (_, restriction), images in alike.items():
-            rows, ink, colours = zip(*images)
+            rows, images = zip(*images)
             doubt = reader.config.get("doubt")
-            texts = ocr._read(infer, np.stack(ink), colours, restriction, doubt)
-            for row, reading in zip(rows, texts):
+            for row, reading in zip(rows, ocr._read(infer, np.stack(images), restriction, doubt)):
                 results[row] = reading
         return results
 
@@ -2625,7 +2658,7 @@ class LstmCtcOcr:
         labelling = self._open_labelling() if self.label else None
         ocr = self._reader.ocr
         self._reader.logits(  # the first run takes long
-            np.zeros((1, ocr.im_height, ocr.im_width), np.uint8), alone=True)
+            np.zeros((1, *ocr._shape), np.uint8), alone=True)
         service = self._Service(labelling, ThreadPoolExecutor(_cores()), collections.deque())
         app = flask.Flask(__name__, static_folder=None)
         app.extensions["lstm_ctc_ocr"] = service
@@ -3068,7 +3101,7 @@ class LstmCtcOcr:
         def dense(x, name):
             return add("Add", add("MatMul", x, weights[f"{name}/kernel"]), weights[f"{name}/bias"])
 
-        x = add("Mul", self._onnx_ink(add), np.float32(3 / 255))  # (B, 1, H, W)
+        x = add("Mul", self._onnx_ink(add), np.float32(3 / 255))  # (B, 1 or 2, H, W)
         for number, (_, _, down, across, blocks) in enumerate(network.convolutions, 1):
             name = f"convolution{number}"
             x = add("Relu", convolution(x, name, (down, across)))  # (B, channels, h, T)
@@ -3098,8 +3131,12 @@ class LstmCtcOcr:
         return add("Reshape", x, [0, 0, -1])
 
     def _onnx_ink(self, add):
-        """Adds `ink_of` to an ONNX graph: "images" -> ink (B, 1, H, w) of 0 to 255."""
-        prepared = add("ReduceMax", add("Relu", add("Neg", "images")), [1])  # 0 for colours
+        """Adds `ink_of` to an ONNX graph: "images" -> ink (B, 1 or 2, H, w) of 0 to 255.
+
+        Of colours, a network of two inks gets all ink twice; clutter is not removed.
+        """
+        prepared = add("Relu", add("Neg", "images"))  # 0 for colours
+        prepared = add("Gather", prepared, [0, -1][:1 + len(NETWORKS[self.net].inks)], axis=1)
         colours = add("Relu", "images")  # 0 for prepared ink
         edge = max(1, self.im_height // 16)
         border = (add("Gather", colours, range(-edge, edge), axis=axis) for axis in (2, 3))
@@ -3651,7 +3688,7 @@ DEGRADATIONS = ((_shaded, .09), (_swapped, .05), (_warp, .12), (_blurred, .3), (
 # ---------------------------------------------------------------------- few images, distorted
 
 def distort(images, noise):
-    """Draws images (B, H, W) uint8, 0 where there is no ink, as others of their kind might look.
+    """Draws images (B, H, W, ...) uint8, 0 for paper, as others of their kind might look.
 
     noise: the `np.random.Generator` that decides how.
     """
@@ -3663,7 +3700,7 @@ def _distorted(image, noise):
 
     Perhaps it also gets blurred, noisy, fainter, darker, or holes and blots.
     """
-    height, width = image.shape
+    height, width = image.shape[:2]
     end = [width, *(image.max(axis=0) > 40).nonzero()[0] + 1][-1]  # of the text
     middle = np.reshape((end / 2, height / 2), (2, 1, 1))
     places = np.indices((height, width))[::-1] - middle + noise.uniform(-5, 5, (2, 1, 1))

@@ -73,6 +73,17 @@ def test_what_is_known_gives_the_best_of_what_is_left(seed, scale, letters, leng
         assert confidence == pytest.approx(max(fitting.values()), rel=1e-5)
 
 
+@settings(max_examples=20, deadline=None)
+@given(seeds, scales, st.sampled_from(["", "4"]))
+def test_of_letters_with_an_equals_sign_a_sum_is_read_with_its_exact_probability(seed, scale, length):
+    logits = random_logits(seed, 6, 1, 4, scale)
+    ocr = LstmCtcOcr(words="1+=", words_max_num=5, im_width=9, beam_width=100).resolve()
+    (text, confidence), = ocr.texts(logits, ocr.restrict("1+=", length))
+    every = {"".join(map(ocr.words.__getitem__, sequence)): p for sequence, p in enumerate_sequences(logits[:, 0]).items()}
+    sums = {text: every[text] for text in ("1+1=", "1+11=", "11+1=") if len(text) == 4 or not length}
+    assert confidence == pytest.approx(sums[text], rel=1e-5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seeds, scales, st.sampled_from(["", "1"]))
 def test_of_label_parts_the_best_sequence_of_parts_is_read(seed, scale, length):

@@ -133,7 +133,7 @@ def test_some_varied_captchas_are_sums_if_words_have_the_signs():
     everything = drawn("AbC0123456789+-*×/÷=?")
     sums = [label for label in everything if not set(label) <= set("AbC0123456789")]
     assert all(re.fullmatch(r"\d{1,2}[-+*×/÷]\d{1,2}(=\??)?", label) for label in sums)
-    assert .04 < len(sums) / len(everything) < .08 and set("".join(sums)) == set("0123456789+-*×/÷=?")
+    assert .12 < len(sums) / len(everything) < .19 and set("".join(sums)) == set("0123456789+-*×/÷=?")
     assert max(map(len, drawn("0123456789+=?", words_max_num=5))) == 5
     assert {"1", "+"} <= set("".join(drawn("01+", 100)))
     fonts = LstmCtcOcr(look="varied", fonts=FONTS, words="0123456789+-*×/÷=?")._fonts_found()

@@ -88,7 +88,7 @@ def test_a_batch_gives_what_its_images_give_alone(net, steps, monkeypatch):
     """No image's answer depends on its neighbours, nor on how the batch is split over the cores."""
     monkeypatch.setattr(lstm_ctc_ocr, "_cores", lambda: 2)
     ocr = LstmCtcOcr(words="ABC", words_max_num=2, im_width=16, im_height=8, n_hidden=6, net=net).resolve()
-    images = np.random.default_rng(0).integers(0, 256, (16, 8, 16), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (16, *ocr._shape), np.uint8)
 
     def logits(batch):
         with tf.Graph().as_default(), tf.Session() as session:

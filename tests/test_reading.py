@@ -97,29 +97,29 @@ def test_the_network_is_given_no_more_paper_than_fills_a_square(net, width):
 @pytest.mark.parametrize("width, afar, near", [(128, 111, 166), (192, 167, 250), (256, 223, 256)])
 def test_a_doubtful_image_is_viewed_from_afar_and_from_near(width, afar, near):
     """Narrower, and as much larger as there is room for, in the squares that hold it; its strokes at full strength."""
-    ink = np.zeros((64, width), np.uint8)
-    ink[24:40, 8:width] = 200
+    ink = np.zeros((64, width, 2), np.uint8)
+    ink[24:40, 8:width, 0] = 200
     ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
     smaller = width * 0.8
     views = ocr._from_afar, functools.partial(ocr._zoomed, 1.3), functools.partial(ocr._zoomed, 0.8)
-    viewed = [ocr._viewed(view, [(ink, None)]) for view in views]
-    assert [images.shape for images in viewed] == [(1, 64, -(-seen // 64) * 64) for seen in (afar, near, smaller)]
+    viewed = [ocr._viewed(view, [ink]) for view in views]
+    assert [images.shape for images in viewed] == [(1, 64, -(-seen // 64) * 64, 2) for seen in (afar, near, smaller)]
     for (image,), seen, high in zip(viewed, (afar, near, smaller), (16, 16 * 1.3, 16 * 0.8)):
-        assert image.max() == 255
-        down, right = np.nonzero(image > 127)
+        assert image.max() == 255 and not image[..., 1].any()
+        down, right = np.nonzero(image[..., 0] > 127)
         assert abs(right.max() + 1 - seen) <= 2 and abs(down.max() + 1 - down.min() - high) <= 2
         assert abs((down.min() + down.max() + 1) / 2 - 32) <= 1
 
 
 def test_dots_run_together_from_afar_and_strokes_that_touch_part_from_near():
-    dots, strokes = np.zeros((2, 64, 128), np.uint8)
+    dots, strokes = np.zeros((2, 64, 128, 2), np.uint8)
     dots[8:56:3, 20:100:3] = 255
     strokes[8:56, 20:60] = strokes[8:56, 61:100] = 255
     strokes[30, 60] = 255  # they touch by a hair
     ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
-    afar = ocr._viewed(ocr._from_afar, [(dots, None)])
+    afar = ocr._viewed(ocr._from_afar, [dots])
     assert afar[0, 16:48, 26:80].min() > 150
-    near = ocr._viewed(functools.partial(ocr._zoomed, 1.3), [(strokes, None)])
+    near = ocr._viewed(functools.partial(ocr._zoomed, 1.3), [strokes])
     assert near[0, :, 60:100].max(axis=0).min() < 150
 
 
@@ -131,7 +131,7 @@ def test_only_the_net_that_knows_captchas_of_many_kinds_views_them_again(net, vi
         seen.append(images)
         return np.zeros((12, len(images), len(ocr.words) + 1))  # every class as likely as any other
 
-    ocr._read(infer, np.zeros((1, 64, 256), np.uint8), [np.ones((64, 256, 3), np.float32)], ocr.restrict())
+    ocr._read(infer, np.zeros((1, *ocr._shape), np.uint8), ocr.restrict())
     assert len(seen) == views
 
 
@@ -144,11 +144,10 @@ def test_without_clutter_a_grid_of_another_colour_goes_and_pale_letters_stay(pap
     letters[20:44, 20:26] = letters[20:44, 70:76] = letters[38:44, 20:50] = True
     colours[letters] = letter
     colours[:, 64:][letters[:, 64:]] = .4 * np.array(paper) + .6 * np.array(letter)  # the second is paler
-    ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
-    ink = ocr.ink_of(colours)[:, :128]
-    seen, = ocr._viewed(ocr._without_clutter, [(ink, colours)])
-    np.testing.assert_array_equal(seen > 127, letters)
+    ink, clear = np.moveaxis(LstmCtcOcr(net="wide_cnn_lstm").resolve().ink_of(colours)[:, :128], 2, 0)
+    np.testing.assert_array_equal(clear > 127, letters)
     assert (ink > 127).sum() > 2 * letters.sum()
+    np.testing.assert_array_equal(LstmCtcOcr(net="lstm").resolve().ink_of(colours)[:, :128], ink)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -156,17 +155,16 @@ def test_without_clutter_ink_of_one_colour_stays(channels):
     colours = np.full((64, 128, channels), .9, np.float32)
     colours[10:50, 20:28] = colours[30, :] = .2
     colours[10:50, 60:68] = .5
-    ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
-    ink = ocr.ink_of(colours)[:, :128]
-    np.testing.assert_array_equal(ocr._without_clutter(ink, colours), ink)
+    ink, clear = np.moveaxis(LstmCtcOcr(net="wide_cnn_lstm").resolve().ink_of(colours), 2, 0)
+    np.testing.assert_array_equal(ink, clear)
 
 
 def test_blank_paper_stays_blank_in_every_view():
     ocr = LstmCtcOcr(net="wide_cnn_lstm").resolve()
     colours = np.full((64, 128, 3), .5, np.float32)
     zoomed = [functools.partial(ocr._zoomed, factor) for factor in (0.8, 1.5)]
-    for view in ocr._from_afar, *zoomed, ocr._without_clutter:
-        assert not ocr._viewed(view, [(ocr.ink_of(colours)[:, :128], colours)]).any()
+    for view in ocr._from_afar, ocr._clear, *zoomed:
+        assert not ocr._viewed(view, [ocr.ink_of(colours)[:, :128]]).any()
 
 
 def test_images_of_many_widths_are_read_as_each_alone(engine):
