@@ -2,18 +2,25 @@
 
     python tests/tools/train_general.py unpack general start.npz
     python tests/tools/train_general.py train start.npz end.npz --seconds 6000
-    python tests/tools/train_general.py pack end.npz my-model/general --held FOLDER
+    python tests/tools/train_general.py mean mean.npz start.npz 0.6 end.npz 0.4
+    python tests/tools/train_general.py signs mean.npz all.npz
+    python tests/tools/train_general.py pack all.npz my-model/general --held FOLDER
     python tests/tools/train_general.py publish my-model/lstm my-model/pretrained/lstm
 
 `publish` makes any model that `lstm_ctc_ocr.py train` wrote ready to ship: it leaves out what only training needs.
 
-`train` ends after the given time, so another machine makes another number of steps. Images are (64, 256) uint8 ink,
+`mean` writes the weighted mean of weights, and the counts of the last ones. Signs are rare, and lose most by a mean:
+`signs` fits their classes anew, to sums, and leaves everything else as it is. `train` may be given weights of one ink,
+with zeros, or a share, for the second: convolution1/kernel is (5, 5, 2, 32).
+
+`train` ends after the given time, so another machine makes another number of steps. Images are (64, 256, 2) uint8 ink,
 as `load_image` returns them. Labels are (12,) int8: 10 classes, the blank after the last letter, then the number of
 letters, and whether the captcha is a plain one.
 """
 
 import argparse
 import json
+import math
 import mmap
 import multiprocessing
 import os
@@ -30,12 +37,13 @@ import lstm_ctc_ocr  # noqa: E402
 from lstm_ctc_ocr import CAPITALS, DIGITS, LstmCtcOcr  # noqa: E402
 
 WORDS = CAPITALS + CAPITALS.lower() + DIGITS + lstm_ctc_ocr.SIGNS
-HEIGHT, WIDTH, LONGEST, CELLS, BLANK = 64, 256, 10, 320, len(WORDS)
+HEIGHT, WIDTH, INKS, LONGEST, CELLS, BLANK = 64, 256, 2, 10, 320, len(WORDS)
 WARM_UP = 200  # steps
 # In (1 - exp(-TURNING * loss)) / TURNING (Zhang and Sabuncu, 2018): leaves alone what is hopeless; at first only a
 # quarter of it, so that kinds of images that are new to the network are not left out.
 TURNING = 0.12
 DISTORTED = 0.35  # of the images of a batch
+RESIZED = 0.1  # of them, so that letters of any size are read
 PLAIN = 0.1  # of the images that are drawn
 CAPITALISED = 0.85  # of plain captchas with other letters: they get capitals instead
 FIRST_IMAGES = 10_000  # that are there before the first step
@@ -50,15 +58,17 @@ STATISTICS_BATCHES = 60  # that batch normalisation's final statistics are taken
 class Renderer:
     """A process that renders into the shared arrays `images` and `labels`; the first `done` rows are ready."""
 
-    def __init__(self, number, most, seed, fonts):
+    def __init__(self, number, most, seed, fonts, sums=0):
+        """sums: at least this share of the labels are sums."""
         context = multiprocessing.get_context("fork")  # it shares the memory
-        self.images = np.frombuffer(mmap.mmap(-1, most * HEIGHT * WIDTH), np.uint8).reshape(-1, HEIGHT, WIDTH)
+        shape = HEIGHT, WIDTH, INKS
+        self.images = np.frombuffer(mmap.mmap(-1, most * math.prod(shape)), np.uint8).reshape(-1, *shape)
         self.labels = np.frombuffer(mmap.mmap(-1, most * 12), np.int8).reshape(-1, 12)
         self.done = context.Value("l", 0, lock=False)
-        self.process = context.Process(target=self.render, args=[number, seed, fonts], daemon=True)
+        self.process = context.Process(target=self.render, args=[number, seed, fonts, sums], daemon=True)
         self.process.start()
 
-    def render(self, number, seed, fonts):
+    def render(self, number, seed, fonts, sums):
         os.nice(5)  # the training comes first
         lstm_ctc_ocr.cv2.setNumThreads(1)
         ocr = LstmCtcOcr(net="wide_cnn_lstm", words=WORDS, words_max_num=LONGEST, im_width=WIDTH, im_height=HEIGHT,
@@ -66,6 +76,9 @@ class Renderer:
         for row in range(len(self.images)):
             random.seed(f"{seed}-{number}-{row}")
             plain, text = ocr._draw_label()
+            if random.random() < sums:
+                while not set(text) & set(lstm_ctc_ocr.SIGNS):
+                    plain, text = ocr._draw_label()
             if plain and not set(text) <= set(CAPITALS) and random.random() < CAPITALISED:
                 length = max(len(text), random.randint(1, LONGEST))  # the longest are the hardest
                 text = "".join(random.choices(CAPITALS, k=length))
@@ -97,7 +110,7 @@ class Pool:
                                for number, renderer in enumerate(self.renderers)])
 
     def take(self, rows):
-        """Returns images (n, H, W), labels (n, LONGEST), their lengths, and whether they are plain captchas."""
+        """Returns images (n, H, W, 2), labels (n, LONGEST), their lengths, and whether they are plain captchas."""
         places = [(self.renderers[row // self.each], row % self.each) for row in rows]
         images, labels = (np.stack([getattr(renderer, name)[row] for renderer, row in places])
                           for name in ("images", "labels"))
@@ -165,9 +178,19 @@ class Learner:
         os.replace(f"{path}.part", path)
 
 
+def resized(ocr, ink, noise):
+    """Draws an image (H, W, 2) uint8 larger, smaller or as from afar; it stays whole."""
+    if noise.random() < .3:
+        return ocr._filled(ocr._from_afar(ink))
+    rows = np.flatnonzero(ink[..., 0].max(axis=1) > 60)
+    reach = max(HEIGHT / 2 - rows.min(initial=HEIGHT), rows.max(initial=0) - HEIGHT / 2 + 1, 1)
+    largest = max(1, .95 * HEIGHT / 2 / reach)
+    return ocr._filled(ocr._zoomed(noise.uniform(.6, min(1.7, largest)), ink))
+
+
 def train(arguments):
-    # Raises an error now if the fonts lack a letter.
-    LstmCtcOcr(words=WORDS, look="varied", fonts=arguments.fonts)._fonts_found()
+    ocr = LstmCtcOcr(net="wide_cnn_lstm", words=WORDS, look="varied", fonts=arguments.fonts).resolve()
+    ocr._fonts_found()  # raises an error now if the fonts lack a letter
     processes = arguments.processes or lstm_ctc_ocr._cores()
     renderers = [Renderer(number, arguments.images // processes, arguments.seed, arguments.fonts)
                  for number in range(processes)]  # forked before this process has threads
@@ -184,6 +207,8 @@ def train(arguments):
             for rows, weights in zip(rows.reshape(-1, batch), weights.reshape(-1, batch)):
                 images, labels, lengths, _ = pool.take(rows)
                 count = int(DISTORTED * batch)
+                for row in np.flatnonzero(noise.random(batch) < RESIZED):
+                    images[row] = resized(ocr, images[row], noise)
                 images[:count] = lstm_ctc_ocr.distort(images[:count], noise)
                 yield rows, images, labels, lengths, weights
 
@@ -204,6 +229,80 @@ def train(arguments):
     rows = pool.rows
     learner.take_statistics(pool.take(noise.choice(rows, batch))[0] for _ in range(STATISTICS_BATCHES))
     learner.save(arguments.end, **counts)
+
+
+# ---------------------------------------------------------------------- means, and the classes of signs
+
+def mean(arguments):
+    """Writes the weighted mean of weights, with the statistics of batch normalisation taken anew."""
+    batch = 64
+    renderer = Renderer(0, STATISTICS_BATCHES * batch, arguments.seed, arguments.fonts)
+    files, shares = arguments.weights[::2], map(float, arguments.weights[1::2])
+    parts = [(dict(np.load(file)), share) for file, share in zip(files, shares, strict=True)]
+    arrays = {name: array if array.ndim == 0 else sum(share * part[name] for part, share in parts)
+              for name, array in parts[-1][0].items()}
+    np.savez(arguments.end, **arrays)
+    while renderer.ready() < len(renderer.images):
+        time.sleep(1)
+    with lstm_ctc_ocr._tensorflow().Graph().as_default():
+        learner = Learner(arguments.end, batch)
+        learner.take_statistics(np.split(renderer.images, STATISTICS_BATCHES))
+        learner.save(arguments.end, **{name: array for name, array in arrays.items() if array.ndim == 0})
+
+
+class Features(LstmCtcOcr):
+    """A network without its last layer."""
+
+    def dense(self, x, units, name="dense"):
+        return x if name == "dense" else super().dense(x, units, name)
+
+
+def signs(arguments):
+    """Fits the classes of SIGNS to images of which most are sums: the last layer's, the rest stays."""
+    tf, batch, noise = lstm_ctc_ocr._tensorflow(), 64, np.random.default_rng(arguments.seed)
+    processes = lstm_ctc_ocr._cores()
+    count = arguments.images // processes
+    pool = Pool([Renderer(number, count, arguments.seed, arguments.fonts, sums=.6) for number in range(processes)])
+    while len(pool.rows) < count * processes:
+        time.sleep(1)
+    arrays, features, labels, lengths = dict(np.load(arguments.start)), [], [], []
+    with tf.Graph().as_default(), tf.Session(config=lstm_ctc_ocr._session_config()) as session:
+        ocr = Features(net="wide_cnn_lstm", n_hidden=CELLS, words=WORDS, words_max_num=LONGEST, im_width=WIDTH,
+                       im_height=HEIGHT).resolve()
+        network = ocr.logits(ocr._build_input(batch))
+        for variable in tf.global_variables():
+            variable.load(arrays[variable.op.name], session)
+        for rows in pool.rows[:count * processes // batch * batch].reshape(-1, batch):
+            images, *known, _ = pool.take(rows)
+            distorted = noise.random(batch) < DISTORTED
+            if distorted.any():
+                images[distorted] = lstm_ctc_ocr.distort(images[distorted], noise)
+            features.append(np.float16(session.run(network, {"images:0": images})))  # (T, B, N)
+            labels.append(known[0])
+            lengths.append(known[1])
+    features, labels, lengths = np.concatenate(features, axis=1), np.concatenate(labels), np.concatenate(lengths)
+    kernel, bias = arrays["dense/kernel"], arrays["dense/bias"]
+    own = slice(BLANK - len(lstm_ctc_ocr.SIGNS), BLANK)  # the signs' classes
+    with tf.Graph().as_default(), tf.Session() as session:
+        seen, rate = tf.placeholder(tf.float32, [len(features), batch, CELLS]), tf.placeholder(tf.float32, [])
+        sequences = tf.sparse_placeholder(tf.int32, [batch, None])
+        fitted = tf.Variable(kernel[:, own]), tf.Variable(bias[own])
+        logits = tf.concat([tf.einsum("tbn,nc->tbc", seen, weights) + offsets for weights, offsets in (
+            (kernel[:, :own.start], bias[:own.start]), fitted, (kernel[:, BLANK:], bias[BLANK:]))], axis=2)
+        losses = ocr.ctc_loss(sequences, logits)
+        turned = tf.reduce_mean((1 - tf.exp(-TURNING * losses)) / TURNING) + 1e-4 * tf.reduce_sum(fitted[0] ** 2)
+        train = tf.train.AdamOptimizer(rate).minimize(turned)
+        session.run(tf.global_variables_initializer())
+        epochs = [noise.permutation(len(labels)).reshape(-1, batch) for _ in range(30)]
+        steps = np.concatenate(epochs)
+        for step, rows in enumerate(steps):
+            known = LstmCtcOcr.sequences_to_sparse([labels[row][:lengths[row]] for row in rows])
+            loss, _ = session.run([turned, train], {
+                seen: features[:, rows], sequences: known, rate: arguments.lr * (1 - step / len(steps))})
+            if step % SAVE_EVERY == 0:
+                print(f"step {step} of {len(steps)}, loss {loss:.3f}", file=sys.stderr, flush=True)
+        kernel[:, own], bias[own] = session.run(fitted)
+    np.savez(arguments.end, **arrays)
 
 
 # ---------------------------------------------------------------------- from and to a model folder
@@ -281,13 +380,27 @@ def main():
     command.add_argument("start", metavar="start.npz")
     command.add_argument("end", metavar="end.npz")
     command.add_argument("--seconds", type=float, default=6000, help="of training (6,000)")
-    command.add_argument("--images", type=int, default=100_000, help="the most to render, 16 KB each (100,000)")
+    command.add_argument("--images", type=int, default=100_000, help="the most to render, 32 KB each (100,000)")
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--lr", type=float, default=7e-4, help="Adam's learning rate at the start (7e-4)")
     command.add_argument("--processes", type=int, help="that render; if not given, one a core")
     command.add_argument("--fonts", default="", help="as in create_dataset")
     command.add_argument("--seed", type=int, default=200)
     command.set_defaults(run=train)
+    command = commands.add_parser("mean")
+    command.add_argument("end", metavar="mean.npz")
+    command.add_argument("weights", nargs="+", metavar="weights.npz SHARE")
+    command.add_argument("--fonts", default="", help="as in create_dataset")
+    command.add_argument("--seed", type=int, default=200)
+    command.set_defaults(run=mean)
+    command = commands.add_parser("signs")
+    command.add_argument("start", metavar="start.npz")
+    command.add_argument("end", metavar="end.npz")
+    command.add_argument("--images", type=int, default=20_000, help="to render (20,000)")
+    command.add_argument("--lr", type=float, default=4e-3, help="Adam's learning rate at the start (4e-3)")
+    command.add_argument("--fonts", default="", help="as in create_dataset")
+    command.add_argument("--seed", type=int, default=200)
+    command.set_defaults(run=signs)
     command = commands.add_parser("pack")
     command.add_argument("end", metavar="end.npz")
     command.add_argument("model")
