@@ -10,8 +10,8 @@
 `publish` makes any model that `lstm_ctc_ocr.py train` wrote ready to ship: it leaves out what only training needs.
 
 `mean` writes the weighted mean of weights, and the counts of the last ones. Signs are rare, and lose most by a mean:
-`signs` fits their classes anew, to sums, and leaves everything else as it is. `train` may be given weights of one ink,
-with zeros, or a share, for the second: convolution1/kernel is (5, 5, 2, 32).
+`signs` fits their classes anew, to sums, and leaves everything else as it is. `unpack` gives a model of one ink zeros
+for the second.
 
 `train` ends after the given time, so another machine makes another number of steps. Images are (64, 256, 2) uint8 ink,
 as `load_image` returns them. Labels are (12,) int8: 10 classes, the blank after the last letter, then the number of
