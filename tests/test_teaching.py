@@ -83,6 +83,29 @@ def test_labels_count_more_and_are_never_read_anew(images, trained, tmp_path, ca
         config[name] for name in ("accuracy", "validated_on", "expected")]
 
 
+def test_it_keeps_three_tenths_of_what_it_started_from(images, trained, tmp_path, monkeypatch, two_rounds):
+    (folder, _), rounds, keep = images, [], LstmCtcOcr._keep_of_start
+
+    def weights(run):
+        variables = lstm_ctc_ocr._tensorflow().global_variables()
+        return {name: run.session.run(variable) for variable in variables
+                if (name := variable.op.name).startswith("lstm") and name.endswith(LstmCtcOcr.AVERAGE)}
+
+    def watch(self, run):
+        before = weights(run)
+        keep(self, run)
+        rounds.append((before, weights(run)))
+
+    monkeypatch.setattr(LstmCtcOcr, "_keep_of_start", watch)
+    assert train(folder, trained, tmp_path / "model") == 0
+    start = lstm_ctc_ocr._tensorflow().train.load_checkpoint(str(trained))
+    assert len(rounds) == 2
+    for before, after in rounds:
+        assert before
+        for name, learnt in before.items():
+            np.testing.assert_allclose(after[name], .7 * learnt + .3 * start.get_tensor(name), atol=1e-6)
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_an_interrupted_round_goes_on_with_what_it_had_read(images, trained, tmp_path, number, monkeypatch, capfd, two_rounds):
     (folder, _), model, step = images, tmp_path / "model", LstmCtcOcr._between_steps
