@@ -1933,7 +1933,7 @@ class LstmCtcOcr:
         errors = _tensorflow().errors
         with contextlib.suppress(errors.UnavailableError, errors.AbortedError):
             self._require_finite(run, run.session.run(run.net.loss, feeds))  # of what is saved
-            if ends and "letters" in run.config:  # of the kind, which no label tells
+            if ends and "letters" in run.config:  # found by reading: no image has a label
                 self._keep_of_start(run)
             if reports:
                 self._report(run, feeds)
